@@ -1,0 +1,599 @@
+"""Reads the anatomy of a transformer: embeddings, ordered blocks, final norms, head and ties.
+
+Everything is told by structure: Hugging Face's own accessors, repeated module lists and object identity; never by the
+name of an architecture. What lies before the first block is told by running the stack on two tokens and stopping at
+its first block; where that cannot be run, by the order of registration, and the anatomy says so. Where several module
+lists could be the blocks, an error lists them and `blocks=` decides. Nothing here changes the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from hf_freeze.errors import AnatomyError, nearest
+
+__all__ = ["Anatomy", "Block", "Part", "Stack", "Tie", "read_anatomy", "unwrap"]
+
+StackName = Literal["encoder", "decoder"]
+BlocksGiven = str | nn.Module | Sequence[nn.Module] | Mapping[str, "str | nn.Module | Sequence[nn.Module]"]
+
+
+@dataclass(frozen=True, order=True)
+class Part:
+    """Where a parameter lives: `kind` is "tower", "embeddings", "block", "final", "head" or "other".
+
+    `stack` names the stack for embeddings, blocks and final norms, `index` the block, both empty elsewhere. A tower is
+    what feeds the text stack from beside it, such as a vision encoder and its projector.
+    """
+
+    kind: str
+    stack: str = ""
+    index: int = -1
+
+    def __str__(self) -> str:
+        return f"{self.stack} block {self.index}" if self.kind == "block" else f"{self.stack} {self.kind}".strip()
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a stack. XLM keeps a block's pieces in parallel lists, hence several modules for one block."""
+
+    index: int
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """An ordered run of blocks, with the modules that hold them and those that run before them.
+
+    Attributes:
+        name: "encoder" or "decoder"; a model with one stack has one of them.
+        path: The name of the module list that holds the blocks.
+        blocks: The blocks, lowest first.
+        root: The module whose forward runs the blocks.
+        holders: Names of the modules from `root` down to the list: their own dropout acts on the prefix too.
+        inputs: Names of the modules that run before block 0 (token, position, segment embeddings, their norm,
+            projections and dropout), the outermost ones only.
+    """
+
+    name: StackName
+    path: str
+    blocks: tuple[Block, ...]
+    root: nn.Module = field(repr=False, compare=False)
+    holders: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+
+@dataclass(frozen=True)
+class Tie:
+    """One tensor under several names; the first is the name under which `named_parameters` shows it."""
+
+    names: tuple[str, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def joins_head(self) -> bool:
+        """Whether the head shares its weight with something below it."""
+        kinds = {part.kind for part in self.parts}
+        return "head" in kinds and len(kinds) > 1
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a model and every parameter's place in them. Made by `read_anatomy`; a value, never the model.
+
+    Attributes:
+        model_class: Name of the unwrapped model's class.
+        stacks: Encoder first. One or two.
+        parts: Part of every parameter *name*, second names of ties included.
+        ties: Every tensor that has several names.
+        notes: How what is not obvious was told.
+        model: The unwrapped model that the names refer to.
+    """
+
+    model_class: str
+    stacks: tuple[Stack, ...]
+    parts: dict[str, Part] = field(repr=False)
+    ties: tuple[Tie, ...]
+    notes: tuple[str, ...]
+    model: nn.Module = field(repr=False, compare=False)
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter under its first name, in the model's order; a tied tensor once."""
+        return dict(self.model.named_parameters())
+
+    @cached_property
+    def tie_of(self) -> dict[str, Tie]:
+        """The tie of each tied name."""
+        return {name: tie for tie in self.ties for name in tie.names}
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Parameter names of all input embeddings and of the towers that feed the stack beside them."""
+        return self.names_of("tower", "embeddings")
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Parameter names of the head, the tied name included."""
+        return self.names_of("head")
+
+    @property
+    def final_norms(self) -> tuple[str, ...]:
+        """Parameter names of what runs after the last block inside a stack."""
+        return self.names_of("final")
+
+    @property
+    def encoder_blocks(self) -> tuple[Block, ...]:
+        """The encoder's blocks, lowest first; () without an encoder."""
+        return next((stack.blocks for stack in self.stacks if stack.name == "encoder"), ())
+
+    @property
+    def decoder_blocks(self) -> tuple[Block, ...]:
+        """The decoder's blocks, lowest first; () without a decoder."""
+        return next((stack.blocks for stack in self.stacks if stack.name == "decoder"), ())
+
+    def stack(self, name: str) -> Stack:
+        """The stack of that name.
+
+        Raises:
+            AnatomyError: There is no such stack.
+        """
+        for stack in self.stacks:
+            if stack.name == name:
+                return stack
+        have = ", ".join(repr(stack.name) for stack in self.stacks)
+        raise AnatomyError(f"The stack {name!r} was asked for; {self.model_class} has {have}. Use one of these.")
+
+    def names_of(self, *kinds: str) -> tuple[str, ...]:
+        """Names of the parameters in parts of these kinds, second names of ties included."""
+        return tuple(name for name, part in self.parts.items() if part.kind in kinds)
+
+    def __str__(self) -> str:
+        from hf_freeze.report import anatomy_table
+
+        return str(anatomy_table(self))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model under DistributedDataParallel, DataParallel and torch.compile wrappers; a PeftModel stays one.
+
+    >>> inner = nn.Linear(2, 2)
+    >>> unwrap(nn.DataParallel(inner)) is inner
+    True
+    """
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def read_anatomy(model: nn.Module, *, blocks: BlocksGiven | None = None) -> Anatomy:
+    """Finds a model's embeddings, ordered blocks, final norms, head and ties, by structure. Changes nothing.
+
+    The stack's embeddings are run on two tokens and stopped at the first block, to see what lies before it.
+
+    Args:
+        model: A PreTrainedModel, a PeftModel or DDP wrapper around one, or any nn.Module.
+        blocks: Only where structure does not tell: the name of the module list, the list, a sequence of modules in
+            order, or a dict {"encoder": ..., "decoder": ...} of these. A plain nn.Module with one list of blocks
+            needs none.
+
+    Returns:
+        The anatomy. Names are those of the model without DDP's prefix.
+
+    Raises:
+        AnatomyError: No blocks, or several candidates; the message lists them.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16))
+        >>> anatomy = read_anatomy(model)
+        >>> [(stack.name, stack.path, len(stack)) for stack in anatomy.stacks]
+        [('decoder', 'transformer.h', 3)]
+        >>> anatomy.ties[0].names
+        ('transformer.wte.weight', 'lm_head.weight')
+    """
+    model = unwrap(model)
+    core = _core_model(model)
+    name_of = {module: name for name, module in model.named_modules()}
+    if blocks is not None:
+        stacks = _given_stacks(model, core, name_of, blocks)
+    else:
+        stacks = _find_stacks(core, name_of)
+    notes: list[str] = []
+    stacks = tuple(_with_inputs(stack, model, name_of, notes) for stack in stacks)
+    parts = _place_parameters(model, core, stacks)
+    return Anatomy(
+        model_class=type(core).__name__,
+        stacks=stacks,
+        parts=parts,
+        ties=_find_ties(model, parts),
+        notes=tuple(notes),
+        model=model,
+    )
+
+
+def _core_model(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside a PeftModel; any other model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    if callable(get_base_model) and hasattr(model, "peft_config"):
+        core = get_base_model()
+        if isinstance(core, nn.Module):
+            return core
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------- blocks
+
+
+def _block_lists(root: nn.Module) -> list[nn.Module]:
+    """The outermost module lists below `root` whose elements are blocks: composed modules that hold parameters."""
+    found: list[nn.Module] = []
+
+    def walk(module: nn.Module) -> None:
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) and all(map(_is_block, module)):
+            found.append(module)
+            return
+        for child in module.children():
+            walk(child)
+
+    walk(root)
+    return list(dict.fromkeys(found))
+
+
+def _is_block(module: nn.Module) -> bool:
+    """A block has parts of its own and at least one matrix; a lone norm, a Linear or an Embedding is no block.
+
+    PEFT wraps a Linear in a module with children, hence `base_layer`.
+    """
+    if next(module.children(), None) is None or hasattr(module, "base_layer"):
+        return False
+    return any(parameter.dim() > 1 for parameter in module.parameters())
+
+
+def _find_stacks(core: nn.Module, name_of: dict[nn.Module, str]) -> tuple[Stack, ...]:
+    config = getattr(core, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        encoder, decoder = _call(core, "get_encoder"), _call(core, "get_decoder")
+        if encoder is not None and decoder is not None and encoder is not decoder and core not in (encoder, decoder):
+            return (
+                _stack_in("encoder", encoder, core, name_of),
+                _stack_in("decoder", decoder, core, name_of),
+            )
+    embedding = _call(core, "get_input_embeddings")
+    home: nn.Module = core
+    if embedding in name_of:
+        for ancestor in _ancestors(embedding, name_of):
+            if _block_lists(ancestor):
+                home = ancestor
+                break
+    stack = _stack_in("decoder", home, core, name_of)
+    return (Stack(_stack_name(core, stack), stack.path, stack.blocks, stack.root),)
+
+
+def _call(model: nn.Module, accessor: str) -> Any:
+    """What an accessor of Hugging Face's returns, or None where the class has or supports none."""
+    method = getattr(model, accessor, None)
+    if method is None:
+        return None
+    try:
+        return method()
+    except (NotImplementedError, AttributeError, TypeError):
+        return None
+
+
+def _ancestors(module: nn.Module, name_of: dict[nn.Module, str]) -> Iterator[nn.Module]:
+    """The modules that contain `module`, innermost first, the model itself last."""
+    module_of = {name: candidate for candidate, name in name_of.items()}
+    path = name_of[module]
+    while path:
+        path = path.rpartition(".")[0]
+        yield module_of[path]
+
+
+def _stack_in(name: StackName, home: nn.Module, core: nn.Module, name_of: dict[nn.Module, str]) -> Stack:
+    candidates = _block_lists(home)
+    if len(candidates) > 1:
+        # The stack's own accessor names it on models whose stack holds towers too.
+        depths = _depths(core)
+        candidates = [c for c in candidates if len(_children(c)) in depths] or candidates
+    if not candidates:
+        raise AnatomyError(
+            f"The blocks of {type(core).__name__} were asked for; its {name} has no list of composed modules with "
+            "parameters. Pass blocks=, the modules in order, for example blocks=model.features."
+        )
+    if len(candidates) > 1 and not _are_parallel(candidates, name_of):
+        listed = "; ".join(_describe(candidate, name_of) for candidate in candidates)
+        raise AnatomyError(
+            f"The blocks of {type(core).__name__} were asked for; several lists could be its {name}: {listed}. "
+            f"Pass blocks={name_of[candidates[0]]!r} or another of these, "
+            'or {"encoder": ..., "decoder": ...} for two stacks.'
+        )
+    blocks = tuple(
+        Block(index, tuple(name_of[module] for module in pieces), pieces)
+        for index, pieces in enumerate(zip(*map(_children, candidates), strict=True))
+    )
+    return Stack(name, name_of[candidates[0]], blocks, _runner(candidates[0], name_of))
+
+
+def _children(module: nn.Module) -> list[nn.Module]:
+    return list(module.children())
+
+
+def _describe(candidate: nn.Module, name_of: dict[nn.Module, str]) -> str:
+    kinds = list(dict.fromkeys(type(child).__name__ for child in candidate.children()))
+    return f"{name_of[candidate]!r} ({len(_children(candidate))} x {'/'.join(kinds)})"
+
+
+def _are_parallel(candidates: list[nn.Module], name_of: dict[nn.Module, str]) -> bool:
+    """Whether the lists hold pieces of the same blocks: side by side in one module, equally long, of other classes."""
+    parents = {name_of[candidate].rpartition(".")[0] for candidate in candidates}
+    lengths = {len(_children(candidate)) for candidate in candidates}
+    classes = [{type(child) for child in candidate.children()} for candidate in candidates]
+    unlike = all(not a & b for i, a in enumerate(classes) for b in classes[i + 1 :])
+    return len(parents) == 1 and len(lengths) == 1 and unlike
+
+
+def _depths(core: nn.Module) -> set[int]:
+    """The numbers of blocks that the text config names."""
+    config = getattr(core, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers")
+    return {value for name in names if isinstance(value := getattr(text, name, None), int)}
+
+
+def _runner(block_list: nn.Module, name_of: dict[nn.Module, str]) -> nn.Module:
+    """The module whose forward takes token ids and runs the blocks: the nearest one around the list that can."""
+    ancestors = list(_ancestors(block_list, name_of))
+    for ancestor in ancestors:
+        if "input_ids" in inspect.signature(ancestor.forward).parameters:
+            return ancestor
+    return ancestors[0] if ancestors else block_list
+
+
+def _stack_name(core: nn.Module, stack: Stack) -> StackName:
+    """A lone stack is a decoder where its attention is causal or its model generates, else an encoder."""
+    causal = [
+        module.is_causal
+        for block in stack.blocks
+        for piece in block.modules
+        for module in piece.modules()
+        if isinstance(getattr(module, "is_causal", None), bool)
+    ]
+    generates = bool(_call(core, "can_generate"))
+    if generates or any(causal) or getattr(getattr(core, "config", None), "is_decoder", False):
+        return "decoder"
+    return "encoder" if causal or "attention_mask" in inspect.signature(core.forward).parameters else "decoder"
+
+
+def _given_stacks(
+    model: nn.Module, core: nn.Module, name_of: dict[nn.Module, str], given: BlocksGiven
+) -> tuple[Stack, ...]:
+    """The stacks that the caller names."""
+    if isinstance(given, Mapping):
+        if unknown := [name for name in given if name not in ("encoder", "decoder")]:
+            raise AnatomyError(f"blocks= names the stack {unknown[0]!r}; a stack is 'encoder' or 'decoder'.")
+        named = [(name, given[name]) for name in ("encoder", "decoder") if name in given]
+    else:
+        named = [("", given)]
+    stacks = []
+    for name, value in named:
+        if isinstance(value, str):
+            modules = dict(model.named_modules())
+            if value not in modules:
+                raise AnatomyError(
+                    f"blocks={value!r} was asked for; {type(core).__name__} has no module of that name. "
+                    f"The nearest: {nearest(value, [n for n in modules if n])}."
+                )
+            value = modules[value]
+        pieces = _children(value) if isinstance(value, nn.Module) else list(value)
+        if not pieces:
+            raise AnatomyError("blocks= was given without a single block. Pass the modules in order, lowest first.")
+        if strangers := [piece for piece in pieces if piece not in name_of]:
+            raise AnatomyError(
+                f"blocks= holds a {type(strangers[0]).__name__} that is not a module of {type(core).__name__}. "
+                "Pass modules of the model itself."
+            )
+        path = name_of[value] if isinstance(value, nn.Module) else _common_path(name_of[p] for p in pieces)
+        blocks = tuple(Block(i, (name_of[piece],), (piece,)) for i, piece in enumerate(pieces))
+        home = dict(model.named_modules())[path]
+        stack = Stack("decoder", path, blocks, _runner(home, name_of) if home is not model else model)
+        resolved: StackName = "encoder" if name == "encoder" else "decoder"
+        stacks.append(Stack(resolved if name else _stack_name(core, stack), path, blocks, stack.root))
+    return tuple(stacks)
+
+
+def _common_path(names: Iterable[str]) -> str:
+    """The dotted path that all the names start with."""
+    split = [name.split(".")[:-1] for name in names]
+    common = []
+    for pieces in zip(*split, strict=False):
+        if len(set(pieces)) > 1:
+            break
+        common.append(pieces[0])
+    return ".".join(common)
+
+
+# ------------------------------------------------------------------------------------------- what runs before block 0
+
+
+class _FirstBlock(Exception):
+    """Raised by the hook on a block, to stop the probe."""
+
+
+def _with_inputs(stack: Stack, model: nn.Module, name_of: dict[nn.Module, str], notes: list[str]) -> Stack:
+    """The stack with its holders and the modules that run before its first block."""
+    in_blocks = {module for block in stack.blocks for piece in block.modules for module in piece.modules()}
+    holders = [stack.root] if stack.root is not model or not stack.path else []
+    modules = dict(model.named_modules())
+    root_name = name_of[stack.root]
+    path = stack.path
+    while path != root_name and path:
+        if modules[path] not in holders and not isinstance(modules[path], nn.ModuleList | nn.Sequential):
+            holders.append(modules[path])
+        path = path.rpartition(".")[0]
+    if stack.root not in holders:
+        holders.append(stack.root)
+    outside = [m for m in stack.root.modules() if m not in in_blocks and m not in holders]
+    called, failure = _probe(stack, outside)
+    if failure:
+        notes.append(
+            f"{stack.name}: its embeddings could not be run on two tokens ({failure}); "
+            "what lies before the first block was told by the order of registration."
+        )
+        called = _registered_before(stack, outside)
+    called |= {module for module in outside if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
+    for module in [m for m in called if _contains_block(m, in_blocks)]:
+        called.discard(module)
+    covered = {child for module in called for child in list(module.modules())[1:]}
+    inputs = tuple(sorted(name_of[module] for module in called - covered if module in name_of))
+    return Stack(
+        stack.name, stack.path, stack.blocks, stack.root, tuple(name_of[holder] for holder in holders), inputs
+    )
+
+
+def _contains_block(module: nn.Module, in_blocks: set[nn.Module]) -> bool:
+    return any(child in in_blocks for child in module.modules())
+
+
+def _probe(stack: Stack, outside: list[nn.Module]) -> tuple[set[nn.Module], str]:
+    """Runs the stack on two tokens up to its first block: the modules called until then, or why it cannot be run."""
+    parameters = inspect.signature(stack.root.forward).parameters
+    if "input_ids" not in parameters:
+        return set(), f"{type(stack.root).__name__}.forward takes no input_ids"
+    device = next((p.device for p in stack.root.parameters()), torch.device("cpu"))
+    ids = torch.zeros((1, 2), dtype=torch.long, device=device)
+    width = _width(stack)
+    attempts: list[dict[str, Any]] = [{}]
+    if "encoder_hidden_states" in parameters and width:
+        attempts.append({"encoder_hidden_states": torch.zeros((1, 2, width), device=device)})
+    called: set[nn.Module] = set()
+
+    def stop(*_: Any) -> None:
+        raise _FirstBlock
+
+    def record(module: nn.Module, *_: Any) -> None:
+        called.add(module)
+
+    handles = [module.register_forward_pre_hook(record) for module in outside]
+    handles += [
+        piece.register_forward_pre_hook(stop, prepend=True) for block in stack.blocks for piece in block.modules
+    ]
+    failure = "its forward ended without calling a block"
+    try:
+        for extra in attempts:
+            called.clear()
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    stack.root(input_ids=ids, **extra)
+            except _FirstBlock:
+                return called, ""
+            except Exception as error:  # a foreign forward may raise anything; the reason goes into the notes
+                failure = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+    finally:
+        for handle in handles:
+            handle.remove()
+    return set(), failure
+
+
+def _width(stack: Stack) -> int:
+    config = getattr(stack.root, "config", None)
+    width = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)
+    return width if isinstance(width, int) else 0
+
+
+def _registered_before(stack: Stack, outside: list[nn.Module]) -> set[nn.Module]:
+    """Modules registered before the first block, and those called an embedding wherever they stand."""
+    first = stack.blocks[0].modules[0]
+    before: set[nn.Module] = set()
+    names = {module: name for name, module in stack.root.named_modules()}
+    reached = False
+    for module in stack.root.modules():
+        reached = reached or module is first
+        if module in outside and (not reached or "emb" in names[module].rpartition(".")[2].lower()):
+            before.add(module)
+    return before
+
+
+# ------------------------------------------------------------------------------------------------------ parameters
+
+
+def _place_parameters(
+    model: nn.Module, core: nn.Module, stacks: tuple[Stack, ...]
+) -> dict[str, Part]:
+    """The part of every parameter name, second names of ties included."""
+    block_of = {
+        module: Part("block", stack.name, block.index)
+        for stack in stacks
+        for block in stack.blocks
+        for piece in block.modules
+        for module in piece.modules()
+    }
+    modules = dict(model.named_modules())
+    input_of = {
+        module: Part("embeddings", stack.name)
+        for stack in stacks
+        for name in stack.inputs
+        for module in modules[name].modules()
+    }
+    inside_of = {module: stack for stack in stacks for module in stack.root.modules()}
+    head = _call(core, "get_output_embeddings")
+    head_modules = set(head.modules()) if isinstance(head, nn.Module) else set()
+    base = getattr(core, "base_model", core)
+    base_modules = set(base.modules()) if isinstance(base, nn.Module) and base is not core else set()
+    embedding = _call(core, "get_input_embeddings")
+    token_modules = set(embedding.modules()) if isinstance(embedding, nn.Module) else set()
+    core_modules = set(core.modules())
+    tower_modules = {
+        child for candidate in _block_lists(core) if candidate not in block_of for child in candidate.modules()
+    } - set(block_of)
+
+    def place(module: nn.Module) -> Part:
+        if module in block_of:
+            return block_of[module]
+        if module in head_modules:
+            return Part("head")
+        if module in input_of:
+            return input_of[module]
+        if module in token_modules:
+            return Part("embeddings", stacks[-1].name if len(stacks) == 1 else "")
+        if module not in core_modules:
+            return Part("embeddings")  # a PEFT prompt encoder: it stands beside the model and feeds its input
+        if module in tower_modules:
+            return Part("tower")
+        if module in inside_of:
+            return Part("final", inside_of[module].name)
+        if base_modules:
+            return Part("tower") if module in base_modules and module is not base else Part("head")
+        return Part("other")
+
+    parts: dict[str, Part] = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        parts[name] = place(modules[name.rpartition(".")[0]])
+    return parts
+
+
+def _find_ties(model: nn.Module, parts: dict[str, Part]) -> tuple[Tie, ...]:
+    """Tensors with several names, by identity (TRAP: `named_parameters` hides the second name)."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return tuple(Tie(tuple(n), tuple(parts[name] for name in n)) for n in names.values() if len(n) > 1)

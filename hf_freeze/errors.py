@@ -1,0 +1,65 @@
+"""The errors that hf_freeze raises, and how it words them.
+
+Every message says what was asked, what was found, the nearest valid choices and the fix. All of them are
+ValueErrors, so that a caller may catch them without knowing this module. Nothing here looks at a model.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "AnatomyError",
+    "FreezeError",
+    "FrozenWeightsChanged",
+    "ModelError",
+    "PlanError",
+    "ReviewsError",
+    "TokenizerMismatch",
+    "nearest",
+]
+
+
+class FreezeError(ValueError):
+    """Base of every error that hf_freeze raises on purpose."""
+
+
+class AnatomyError(FreezeError):
+    """The structure of a model could not be told: no blocks, or several candidates."""
+
+
+class PlanError(FreezeError):
+    """A plan asks for what the model does not have, or contradicts itself."""
+
+
+class FrozenWeightsChanged(FreezeError):
+    """A tensor that should be frozen does not hold the bits it held when it was frozen."""
+
+
+class ModelError(FreezeError):
+    """A model, checkpoint or output folder is not what was asked for."""
+
+
+class ReviewsError(FreezeError):
+    """Reviews cannot be read as asked: a missing file or column, a broken row, too few rows."""
+
+
+class TokenizerMismatch(FreezeError):
+    """A tokenizer does not fit the model: the pitfall "input does not match the pretrained model"."""
+
+
+def nearest(asked: str, choices: Iterable[str], count: int = 3) -> str:
+    """Words the valid choices closest to what was asked, or the first few where nothing is close.
+
+    >>> nearest("sumary", ["text", "summary", "rating"])
+    "'summary'"
+    >>> nearest("zzz", ["text", "summary", "rating", "id"])
+    "'text', 'summary', 'rating', ..."
+    """
+    choices = list(choices)
+    close = difflib.get_close_matches(asked, choices, n=count, cutoff=0.6)
+    if close:
+        return ", ".join(repr(choice) for choice in close)
+    shown = ", ".join(repr(choice) for choice in choices[:count])
+    return shown + (", ..." if len(choices) > count else "")
