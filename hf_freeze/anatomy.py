@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_freeze.errors import AnatomyError, nearest
 
@@ -213,12 +214,9 @@ def read_anatomy(model: nn.Module, *, blocks: BlocksGiven | None = None) -> Anat
     model = unwrap(model)
     core = _core_model(model)
     name_of = {module: name for name, module in model.named_modules()}
-    if blocks is not None:
-        stacks = _given_stacks(model, core, name_of, blocks)
-    else:
-        stacks = _find_stacks(core, name_of)
+    found = _find_stacks(core, name_of) if blocks is None else _given_stacks(model, core, name_of, blocks)
     notes: list[str] = []
-    stacks = tuple(_with_inputs(stack, model, name_of, notes) for stack in stacks)
+    stacks = tuple(_with_inputs(stack, model, name_of, notes) for stack in found)
     parts = _place_parameters(model, core, stacks)
     return Anatomy(
         model_class=type(core).__name__,
@@ -274,8 +272,8 @@ def _find_stacks(core: nn.Module, name_of: dict[nn.Module, str]) -> tuple[Stack,
         encoder, decoder = _call(core, "get_encoder"), _call(core, "get_decoder")
         if encoder is not None and decoder is not None and encoder is not decoder and core not in (encoder, decoder):
             return (
-                _stack_in("encoder", encoder, core, name_of),
-                _stack_in("decoder", decoder, core, name_of),
+                _stack_in("encoder", encoder, encoder, core, name_of),
+                _stack_in("decoder", decoder, decoder, core, name_of),
             )
     embedding = _call(core, "get_input_embeddings")
     home: nn.Module = core
@@ -284,7 +282,7 @@ def _find_stacks(core: nn.Module, name_of: dict[nn.Module, str]) -> tuple[Stack,
             if _block_lists(ancestor):
                 home = ancestor
                 break
-    stack = _stack_in("decoder", home, core, name_of)
+    stack = _stack_in("decoder", home, core, core, name_of)
     return (Stack(_stack_name(core, stack), stack.path, stack.blocks, stack.root),)
 
 
@@ -308,24 +306,30 @@ def _ancestors(module: nn.Module, name_of: dict[nn.Module, str]) -> Iterator[nn.
         yield module_of[path]
 
 
-def _stack_in(name: StackName, home: nn.Module, core: nn.Module, name_of: dict[nn.Module, str]) -> Stack:
+def _stack_in(
+    name: StackName, home: nn.Module, scope: nn.Module, core: nn.Module, name_of: dict[nn.Module, str]
+) -> Stack:
+    """The stack whose blocks stand in `home`, checked against every list of blocks in `scope`."""
     candidates = _block_lists(home)
-    if len(candidates) > 1:
-        # The stack's own accessor names it on models whose stack holds towers too.
-        depths = _depths(core)
-        candidates = [c for c in candidates if len(_children(c)) in depths] or candidates
+    everything = _block_lists(scope)
     if not candidates:
         raise AnatomyError(
             f"The blocks of {type(core).__name__} were asked for; its {name} has no list of composed modules with "
             "parameters. Pass blocks=, the modules in order, for example blocks=model.features."
         )
-    if len(candidates) > 1 and not _are_parallel(candidates, name_of):
-        listed = "; ".join(_describe(candidate, name_of) for candidate in candidates)
-        raise AnatomyError(
-            f"The blocks of {type(core).__name__} were asked for; several lists could be its {name}: {listed}. "
-            f"Pass blocks={name_of[candidates[0]]!r} or another of these, "
-            'or {"encoder": ..., "decoder": ...} for two stacks.'
-        )
+    if len(everything) > 1 and not _are_parallel(candidates, name_of):
+        # A tower beside the text stack is not called when there is nothing but token ids; a second text stack is.
+        called = _called_lists(scope, everything)
+        if len(called or candidates) != 1:
+            listed = "; ".join(_describe(candidate, name_of) for candidate in everything)
+            raise AnatomyError(
+                f"The blocks of {type(core).__name__} were asked for; several lists could be its {name}: {listed}. "
+                f"Pass blocks={name_of[everything[0]]!r} or another of these, "
+                'or {"encoder": ..., "decoder": ...} for two stacks.'
+            )
+        candidates = called or candidates
+    if len(candidates) > 1:
+        candidates = _with_norm_lists(candidates, name_of)
     blocks = tuple(
         Block(index, tuple(name_of[module] for module in pieces), pieces)
         for index, pieces in enumerate(zip(*map(_children, candidates), strict=True))
@@ -351,12 +355,23 @@ def _are_parallel(candidates: list[nn.Module], name_of: dict[nn.Module, str]) ->
     return len(parents) == 1 and len(lengths) == 1 and unlike
 
 
-def _depths(core: nn.Module) -> set[int]:
-    """The numbers of blocks that the text config names."""
-    config = getattr(core, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    names = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers")
-    return {value for name in names if isinstance(value := getattr(text, name, None), int)}
+def _with_norm_lists(candidates: list[nn.Module], name_of: dict[nn.Module, str]) -> list[nn.Module]:
+    """The parallel lists and those beside them that hold the same blocks' norms, in the order of registration."""
+    parent = next(_ancestors(candidates[0], name_of))
+    length = len(_children(candidates[0]))
+    return [m for m in parent.children() if isinstance(m, nn.ModuleList) and len(m) == length]
+
+
+def _called_lists(home: nn.Module, candidates: list[nn.Module]) -> list[nn.Module]:
+    """The candidates whose blocks are called when `home` runs on two token ids; none where it cannot be run."""
+    called: list[nn.Module] = []
+
+    def record(module: nn.Module, *_: Any) -> None:
+        called.extend(c for c in candidates if module in c.children())
+
+    handles = [child.register_forward_pre_hook(record) for c in candidates for child in c.children()]
+    failure = _run_on_two_tokens(home, handles)
+    return [] if failure else list(dict.fromkeys(called))
 
 
 def _runner(block_list: nn.Module, name_of: dict[nn.Module, str]) -> nn.Module:
@@ -464,9 +479,7 @@ def _with_inputs(stack: Stack, model: nn.Module, name_of: dict[nn.Module, str], 
         called.discard(module)
     covered = {child for module in called for child in list(module.modules())[1:]}
     inputs = tuple(sorted(name_of[module] for module in called - covered if module in name_of))
-    return Stack(
-        stack.name, stack.path, stack.blocks, stack.root, tuple(name_of[holder] for holder in holders), inputs
-    )
+    return Stack(stack.name, stack.path, stack.blocks, stack.root, tuple(name_of[holder] for holder in holders), inputs)
 
 
 def _contains_block(module: nn.Module, in_blocks: set[nn.Module]) -> bool:
@@ -475,15 +488,6 @@ def _contains_block(module: nn.Module, in_blocks: set[nn.Module]) -> bool:
 
 def _probe(stack: Stack, outside: list[nn.Module]) -> tuple[set[nn.Module], str]:
     """Runs the stack on two tokens up to its first block: the modules called until then, or why it cannot be run."""
-    parameters = inspect.signature(stack.root.forward).parameters
-    if "input_ids" not in parameters:
-        return set(), f"{type(stack.root).__name__}.forward takes no input_ids"
-    device = next((p.device for p in stack.root.parameters()), torch.device("cpu"))
-    ids = torch.zeros((1, 2), dtype=torch.long, device=device)
-    width = _width(stack)
-    attempts: list[dict[str, Any]] = [{}]
-    if "encoder_hidden_states" in parameters and width:
-        attempts.append({"encoder_hidden_states": torch.zeros((1, 2, width), device=device)})
     called: set[nn.Module] = set()
 
     def stop(*_: Any) -> None:
@@ -496,26 +500,47 @@ def _probe(stack: Stack, outside: list[nn.Module]) -> tuple[set[nn.Module], str]
     handles += [
         piece.register_forward_pre_hook(stop, prepend=True) for block in stack.blocks for piece in block.modules
     ]
-    failure = "its forward ended without calling a block"
+    failure = _run_on_two_tokens(stack.root, handles)
+    if isinstance(failure, _FirstBlock):
+        return called, ""
+    if failure is None:
+        return set(), "its forward ended without calling a block"
+    return set(), f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:120]}"
+
+
+def _run_on_two_tokens(module: nn.Module, handles: list[RemovableHandle]) -> Exception | None:
+    """Calls a module on two token ids without a graph, then removes the hooks; returns what it raised."""
+    parameters = inspect.signature(module.forward).parameters
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    given: dict[str, Any] = {
+        name: None for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+    }
+    given |= {"input_ids": torch.zeros((1, 2), dtype=torch.long, device=device)}
+    if "use_cache" in parameters:
+        given["use_cache"] = False  # hybrid caches look for attention blocks that a small model may lack
+    attempts = [given]
+    if "encoder_hidden_states" in parameters and (width := _width(module)):
+        attempts.append(given | {"encoder_hidden_states": torch.zeros((1, 2, width), device=device)})
+    failure: Exception | None = None
     try:
-        for extra in attempts:
-            called.clear()
+        for arguments in attempts:
             try:
                 with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    stack.root(input_ids=ids, **extra)
-            except _FirstBlock:
-                return called, ""
-            except Exception as error:  # a foreign forward may raise anything; the reason goes into the notes
-                failure = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+                    module(**arguments)
+                return None
+            except _FirstBlock as reached:
+                return reached
+            except Exception as error:  # a foreign forward may raise anything; its reason goes into the notes
+                failure = failure or error
     finally:
         for handle in handles:
             handle.remove()
-    return set(), failure
+    return failure
 
 
-def _width(stack: Stack) -> int:
-    config = getattr(stack.root, "config", None)
+def _width(module: nn.Module) -> int:
+    config = getattr(module, "config", None)
     width = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)
     return width if isinstance(width, int) else 0
 
@@ -536,9 +561,7 @@ def _registered_before(stack: Stack, outside: list[nn.Module]) -> set[nn.Module]
 # ------------------------------------------------------------------------------------------------------ parameters
 
 
-def _place_parameters(
-    model: nn.Module, core: nn.Module, stacks: tuple[Stack, ...]
-) -> dict[str, Part]:
+def _place_parameters(model: nn.Module, core: nn.Module, stacks: tuple[Stack, ...]) -> dict[str, Part]:
     """The part of every parameter name, second names of ties included."""
     block_of = {
         module: Part("block", stack.name, block.index)
@@ -562,22 +585,22 @@ def _place_parameters(
     embedding = _call(core, "get_input_embeddings")
     token_modules = set(embedding.modules()) if isinstance(embedding, nn.Module) else set()
     core_modules = set(core.modules())
-    tower_modules = {
-        child for candidate in _block_lists(core) if candidate not in block_of for child in candidate.modules()
-    } - set(block_of)
+    towers = _towers(core, set(block_of), set(input_of))
 
     def place(module: nn.Module) -> Part:
         if module in block_of:
             return block_of[module]
-        if module in head_modules:
-            return Part("head")
         if module in input_of:
             return input_of[module]
+        if module in head_modules:
+            return Part("head")
         if module in token_modules:
             return Part("embeddings", stacks[-1].name if len(stacks) == 1 else "")
+        if isinstance(module, nn.Embedding) and module not in towers:
+            return Part("embeddings", inside_of[module].name if module in inside_of else "")
         if module not in core_modules:
             return Part("embeddings")  # a PEFT prompt encoder: it stands beside the model and feeds its input
-        if module in tower_modules:
+        if module in towers:
             return Part("tower")
         if module in inside_of:
             return Part("final", inside_of[module].name)
@@ -585,10 +608,27 @@ def _place_parameters(
             return Part("tower") if module in base_modules and module is not base else Part("head")
         return Part("other")
 
-    parts: dict[str, Part] = {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        parts[name] = place(modules[name.rpartition(".")[0]])
-    return parts
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return {name: place(modules[name.rpartition(".")[0]]) for name in names}
+
+
+def _towers(core: nn.Module, in_blocks: set[nn.Module], inputs: set[nn.Module]) -> set[nn.Module]:
+    """The modules of every tower: the largest modules that hold a list of blocks which is none of the stacks'."""
+    towers: set[nn.Module] = set()
+
+    def walk(module: nn.Module) -> None:
+        below = set(module.modules())
+        if module in inputs or not _block_lists(module):
+            return
+        if not below & in_blocks:
+            towers.update(below)
+            return
+        for child in module.children():
+            if child not in in_blocks:
+                walk(child)
+
+    walk(core)
+    return towers
 
 
 def _find_ties(model: nn.Module, parts: dict[str, Part]) -> tuple[Tie, ...]:

@@ -1,0 +1,42 @@
+"""Fine-tune Hugging Face transformers with the lower part frozen: found by structure, proved to the bit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hf_freeze.anatomy import Anatomy, read_anatomy
+from hf_freeze.errors import FreezeError
+from hf_freeze.freezing import FreezeReport, freeze, thaw, verify_frozen
+from hf_freeze.plan import FreezePlan
+
+if TYPE_CHECKING:
+    from hf_freeze.summarization.generation import generate_summaries
+    from hf_freeze.summarization.rouge import compute_rouge
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Anatomy",
+    "FreezeError",
+    "FreezePlan",
+    "FreezeReport",
+    "compute_rouge",
+    "freeze",
+    "generate_summaries",
+    "read_anatomy",
+    "thaw",
+    "verify_frozen",
+]
+
+_LATER = {  # heavier rooms, imported when they are asked for
+    "generate_summaries": "hf_freeze.summarization.generation",
+    "compute_rouge": "hf_freeze.summarization.rouge",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        from importlib import import_module
+
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'hf_freeze' has no attribute {name!r}")

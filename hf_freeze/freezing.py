@@ -1,0 +1,488 @@
+"""Applies a plan to a model, holds frozen modules in eval, and proves that frozen weights did not move.
+
+`freeze` only ever freezes: what was frozen before stays so. `thaw` undoes what `freeze` did, no more. State lives on
+the model (`FreezeRecord`) and on the held modules, as plain values that survive deepcopy and pickle. Which names to
+freeze is the plan's business; this module sets `requires_grad` and checks bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_freeze.anatomy import Anatomy, BlocksGiven, Stack, read_anatomy, unwrap
+from hf_freeze.errors import FreezeError, FrozenWeightsChanged, PlanError
+from hf_freeze.plan import Cut, FreezePlan, ResolvedPlan
+from hf_freeze.report import freeze_table
+
+__all__ = ["FreezeReport", "FrozenProof", "freeze", "thaw", "verify_frozen"]
+
+_RECORD = "_hf_freeze_record"
+
+
+@dataclass
+class FreezeRecord:
+    """What `freeze` did to a model, kept on the model, so that `thaw` can undo it and `verify_frozen` prove it.
+
+    Attributes:
+        plan: The latest plan applied.
+        turned_off: Names of the parameters whose requires_grad `freeze` turned off.
+        held: Names of the modules that it holds in eval.
+        dropouts: Former values of the dropout attributes that it set to 0, by module and attribute name.
+        digests: Digest of each frozen tensor and of each persistent buffer of a frozen module.
+    """
+
+    plan: FreezePlan
+    turned_off: set[str] = field(default_factory=set)
+    held: set[str] = field(default_factory=set)
+    dropouts: dict[tuple[str, str], float] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FrozenProof:
+    """What `verify_frozen` found: every frozen tensor holds the bits that it held when it was frozen."""
+
+    tensors: int
+    tensor_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.tensors} frozen tensors, {self.tensor_bytes:,} bytes: unchanged"
+
+
+class FreezeReport:
+    """What `freeze` did: names, counts, where the backward pass ends, what can be cached. Prints as a table.
+
+    Attributes:
+        plan: The plan that was applied.
+        resolved: The plan made concrete.
+        frozen_names: Every frozen parameter, whoever froze it; a tied tensor under its first name.
+        trainable_names: Every other parameter.
+        frozen_before: Those of `frozen_names` that were frozen already, by the user, by PEFT or by an earlier plan.
+        held: Names of the modules held in eval.
+        dropouts: Former values of the dropout attributes of a stack that were set to 0, by (module, attribute).
+        digests: Digest of each frozen tensor and persistent buffer of a frozen module, by name.
+    """
+
+    def __init__(
+        self, anatomy: Anatomy, resolved: ResolvedPlan, record: FreezeRecord, frozen_before: tuple[str, ...]
+    ) -> None:
+        self.plan = record.plan
+        self.resolved = resolved
+        self.frozen_before = frozen_before
+        self.held = tuple(sorted(record.held))
+        self.dropouts = dict(record.dropouts)
+        self.digests = dict(record.digests)
+        sizes = {name: p.numel() for name, p in anatomy.parameters.items()}
+        self.frozen_names = tuple(name for name, p in anatomy.parameters.items() if not p.requires_grad)
+        self.trainable_names = tuple(name for name, p in anatomy.parameters.items() if p.requires_grad)
+        self.total_parameters = sum(sizes.values())
+        self.trainable_parameters = sum(sizes[name] for name in self.trainable_names)
+        self.frozen_parameters = self.total_parameters - self.trainable_parameters
+        self.table = freeze_table(anatomy, set(self.frozen_names), self.lowest_trainable, self._lines())
+        # Tensors are matched by identity first: PEFT renames them when it wraps the model. Weak, or a report would
+        # keep the model in memory.
+        self.tensors = weakref.WeakValueDictionary(_named_tensors(anatomy.model))
+
+    @property
+    def lowest_trainable(self) -> tuple[str, int]:
+        """Where the backward pass ends, e.g. ("decoder", 26)."""
+        return self.resolved.lowest_trainable
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """What can be cached, lowest first; () with `why_no_cut` where nothing can."""
+        return self.resolved.cuts
+
+    @property
+    def why_no_cut(self) -> str:
+        """Why nothing can be cached; "" where something can."""
+        return self.resolved.why_no_cut
+
+    def _lines(self) -> list[str]:
+        lines = list(self.resolved.reasons)
+        if self.frozen_before:
+            lines.append(
+                f"{len(self.frozen_before)} tensors were frozen before and stay so, e.g. {self.frozen_before[0]}."
+            )
+        if self.plan.frozen_mode == "eval" and self.held:
+            lines.append("Frozen modules are held in eval whatever model.train() says.")
+        if self.dropouts:
+            which = ", ".join(f"{module}.{name} = {value:g}" for (module, name), value in self.dropouts.items())
+            lines.append(
+                f"Dropout that a stack applies to its frozen part itself is off (set to 0, thaw restores): {which}."
+            )
+        if self.cuts:
+            what = ", ".join(f"{cut.stack} embeddings and blocks 0-{cut.blocks - 1}" for cut in self.cuts)
+            lines.append(f"Can be cached: {what}.")
+        else:
+            lines.append(f"Nothing can be cached: {self.why_no_cut}")
+        return lines + [f"Warning: {warning}" for warning in self.resolved.warnings]
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def to_markdown(self) -> str:
+        """The table in Markdown."""
+        return self.table.to_markdown()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return {
+            "plan": self.plan.to_dict(),
+            "trainable_parameters": self.trainable_parameters,
+            "total_parameters": self.total_parameters,
+            "trainable_names": list(self.trainable_names),
+            "frozen_names": list(self.frozen_names),
+            "frozen_before": list(self.frozen_before),
+            "lowest_trainable": list(self.lowest_trainable),
+            "cuts": [list(cut) for cut in self.cuts],
+            "why_no_cut": self.why_no_cut,
+            "table": self.table.to_dict(),
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "tensors"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, tensors=weakref.WeakValueDictionary())
+
+
+def freeze(
+    model: nn.Module,
+    plan: FreezePlan | None = None,
+    *,
+    blocks: BlocksGiven | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> FreezeReport:
+    """Freezes the lower part of a model as the plan says. Mutates the model; applying a plan twice changes nothing.
+
+    Turns `requires_grad` off and drops `.grad` (a leftover gradient would still move the weight at the next step),
+    holds frozen modules in eval whatever `model.train()` says, and takes a digest of every frozen tensor.
+
+    Args:
+        model: Any PreTrainedModel, PeftModel or nn.Module with a list of blocks; before it is wrapped by DDP or FSDP.
+        plan: What to freeze; None is `FreezePlan()`: embeddings and the lower half of each stack.
+        blocks: Handed to `read_anatomy` where structure does not tell.
+        optimizer: Where one exists already: the frozen parameters' state is dropped from it, since momentum and
+            weight decay can move a weight without a gradient.
+
+    Returns:
+        The report; `print(report)` shows the table.
+
+    Raises:
+        AnatomyError: The model's blocks cannot be told.
+        PlanError: The plan does not fit the model; nothing was changed.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=8, n_head=2, vocab_size=16))
+        >>> report = freeze(model, FreezePlan(decoder_blocks=3))
+        >>> report.lowest_trainable, model.train().transformer.h[0].training
+        (('decoder', 3), False)
+        >>> print(verify_frozen(model, report))
+        38 frozen tensors, 43,744 bytes: unchanged
+    """
+    plan = plan or FreezePlan()
+    if not isinstance(plan, FreezePlan):
+        raise PlanError(f"freeze was given a {type(plan).__name__} as plan; it takes a FreezePlan.")
+    anatomy = read_anatomy(model, blocks=blocks)
+    resolved = plan.resolve(anatomy)
+    core = anatomy.model
+    record: FreezeRecord = getattr(core, _RECORD, None) or FreezeRecord(plan)
+    record.plan = plan
+    if resolved.untied:
+        _untie(core, resolved.untied)
+        anatomy = read_anatomy(model, blocks=blocks)
+    ours = set(record.turned_off)
+    frozen_before = tuple(
+        name for name, p in anatomy.parameters.items() if not p.requires_grad
+        and (name not in ours or name not in resolved.frozen)
+    )  # fmt: skip
+    for name in resolved.frozen:
+        parameter = anatomy.parameters[name]
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
+            record.turned_off.add(name)
+        parameter.grad = None
+        if optimizer is not None:
+            optimizer.state.pop(parameter, None)
+    if plan.frozen_mode == "eval":
+        record.held.update(_hold_modules(anatomy))
+        record.dropouts = _silence_dropouts(anatomy) | record.dropouts
+    # A tensor that an earlier call froze keeps its first digest: freezing again must not hide that it moved.
+    record.digests = _digests(core, known=record.digests)
+    setattr(core, _RECORD, record)
+    return FreezeReport(anatomy, resolved, record, frozen_before)
+
+
+def thaw(model: nn.Module) -> tuple[str, ...]:
+    """Undoes what `freeze` did to a model, no more: the user's own freeze stays. Mutates the model.
+
+    A head that was untied stays untied: tying it again would throw away what it learnt. Does nothing on a model that
+    `freeze` never touched.
+
+    Returns:
+        Names of the parameters that train again.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16))
+        >>> _ = freeze(model)
+        >>> len(thaw(model)), all(parameter.requires_grad for parameter in model.parameters())
+        (14, True)
+    """
+    core = unwrap(model)
+    found = _record(core)
+    if found is None:
+        return ()
+    owner, record = found
+    parameters = dict(owner.named_parameters())
+    modules = dict(owner.named_modules())
+    names = tuple(name for name in parameters if name in record.turned_off)
+    for name in names:
+        parameters[name].requires_grad_(True)
+    for name in record.held:
+        if name in modules:
+            modules[name].__dict__.pop("train", None)
+    for name in record.held:
+        if name in modules:
+            modules[name].train(owner.training)
+    for (name, attribute), value in record.dropouts.items():
+        if name in modules:
+            setattr(modules[name], attribute, value)
+    delattr(owner, _RECORD)
+    return names
+
+
+def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> FrozenProof:
+    """Proves that every frozen tensor holds the bits that it held when `freeze` took its digest.
+
+    Persistent buffers of frozen modules count (batch-norm statistics, router biases). Tensors are matched by identity
+    first, then by name. Sharded tensors (FSDP2) are gathered one by one, so every rank must call this.
+
+    Args:
+        model: The model that was frozen, bare or wrapped (DDP, PEFT, torch.compile).
+        report: What `freeze` returned; None takes the record that it left on the model.
+
+    Returns:
+        The number of tensors and bytes compared.
+
+    Raises:
+        FrozenWeightsChanged: A tensor moved, disappeared or became trainable; each one is named.
+        FreezeError: The model was never frozen.
+    """
+    core = unwrap(model)
+    if report is not None:
+        digests, tensors = report.digests, report.tensors
+    else:
+        found = _record(core)
+        if found is None:
+            raise FreezeError(
+                f"verify_frozen was asked for a {type(core).__name__} that was never frozen. Call freeze(model, plan) "
+                "first, or pass its report."
+            )
+        digests, tensors = found[1].digests, weakref.WeakValueDictionary()
+    now = dict(_named_tensors(core))
+    identities = {id(tensor) for tensor in now.values()}
+    changed: list[str] = []
+    tensor_bytes = 0
+    for name, digest in digests.items():
+        tensor = tensors.get(name)
+        if tensor is None or id(tensor) not in identities:
+            tensor = _by_name(now, name)
+        if tensor is None:
+            changed.append(f"{name} (gone: replaced or renamed)")
+        elif tensor.device.type == "meta":
+            changed.append(f"{name} (on the meta device: it holds no bits)")
+        elif tensor.requires_grad:
+            changed.append(f"{name} (trainable again)")
+        elif _digest(tensor) != digest:
+            changed.append(name)
+        else:
+            tensor_bytes += tensor.numel() * tensor.element_size()
+    if changed:
+        shown = ", ".join(changed[:20]) + (f", ... and {len(changed) - 20} more" if len(changed) > 20 else "")
+        raise FrozenWeightsChanged(
+            f"{len(digests)} tensors should be frozen; {len(changed)} do not hold the bits they held when freeze() "
+            f"ran: {shown}. Look for an optimizer that got them, in-place edits, resize_token_embeddings or a dtype change "
+            "after freeze(); call freeze() after such steps."
+        )
+    return FrozenProof(len(digests), tensor_bytes)
+
+
+# ------------------------------------------------------------------------------------------------------ held modules
+
+
+def _hold_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Stands in for `train` on a frozen module: it and all below it stay in eval."""
+    return type(module).train(module, False)
+
+
+def _hold_modules(anatomy: Anatomy) -> tuple[str, ...]:
+    """Holds in eval the frozen blocks, what runs before a frozen first block down to its dropout, and every other
+    outermost module all of whose parameters are frozen; returns their names.
+
+    `train` is replaced by a partial of a module-level function, which deepcopy and pickle keep.
+    """
+    modules = dict(anatomy.model.named_modules())
+    held = {
+        name for stack in anatomy.stacks for block in stack.blocks for name in block.names if _frozen(modules[name])
+    }
+    for stack in anatomy.stacks:
+        if _frozen_from_the_bottom(stack, modules):
+            held.update(stack.inputs)
+    around = {stack.path for stack in anatomy.stacks} | {name for stack in anatomy.stacks for name in stack.holders}
+    covered = _below(held, modules)
+    for name, module in modules.items():
+        if name in covered or any(other == name or other.startswith(f"{name}.") or not name for other in held | around):
+            continue
+        if _frozen(module) and next(module.parameters(), None) is not None:
+            held.add(name)
+            covered |= _below({name}, modules)
+    for name in held:
+        module = modules[name]
+        module.__dict__["train"] = functools.partial(_hold_in_eval, module)
+        _hold_in_eval(module)
+    return tuple(name for name in modules if name in held)
+
+
+def _below(names: set[str], modules: dict[str, nn.Module]) -> set[str]:
+    """The names of the modules and of everything below them."""
+    return {f"{name}.{child}" if child else name for name in names for child, _ in modules[name].named_modules()}
+
+
+def _frozen(module: nn.Module) -> bool:
+    return all(not parameter.requires_grad for parameter in module.parameters())
+
+
+def _frozen_from_the_bottom(stack: Stack, modules: dict[str, nn.Module]) -> bool:
+    """Whether a stack's embeddings and its first block are frozen."""
+    return all(_frozen(modules[name]) for name in (*stack.inputs, *stack.blocks[0].names))
+
+
+def _silence_dropouts(anatomy: Anatomy) -> dict[tuple[str, str], float]:
+    """Sets to 0 the dropout that a stack's own forward applies to its frozen part; returns the former values.
+
+    BART keeps the dropout after its embeddings and LayerDrop as numbers on the stack, which also runs the trained
+    blocks; so the stack itself cannot be held in eval, where others (RWKV) rescale weights and start caches. LayerDrop
+    is one number a stack: where any block is frozen it is off for all.
+    """
+    modules = dict(anatomy.model.named_modules())
+    former: dict[tuple[str, str], float] = {}
+    for stack in anatomy.stacks:
+        some = any(_frozen(piece) for block in stack.blocks for piece in block.modules)
+        bottom = _frozen_from_the_bottom(stack, modules)
+        for holder in stack.holders:
+            for name, value in list(modules[holder].__dict__.items()):
+                wanted = some if "layerdrop" in name.lower().replace("_", "") else bottom and "drop" in name.lower()
+                if wanted and isinstance(value, float) and value > 0:
+                    former[holder, name] = value
+                    setattr(modules[holder], name, 0.0)
+    return former
+
+
+# ------------------------------------------------------------------------------------------------------------- untie
+
+
+def _untie(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Gives the head tensors of their own, and tells the config, so that saving and loading keep them apart."""
+    for name in names:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        parameter: nn.Parameter = getattr(owner, leaf)
+        setattr(owner, leaf, nn.Parameter(parameter.detach().clone(), requires_grad=True))
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for part in {id(c): c for c in (config, _text_config(config)) if c is not None}.values():
+            if getattr(part, "tie_word_embeddings", False):
+                part.tie_word_embeddings = False
+        tied = module.__dict__.get("all_tied_weights_keys")
+        if isinstance(tied, dict):
+            mine = next((n for n, m in model.named_modules() if m is module), "")
+            for target, source in list(tied.items()):
+                prefix = f"{mine}." if mine else ""
+                if prefix + target in names or prefix + source in names:
+                    del tied[target]
+
+
+def _text_config(config: Any) -> Any:
+    get = getattr(config, "get_text_config", None)
+    return get() if callable(get) else None
+
+
+# ----------------------------------------------------------------------------------------------------------- digests
+
+
+def _record(model: nn.Module) -> tuple[nn.Module, FreezeRecord] | None:
+    """The record of `freeze` and the module that it stands on: the model, or the one that PEFT wrapped since."""
+    for module in model.modules():
+        record = module.__dict__.get(_RECORD)
+        if isinstance(record, FreezeRecord):
+            return module, record
+    return None
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers, each under its first name."""
+    yield from model.named_parameters()
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield (f"{prefix}.{name}" if prefix else name), buffer
+
+
+def _by_name(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor | None:
+    """The tensor of that name; failing that, the one whose name PEFT has wrapped around it."""
+    if name in tensors:
+        return tensors[name]
+    leaf = name.rpartition(".")
+    endings = (f".{name}", f".{leaf[0]}.base_layer.{leaf[2]}")
+    found = [tensor for other, tensor in tensors.items() if other.endswith(endings)]
+    return found[0] if len(found) == 1 else None
+
+
+def _digests(model: nn.Module, known: dict[str, str]) -> dict[str, str]:
+    """Digest of every frozen parameter and of the persistent buffers of modules without a trainable parameter."""
+    digests: dict[str, str] = {}
+    modules = dict(model.named_modules())
+    for name, tensor in _named_tensors(model):
+        if isinstance(tensor, nn.Parameter):
+            frozen = not tensor.requires_grad
+        else:
+            owner = modules[name.rpartition(".")[0]]
+            parameters = list(owner.parameters())
+            frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
+        if frozen and tensor.device.type != "meta":
+            digests[name] = known.get(name) or _digest(tensor)
+    return digests
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    """A 128-bit digest of a tensor's dtype, shape and bytes; several GB a second and core.
+
+    Finds accidents, not forgers: XXH3 is no cryptographic hash.
+    """
+    import xxhash
+
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):  # a shard of FSDP2 or tensor parallelism
+        tensor = tensor.full_tensor()
+    if getattr(tensor, "ds_id", None) is not None:
+        raise FreezeError(
+            "A digest was asked of a parameter that DeepSpeed ZeRO-3 has partitioned; its bytes are not here. "
+            "Call freeze() and verify_frozen() before deepspeed.initialize, or under GatheredParameters."
+        )
+    state = xxhash.xxh3_128(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    flat = tensor.contiguous().reshape(-1)
+    step = max(1, (64 << 20) // max(1, flat.element_size()))  # 64 MiB at a time off an accelerator
+    for start in range(0, flat.numel(), step):
+        piece = flat[start : start + step].cpu()
+        state.update(piece.view(torch.uint8).numpy().data)
+    return state.hexdigest()

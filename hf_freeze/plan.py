@@ -1,0 +1,426 @@
+"""What to freeze, as data: `FreezePlan` says what is asked, `resolve` turns it into names, with the reason for each.
+
+A plan never touches a model: `freezing.freeze` applies a resolved plan. Everything a plan can ask wrongly is refused
+here, before anything is changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+from hf_freeze.anatomy import Anatomy, Part, Stack
+from hf_freeze.errors import PlanError, nearest
+
+__all__ = ["Cut", "FreezePlan", "ResolvedPlan"]
+
+BlockCount = int | float | Literal["all"]
+PLAN_FILE = "freeze_plan.json"
+DEFAULT_BLOCKS = 0.5
+
+
+class Cut(NamedTuple):
+    """A prefix that can be cached: the lowest `blocks` blocks of a stack and all that lies before them."""
+
+    stack: str
+    blocks: int
+
+
+@dataclass(frozen=True)
+class ResolvedPlan:
+    """A plan made concrete for one model: plain names, cuts and reasons.
+
+    Attributes:
+        frozen: Parameter names to freeze, in the model's order; a tied tensor under its first name.
+        trained: All the others. They may still be frozen by the user or by PEFT; `freeze` leaves that so.
+        blocks: How many of the lowest blocks each stack has frozen.
+        untied: Head parameters to clone from the embeddings, under the head's names.
+        cuts: What can be cached, () with `why_no_cut` where nothing can.
+        lowest_trainable: Where the backward pass ends: ("decoder", 26), ("embeddings", 0), ("final", 0), ("head", 0).
+        reasons: Each choice that was derived rather than asked, and why.
+        warnings: What is correct but very likely a mistake.
+    """
+
+    frozen: tuple[str, ...]
+    trained: tuple[str, ...]
+    blocks: dict[str, int]
+    untied: tuple[str, ...]
+    cuts: tuple[Cut, ...]
+    why_no_cut: str
+    lowest_trainable: tuple[str, int]
+    reasons: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FreezePlan:
+    """What to freeze. Checked when it is made, made concrete by `resolve`, applied by `freeze`.
+
+    Args:
+        embeddings: Freeze all input embeddings: token, position, segment, their norms and projections, and towers
+            (a vision encoder) that feed the text stack. True, because with trainable embeddings the backward pass
+            must reach the bottom and most of the saving is lost.
+        encoder_blocks: The lowest n (int), all but the top n (negative int), that fraction rounded down (float;
+            1 is one block, 1.0 all of them) or "all". None means 0.5, the classic "freeze the early half".
+        decoder_blocks: The same for the decoder. A model with one stack takes either name.
+        tied_head: Where the head shares its weight with frozen embeddings: "freeze" both, "train" both (then nothing
+            can be cached) or "untie", which clones the head's weight and trains the clone. "freeze", because it
+            changes nothing but what is asked.
+        freeze: Regular expressions over parameter names, applied last. A pattern must cover whole dot-separated
+            pieces of the name: `layers.1` never means layer 10. One that matches nothing is an error.
+        train: The same for what to train; wins over `freeze`.
+        frozen_mode: "eval" keeps dropout off in frozen modules whatever `model.train()` says, which a cache needs;
+            "train" leaves it on.
+
+    Raises:
+        PlanError: A value of the wrong kind, or a pattern that is no regular expression.
+
+    Example:
+        >>> FreezePlan(decoder_blocks=-4).to_dict()["decoder_blocks"]
+        -4
+        >>> FreezePlan(decoder_blocks=1.5)
+        Traceback (most recent call last):
+        hf_freeze.errors.PlanError: FreezePlan asks for decoder_blocks=1.5; a fraction lies between 0.0 and 1.0. \
+Use an int for a number of blocks, or "all".
+    """
+
+    embeddings: bool = True
+    encoder_blocks: BlockCount | None = None
+    decoder_blocks: BlockCount | None = None
+    tied_head: Literal["freeze", "train", "untie"] = "freeze"
+    freeze: Sequence[str] = field(default=())
+    train: Sequence[str] = field(default=())
+    frozen_mode: Literal["eval", "train"] = "eval"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.embeddings, bool):
+            raise PlanError(f"FreezePlan asks for embeddings={self.embeddings!r}; it is True or False.")
+        for name in ("encoder_blocks", "decoder_blocks"):
+            _check_count(name, getattr(self, name))
+        for name, choices in (("tied_head", ("freeze", "train", "untie")), ("frozen_mode", ("eval", "train"))):
+            if (value := getattr(self, name)) not in choices:
+                raise PlanError(f"FreezePlan asks for {name}={value!r}; it is one of {', '.join(map(repr, choices))}.")
+        for name in ("freeze", "train"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+                raise PlanError(
+                    f"FreezePlan asks for {name}={patterns!r}; it is a sequence of regular expressions. "
+                    f"Use {name}=({patterns!r},)."
+                    if isinstance(patterns, str)
+                    else f"FreezePlan asks for {name}={patterns!r}; every pattern is a string."
+                )
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise PlanError(
+                        f"FreezePlan asks for {name}=({pattern!r},); that is no regular expression: {error}."
+                    ) from error
+            object.__setattr__(self, name, tuple(patterns))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready values."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """A plan from `to_dict`'s values; missing fields keep their defaults.
+
+        Raises:
+            PlanError: An unknown field.
+        """
+        known = [f.name for f in fields(cls)]
+        if unknown := [key for key in values if key not in known]:
+            raise PlanError(
+                f"A freeze plan was read with the field {unknown[0]!r}; it has no such field. "
+                f"The nearest: {nearest(unknown[0], known)}."
+            )
+        return cls(**values)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes freeze_plan.json into the folder, whole or not at all."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            json.dump(self.to_dict(), file, indent=2)
+            file.write("\n")
+        os.replace(file.name, path / PLAN_FILE)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
+        """Reads freeze_plan.json from the folder.
+
+        Raises:
+            PlanError: The file is missing or is not a plan.
+        """
+        path = Path(folder) / PLAN_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise PlanError(
+                f"A freeze plan was asked from {str(folder)!r}; there is no {PLAN_FILE} in it. "
+                "Write one with FreezePlan.save_pretrained."
+            ) from None
+        except ValueError as error:
+            raise PlanError(f"{path} was read as a freeze plan; it is not JSON: {error}.") from error
+        if not isinstance(values, dict):
+            raise PlanError(f"{path} was read as a freeze plan; it holds a {type(values).__name__}, not an object.")
+        return cls.from_dict(values)
+
+    def resolve(self, anatomy: Anatomy) -> ResolvedPlan:
+        """The plan made concrete for a model: names, cuts, and the reason for each derived choice. Changes nothing.
+
+        Raises:
+            PlanError: A count beyond the depth, a pattern that matches nothing, names of one tied tensor that end
+                up on both sides, or a plan that would freeze or train nothing.
+
+        Example:
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> from hf_freeze.anatomy import read_anatomy
+            >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=4,
+            ...     num_attention_heads=2, num_key_value_heads=2, vocab_size=16))
+            >>> FreezePlan(decoder_blocks=3).resolve(read_anatomy(model)).lowest_trainable
+            ('decoder', 3)
+        """
+        reasons: list[str] = []
+        blocks = self._block_counts(anatomy, reasons)
+        by_part = {name: self._freezes_part(part, blocks, anatomy) for name, part in anatomy.parts.items()}
+        untied = self._resolve_ties(anatomy, by_part, reasons)
+        by_name = self._apply_patterns(anatomy, by_part)
+        for tie in anatomy.ties:
+            decisions = {name: by_name[name] for name in tie.names if name not in untied}
+            if len(set(decisions.values())) > 1:
+                frozen = next(name for name, off in decisions.items() if off)
+                trained = next(name for name, off in decisions.items() if not off)
+                raise PlanError(
+                    f"FreezePlan freezes {frozen!r} and trains {trained!r}; in {anatomy.model_class} they are one "
+                    "tensor under two names. Freeze or train both; for a tied head, use tied_head='train' or 'untie'."
+                )
+        frozen_names = tuple(name for name in anatomy.parameters if by_name[name])
+        trained_names = tuple(name for name in anatomy.parameters if not by_name[name]) + untied
+        if not frozen_names:
+            raise PlanError(
+                f"FreezePlan freezes nothing of {anatomy.model_class}: {self}. Ask for at least one block "
+                "(decoder_blocks=1) or the embeddings, or train the model without a plan."
+            )
+        able = [n for n in trained_names if n in untied or anatomy.parameters[n].requires_grad]
+        if not able:
+            frozen_before = len(trained_names)
+            raise PlanError(
+                f"FreezePlan trains nothing of {anatomy.model_class}: "
+                + (
+                    f"the {frozen_before} tensors it leaves are frozen already. Thaw some (requires_grad_(True)), or "
+                    "freeze fewer blocks."
+                    if frozen_before
+                    else "every tensor is frozen. Freeze fewer blocks, or use tied_head='untie' to train the head."
+                )
+            )
+        frozen_now = {n for n, p in anatomy.parameters.items() if by_name[n] or not p.requires_grad}
+        lowest = _lowest_trainable(anatomy, frozen_now, untied)
+        cuts, why_no_cut = self._cuts(anatomy, frozen_now, set(untied))
+        return ResolvedPlan(
+            frozen=frozen_names,
+            trained=trained_names,
+            blocks=blocks,
+            untied=untied,
+            cuts=cuts,
+            why_no_cut=why_no_cut,
+            lowest_trainable=lowest,
+            reasons=tuple(reasons),
+            warnings=_warnings(anatomy, frozen_now, lowest, blocks),
+        )
+
+    def _block_counts(self, anatomy: Anatomy, reasons: list[str]) -> dict[str, int]:
+        """The number of frozen blocks of each stack."""
+        asked: dict[str, BlockCount | None] = {"encoder": self.encoder_blocks, "decoder": self.decoder_blocks}
+        if len(anatomy.stacks) == 1:
+            stack = anatomy.stacks[0]
+            counts = {name: _count(name, value, stack, anatomy) for name, value in asked.items() if value is not None}
+            if len(set(counts.values())) > 1:
+                raise PlanError(
+                    f"FreezePlan asks for encoder_blocks={self.encoder_blocks!r} and "
+                    f"decoder_blocks={self.decoder_blocks!r}; {anatomy.model_class} has one stack of {len(stack)} "
+                    f"blocks, which either name means. Give one of them."
+                )
+            value = next((value for value in asked.values() if value is not None), None)
+            asked = {stack.name: value}
+        blocks: dict[str, int] = {}
+        for stack in anatomy.stacks:
+            value = asked[stack.name]
+            blocks[stack.name] = _count(stack.name, DEFAULT_BLOCKS if value is None else value, stack, anatomy)
+            if value is None:
+                reasons.append(
+                    f"{stack.name}_blocks was not given: the lower half, {blocks[stack.name]} of {len(stack)} blocks."
+                )
+            elif not isinstance(value, int) or value < 0:
+                reasons.append(f"{stack.name}_blocks={value!r} is {blocks[stack.name]} of {len(stack)} blocks.")
+        return blocks
+
+    def _freezes_part(self, part: Part, blocks: dict[str, int], anatomy: Anatomy) -> bool:
+        if part.kind == "block":
+            return part.index < blocks[part.stack]
+        if part.kind in ("embeddings", "tower"):
+            return self.embeddings
+        # An encoder frozen whole is frozen with its final norm: its output is then a constant of the input.
+        whole_encoder = len(anatomy.stacks) == 2 and blocks["encoder"] == len(anatomy.stack("encoder"))
+        return part.kind == "final" and part.stack == "encoder" and whole_encoder
+
+    def _resolve_ties(self, anatomy: Anatomy, by_part: dict[str, bool], reasons: list[str]) -> tuple[str, ...]:
+        """Settles tensors whose names lie in several parts; returns the head's names to untie."""
+        untied: list[str] = []
+        for tie in anatomy.ties:
+            frozen = [name for name in tie.names if by_part[name]]
+            if not frozen or len(frozen) == len(tie.names):
+                continue
+            heads = [name for name, part in zip(tie.names, tie.parts, strict=True) if part.kind == "head"]
+            if heads and self.tied_head == "untie":
+                untied += heads
+                reasons.append(f"{heads[0]} is untied from {tie.names[0]}: cloned, and the clone is trained.")
+                rest = [name for name in tie.names if name not in heads]
+                by_part.update(dict.fromkeys(rest, True))
+            elif heads and self.tied_head == "train":
+                by_part.update(dict.fromkeys(tie.names, False))
+                reasons.append(f"{heads[0]} is the same tensor as {tie.names[0]}: both train (tied_head='train').")
+            else:
+                by_part.update(dict.fromkeys(tie.names, True))
+                other = next(name for name in tie.names if name not in frozen)
+                why = " (tied_head='freeze')" if heads else "; a tensor with a frozen place stays frozen"
+                reasons.append(f"{other} is the same tensor as {frozen[0]}: both are frozen{why}.")
+        return tuple(untied)
+
+    def _apply_patterns(self, anatomy: Anatomy, by_part: dict[str, bool]) -> dict[str, bool]:
+        by_name = dict(by_part)
+        for decision, patterns in ((True, self.freeze), (False, self.train)):
+            for pattern in patterns:
+                matched = [name for name in by_name if _covers(pattern, name)]
+                if not matched:
+                    pieces = list(dict.fromkeys(anatomy.parts))
+                    raise PlanError(
+                        f"FreezePlan asks for {'freeze' if decision else 'train'}=({pattern!r},); it matches none of "
+                        f"the {len(pieces)} parameter names of {anatomy.model_class}. A pattern covers whole "
+                        f"dot-separated pieces. The nearest: {nearest(pattern, pieces + _pieces(pieces))}."
+                    )
+                by_name.update(dict.fromkeys(matched, decision))
+        return by_name
+
+    def _cuts(self, anatomy: Anatomy, frozen: set[str], untied: set[str]) -> tuple[tuple[Cut, ...], str]:
+        """What of the frozen part is a constant of the input, and why nothing is, where nothing is."""
+        if self.frozen_mode == "train":
+            return (), "frozen_mode='train' keeps dropout on in the frozen blocks, so their output changes every step."
+        trainable = {n for n in anatomy.parts if _first_name(anatomy, n) not in frozen or n in untied}
+        cuts: list[Cut] = []
+        for stack in anatomy.stacks:
+            moving = [
+                n for n in trainable if (part := anatomy.parts[n]).kind in ("embeddings", "tower")
+                and part.stack in ("", stack.name)
+            ]  # fmt: skip
+            if moving:
+                return tuple(cuts), f"the embeddings train ({moving[0]}), so every block's input changes every step."
+            depth = _frozen_depth(anatomy, stack, trainable)
+            if depth:
+                cuts.append(Cut(stack.name, depth))
+            whole = depth == len(stack) and not any(
+                part.kind == "final" and part.stack == stack.name and n in trainable
+                for n, part in anatomy.parts.items()
+            )
+            if not whole:
+                break  # a decoder above a moving encoder sees another encoder output at every step
+        return tuple(cuts), "" if cuts else "the lowest block is not frozen whole."
+
+
+def _check_count(name: str, value: object) -> None:
+    if value is None or value == "all":
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PlanError(
+            f'FreezePlan asks for {name}={value!r}; it is an int, a fraction between 0.0 and 1.0, or "all".'
+        )
+    if isinstance(value, float) and not 0.0 <= value <= 1.0:
+        raise PlanError(
+            f"FreezePlan asks for {name}={value!r}; a fraction lies between 0.0 and 1.0. "
+            'Use an int for a number of blocks, or "all".'
+        )
+
+
+def _count(name: str, value: BlockCount, stack: Stack, anatomy: Anatomy) -> int:
+    depth = len(stack)
+    if value == "all":
+        return depth
+    if isinstance(value, float):
+        return int(depth * value)
+    value = int(value)  # _check_count has refused everything but an int here
+    if abs(value) > depth:
+        raise PlanError(
+            f"FreezePlan asks for {value} {name} blocks; {anatomy.model_class} has {depth}. "
+            f"Use {name}_blocks {'<=' if value > 0 else '>='} {depth if value > 0 else -depth}, or 'all'."
+        )
+    return value if value >= 0 else depth + value
+
+
+def _covers(pattern: str, name: str) -> bool:
+    """Whether the pattern covers whole dot-separated pieces of the name.
+
+    >>> _covers(r"layers\\.1", "model.layers.1.mlp.weight"), _covers(r"layers\\.1", "model.layers.10.mlp.weight")
+    (True, False)
+    >>> _covers("norm", "model.layers.1.input_layernorm.weight"), _covers(".*norm", "layers.1.input_layernorm.weight")
+    (False, True)
+    """
+    return re.search(rf"(?:^|(?<=\.))(?:{pattern})(?=\.|$)", name) is not None
+
+
+def _pieces(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(piece for name in names for piece in name.split(".") if not piece.isdigit()))
+
+
+def _first_name(anatomy: Anatomy, name: str) -> str:
+    tie = anatomy.tie_of.get(name)
+    return tie.names[0] if tie else name
+
+
+def _frozen_depth(anatomy: Anatomy, stack: Stack, trainable: set[str]) -> int:
+    """How many of the lowest blocks hold no trainable tensor."""
+    moving = {
+        anatomy.parts[n].index for n in trainable
+        if anatomy.parts[n].kind == "block" and anatomy.parts[n].stack == stack.name
+    }  # fmt: skip
+    return min(moving, default=len(stack))
+
+
+def _lowest_trainable(anatomy: Anatomy, frozen: set[str], untied: tuple[str, ...]) -> tuple[str, int]:
+    """The lowest place with a trainable tensor: there the backward pass ends."""
+    places = {anatomy.parts[n] for n in anatomy.parts if _first_name(anatomy, n) not in frozen or n in untied}
+    order = {"tower": 0, "embeddings": 0, "block": 1, "final": 2, "other": 3, "head": 3}
+    stacks = [stack.name for stack in anatomy.stacks]
+
+    def height(part: Part) -> tuple[int, int, int]:
+        if part.kind in ("tower", "embeddings"):
+            return (0, 0, 0)
+        where = stacks.index(part.stack) if part.stack in stacks else len(stacks)
+        return (1 + where, order[part.kind], part.index)
+
+    lowest = min(places, key=height)
+    if lowest.kind == "block":
+        return (lowest.stack, lowest.index)
+    return ("embeddings" if lowest.kind == "tower" else lowest.kind, 0)
+
+
+def _warnings(anatomy: Anatomy, frozen: set[str], lowest: tuple[str, int], blocks: dict[str, int]) -> tuple[str, ...]:
+    found = []
+    if lowest[0] == "embeddings" and sum(blocks.values()):
+        found.append(
+            "Blocks are frozen but the embeddings train: the backward pass must reach the bottom, and most of the "
+            "saving in time and memory is gone. Use embeddings=True."
+        )
+    stacks = {stack.name: stack for stack in anatomy.stacks}
+    if len(stacks) == 2 and blocks["decoder"] and lowest[0] == "encoder":
+        found.append(
+            "Encoder blocks train below a partly frozen decoder: its frozen blocks still carry the gradient to the "
+            "encoder and cannot be cached. encoder_blocks='all' ends the backward pass in the decoder."
+        )
+    return tuple(found)
