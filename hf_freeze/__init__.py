@@ -10,6 +10,7 @@ from hf_freeze.freezing import FreezeReport, freeze, thaw, verify_frozen
 from hf_freeze.plan import FreezePlan
 
 if TYPE_CHECKING:
+    from hf_freeze.forecast import forecast
     from hf_freeze.summarization.generation import generate_summaries
     from hf_freeze.summarization.rouge import compute_rouge
 
@@ -21,6 +22,7 @@ __all__ = [
     "FreezePlan",
     "FreezeReport",
     "compute_rouge",
+    "forecast",
     "freeze",
     "generate_summaries",
     "read_anatomy",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 _LATER = {  # heavier rooms, imported when they are asked for
+    "forecast": "hf_freeze.forecast",
     "generate_summaries": "hf_freeze.summarization.generation",
     "compute_rouge": "hf_freeze.summarization.rouge",
 }

@@ -12,12 +12,13 @@ import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from hf_freeze.errors import AnatomyError, nearest
@@ -65,6 +66,7 @@ class Stack:
         holders: Names of the modules from `root` down to the list: their own dropout acts on the prefix too.
         inputs: Names of the modules that run before block 0 (token, position, segment embeddings, their norm,
             projections and dropout), the outermost ones only.
+        input_parameters: Names of the holders' own parameters that are used before block 0, such as a learnt scale.
     """
 
     name: StackName
@@ -73,6 +75,7 @@ class Stack:
     root: nn.Module = field(repr=False, compare=False)
     holders: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
+    input_parameters: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -467,27 +470,54 @@ def _with_inputs(stack: Stack, model: nn.Module, name_of: dict[nn.Module, str], 
     if stack.root not in holders:
         holders.append(stack.root)
     outside = [m for m in stack.root.modules() if m not in in_blocks and m not in holders]
-    called, failure = _probe(stack, outside)
+    bare = {f"{name_of[h]}.{leaf}".strip("."): p for h in holders for leaf, p in h.named_parameters(recurse=False)}
+    called, used, failure = _probe(stack, outside)
     if failure:
         notes.append(
             f"{stack.name}: its embeddings could not be run on two tokens ({failure}); "
             "what lies before the first block was told by the order of registration."
         )
-        called = _registered_before(stack, outside)
-    called |= {module for module in outside if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
+        called, used = _registered_before(stack, outside), set(bare.values())
+    towers = _towers(stack.root, in_blocks)
+    called |= {m for m in outside if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m not in towers}
     for module in [m for m in called if _contains_block(m, in_blocks)]:
         called.discard(module)
     covered = {child for module in called for child in list(module.modules())[1:]}
     inputs = tuple(sorted(name_of[module] for module in called - covered if module in name_of))
-    return Stack(stack.name, stack.path, stack.blocks, stack.root, tuple(name_of[holder] for holder in holders), inputs)
+    return replace(
+        stack,
+        holders=tuple(name_of[holder] for holder in holders),
+        inputs=inputs,
+        input_parameters=tuple(name for name, parameter in bare.items() if parameter in used),
+    )
 
 
 def _contains_block(module: nn.Module, in_blocks: set[nn.Module]) -> bool:
     return any(child in in_blocks for child in module.modules())
 
 
-def _probe(stack: Stack, outside: list[nn.Module]) -> tuple[set[nn.Module], str]:
-    """Runs the stack on two tokens up to its first block: the modules called until then, or why it cannot be run."""
+class _ParametersUsed(TorchFunctionMode):
+    """Records the parameters that torch functions get. Looking at one (`weight.dtype`) is no use of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: set[nn.Parameter] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") != "__get__":
+            for value in (*args, *kwargs.values()):
+                values = value if isinstance(value, list | tuple) else (value,)
+                self.used.update(v for v in values if isinstance(v, nn.Parameter))
+        return func(*args, **kwargs)
+
+
+def _probe(stack: Stack, outside: list[nn.Module]) -> tuple[set[nn.Module], set[nn.Parameter], str]:
+    """Runs the stack on two tokens up to its first block.
+
+    Returns:
+        The modules called and the parameters used until then, and why it cannot be run where it cannot.
+    """
     called: set[nn.Module] = set()
 
     def stop(*_: Any) -> None:
@@ -500,12 +530,13 @@ def _probe(stack: Stack, outside: list[nn.Module]) -> tuple[set[nn.Module], str]
     handles += [
         piece.register_forward_pre_hook(stop, prepend=True) for block in stack.blocks for piece in block.modules
     ]
-    failure = _run_on_two_tokens(stack.root, handles)
+    with _ParametersUsed() as parameters:
+        failure = _run_on_two_tokens(stack.root, handles)
     if isinstance(failure, _FirstBlock):
-        return called, ""
+        return called, parameters.used, ""
     if failure is None:
-        return set(), "its forward ended without calling a block"
-    return set(), f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:120]}"
+        return set(), set(), "its forward ended without calling a block"
+    return set(), set(), f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:120]}"
 
 
 def _run_on_two_tokens(module: nn.Module, handles: list[RemovableHandle]) -> Exception | None:
@@ -585,15 +616,20 @@ def _place_parameters(model: nn.Module, core: nn.Module, stacks: tuple[Stack, ..
     embedding = _call(core, "get_input_embeddings")
     token_modules = set(embedding.modules()) if isinstance(embedding, nn.Module) else set()
     core_modules = set(core.modules())
-    towers = _towers(core, set(block_of), set(input_of))
+    towers = _towers(core, set(block_of) | set(input_of)) | _projectors(stacks, set(block_of), set(input_of))
+    token_weights = {m.weight for m in (*input_of, *token_modules) if isinstance(m, nn.Embedding)}
+    bare = {name: Part("embeddings", stack.name) for stack in stacks for name in stack.input_parameters}
 
-    def place(module: nn.Module) -> Part:
+    def place(name: str) -> Part:
+        if name in bare:
+            return bare[name]
+        module = modules[name.rpartition(".")[0]]
         if module in block_of:
             return block_of[module]
         if module in input_of:
             return input_of[module]
-        if module in head_modules:
-            return Part("head")
+        if module in head_modules or (isinstance(module, nn.Linear) and module.weight in token_weights):
+            return Part("head")  # a projection by the token embeddings is one, whatever the accessor says
         if module in token_modules:
             return Part("embeddings", stacks[-1].name if len(stacks) == 1 else "")
         if isinstance(module, nn.Embedding) and module not in towers:
@@ -609,26 +645,40 @@ def _place_parameters(model: nn.Module, core: nn.Module, stacks: tuple[Stack, ..
         return Part("other")
 
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    return {name: place(modules[name.rpartition(".")[0]]) for name in names}
+    return {name: place(name) for name in names}
 
 
-def _towers(core: nn.Module, in_blocks: set[nn.Module], inputs: set[nn.Module]) -> set[nn.Module]:
-    """The modules of every tower: the largest modules that hold a list of blocks which is none of the stacks'."""
+def _towers(core: nn.Module, known: set[nn.Module]) -> set[nn.Module]:
+    """The modules of every tower: the largest modules that hold a list of blocks and nothing known of a stack."""
     towers: set[nn.Module] = set()
 
     def walk(module: nn.Module) -> None:
         below = set(module.modules())
-        if module in inputs or not _block_lists(module):
+        if module in known or not _block_lists(module):
             return
-        if not below & in_blocks:
+        if not below & known:
             towers.update(below)
             return
         for child in module.children():
-            if child not in in_blocks:
-                walk(child)
+            walk(child)
 
     walk(core)
     return towers
+
+
+def _projectors(stacks: tuple[Stack, ...], in_blocks: set[nn.Module], inputs: set[nn.Module]) -> set[nn.Module]:
+    """The modules that carry a tower's output into a stack whose root holds the tower: they run on no text.
+
+    What runs after the last block there is told from them by its parameters: a norm has no matrix.
+    """
+    found: set[nn.Module] = set()
+    for stack in stacks:
+        if _towers(stack.root, in_blocks | inputs):
+            for child in stack.root.children():
+                below = set(child.modules())
+                if not below & (in_blocks | inputs) and any(p.dim() > 1 for p in child.parameters()):
+                    found |= below
+    return found
 
 
 def _find_ties(model: nn.Module, parts: dict[str, Part]) -> tuple[Tie, ...]:

@@ -311,8 +311,8 @@ def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> Froze
         shown = ", ".join(changed[:20]) + (f", ... and {len(changed) - 20} more" if len(changed) > 20 else "")
         raise FrozenWeightsChanged(
             f"{len(digests)} tensors should be frozen; {len(changed)} do not hold the bits they held when freeze() "
-            f"ran: {shown}. Look for an optimizer that got them, in-place edits, resize_token_embeddings or a dtype change "
-            "after freeze(); call freeze() after such steps."
+            f"ran: {shown}. Look for an optimizer that got them, in-place edits, resize_token_embeddings or a dtype "
+            "change after freeze(); call freeze() after such steps."
         )
     return FrozenProof(len(digests), tensor_bytes)
 
@@ -336,7 +336,7 @@ def _hold_modules(anatomy: Anatomy) -> tuple[str, ...]:
         name for stack in anatomy.stacks for block in stack.blocks for name in block.names if _frozen(modules[name])
     }
     for stack in anatomy.stacks:
-        if _frozen_from_the_bottom(stack, modules):
+        if _frozen_from_the_bottom(stack, anatomy):
             held.update(stack.inputs)
     around = {stack.path for stack in anatomy.stacks} | {name for stack in anatomy.stacks for name in stack.holders}
     covered = _below(held, modules)
@@ -362,9 +362,12 @@ def _frozen(module: nn.Module) -> bool:
     return all(not parameter.requires_grad for parameter in module.parameters())
 
 
-def _frozen_from_the_bottom(stack: Stack, modules: dict[str, nn.Module]) -> bool:
+def _frozen_from_the_bottom(stack: Stack, anatomy: Anatomy) -> bool:
     """Whether a stack's embeddings and its first block are frozen."""
-    return all(_frozen(modules[name]) for name in (*stack.inputs, *stack.blocks[0].names))
+    model = anatomy.model
+    return all(_frozen(model.get_submodule(name)) for name in (*stack.inputs, *stack.blocks[0].names)) and not any(
+        model.get_parameter(name).requires_grad for name in stack.input_parameters
+    )
 
 
 def _silence_dropouts(anatomy: Anatomy) -> dict[tuple[str, str], float]:
@@ -378,7 +381,7 @@ def _silence_dropouts(anatomy: Anatomy) -> dict[tuple[str, str], float]:
     former: dict[tuple[str, str], float] = {}
     for stack in anatomy.stacks:
         some = any(_frozen(piece) for block in stack.blocks for piece in block.modules)
-        bottom = _frozen_from_the_bottom(stack, modules)
+        bottom = _frozen_from_the_bottom(stack, anatomy)
         for holder in stack.holders:
             for name, value in list(modules[holder].__dict__.items()):
                 wanted = some if "layerdrop" in name.lower().replace("_", "") else bottom and "drop" in name.lower()

@@ -223,6 +223,7 @@ Use an int for a number of blocks, or "all".
             )
         frozen_now = {n for n, p in anatomy.parameters.items() if by_name[n] or not p.requires_grad}
         lowest = _lowest_trainable(anatomy, frozen_now, untied)
+        self._refuse_stuck_blocks(anatomy, blocks, lowest)
         cuts, why_no_cut = self._cuts(anatomy, frozen_now, set(untied))
         return ResolvedPlan(
             frozen=frozen_names,
@@ -235,6 +236,20 @@ Use an int for a number of blocks, or "all".
             reasons=tuple(reasons),
             warnings=_warnings(anatomy, frozen_now, lowest, blocks),
         )
+
+    def _refuse_stuck_blocks(self, anatomy: Anatomy, blocks: dict[str, int], lowest: tuple[str, int]) -> None:
+        """Refuses what reversible blocks cannot do: their own backward pass starts from a trainable input only, and
+        asserts that every block is in train mode. Above a frozen input they would silently learn nothing.
+        """
+        for stack in anatomy.stacks:
+            kind = next((type(m).__name__ for b in stack.blocks for m in b.modules if hasattr(m, "backward_pass")), "")
+            held = self.frozen_mode == "eval" and blocks[stack.name]
+            if kind and (lowest[0] != "embeddings" or held):
+                raise PlanError(
+                    f"FreezePlan freezes below the {stack.name} blocks of {anatomy.model_class}; a {kind} runs a "
+                    "backward pass of its own, which starts only from a trainable input and in train mode, so that "
+                    "nothing would train. Use embeddings=False with frozen_mode='train'."
+                )
 
     def _block_counts(self, anatomy: Anatomy, reasons: list[str]) -> dict[str, int]:
         """The number of frozen blocks of each stack."""
@@ -412,7 +427,7 @@ def _lowest_trainable(anatomy: Anatomy, frozen: set[str], untied: tuple[str, ...
 
 def _warnings(anatomy: Anatomy, frozen: set[str], lowest: tuple[str, int], blocks: dict[str, int]) -> tuple[str, ...]:
     found = []
-    if lowest[0] == "embeddings" and sum(blocks.values()):
+    if lowest[0] == "embeddings" and any(blocks.values()):
         found.append(
             "Blocks are frozen but the embeddings train: the backward pass must reach the bottom, and most of the "
             "saving in time and memory is gone. Use embeddings=True."

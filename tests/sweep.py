@@ -4,17 +4,44 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_freeze import FreezePlan, freeze, read_anatomy, verify_frozen
+from hf_freeze.anatomy import Stack
 from hf_freeze.errors import FrozenWeightsChanged
-from tests.zoo import VOCAB
+from tests.zoo import BLOCKS, VOCAB
+
+DEPTHS = {"longcat_flash": BLOCKS // 2}  # its config counts two attentions a block as two layers
 
 
 def training_batch(model: nn.Module, tokens: int = 16) -> dict[str, torch.Tensor]:
     """Token ids and labels that every text model takes."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCAB - 1, (2, tokens), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    config = model.config
+    if config.model_type == "git":  # these two take no text alone
+        side = config.vision_config.image_size
+        batch["pixel_values"] = torch.randn(2, 3, side, side, generator=generator)
+    if config.model_type == "voxtral_realtime":
+        length = tokens * config.downsample_factor
+        batch["encoder_inputs_embeds"] = torch.randn(2, length, config.audio_config.hidden_size, generator=generator)
+    return batch
+
+
+def _no_graph_reaches(stack: Stack, depth: int) -> RemovableHandle:
+    """Lets the states that enter a stack's first trained block fail where a gradient would flow below it.
+
+    This knows nothing of embeddings: whatever feeds the blocks and was not frozen is found. A decoder's frozen blocks
+    get a gradient from the encoder through cross-attention (TRAPS 4), so there the first block is looked at.
+    """
+    block = stack.blocks[depth]
+
+    def refuse(_: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        assert not states.requires_grad, "a gradient flows below"
+
+    return block.modules[0].register_forward_pre_hook(refuse, with_kwargs=True)
 
 
 def check_freeze(model: nn.Module) -> None:
@@ -33,9 +60,12 @@ def check_freeze(model: nn.Module) -> None:
     aliases = dict(model.named_parameters(remove_duplicate=False))
     assert lower, "no lower half"
     assert not any(aliases[name].requires_grad for name in lower), "a tensor of the lower half trains"
+    assert all(len(stack) == DEPTHS.get(model.config.model_type, BLOCKS) for stack in anatomy.stacks), "blocks missing"
     assert set(upper) == {(s.name, i) for s in anatomy.stacks for i in range(halves[s.name], len(s))}
     for names in upper.values():
         assert any(aliases[name].requires_grad for name in names), f"block without a trained tensor: {names[0]}"
+    top = [n for n in anatomy.names_of("final", "head", "other") if n not in anatomy.tie_of]
+    assert all(aliases[name].requires_grad for name in top), "a tensor above the blocks is frozen"
     for stack in anatomy.stacks:
         low, high = stack.blocks[: halves[stack.name]], stack.blocks[halves[stack.name] :]
         shared = {m for block in high for piece in block.modules for m in piece.modules()}  # one activation for all
@@ -48,18 +78,23 @@ def check_freeze(model: nn.Module) -> None:
     lower_blocks = [piece for s in anatomy.stacks for block in s.blocks[: halves[s.name]] for piece in block.modules]
     states = [{name: t.detach().clone() for name, t in piece.state_dict().items()} for piece in lower_blocks]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    above_encoder = anatomy.stacks[1:]
+    handles = [_no_graph_reaches(s, 0 if s in above_encoder else halves[s.name]) for s in anatomy.stacks]
     for _ in range(3):
         loss = model(**training_batch(model)).loss
         assert torch.isfinite(loss), "loss is not finite"
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    for handle in handles:
+        handle.remove()
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad), "a frozen tensor has a gradient"
     for name, parameter in model.named_parameters():
         same = torch.equal(parameter, before[name])
         if not parameter.requires_grad:
             assert same, f"frozen tensor moved: {name}"
     for names in upper.values():
+        assert any(g is not None and g.any() for g in (aliases[n].grad for n in names)), f"no gradient: {names[0]}"
         moved = [n for n in names if aliases[n].requires_grad and not torch.equal(aliases[n], before[n])]
         assert moved, f"trained block did not move: {names[0]}"
     for piece, state in zip(lower_blocks, states, strict=True):

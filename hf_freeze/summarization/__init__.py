@@ -1,0 +1,57 @@
+"""Summaries of customer reviews: reading, prompts, generation, ROUGE, and Trainer put right for them."""
+
+from __future__ import annotations
+
+from hf_freeze.summarization.generation import generate_summaries
+from hf_freeze.summarization.prompts import (
+    SummaryCollator,
+    SummaryPrompt,
+    check_tokenizer,
+    encode_reviews,
+    read_prompt,
+)
+from hf_freeze.summarization.results import (
+    load_prompt,
+    new_output_folder,
+    sample_text,
+    save_prompt,
+    score_table,
+    write_card,
+    write_jsonl,
+)
+from hf_freeze.summarization.reviews import Reviews, overlap, read_reviews, read_splits, shipped_reviews
+from hf_freeze.summarization.rouge import RougeScores, compute_rouge, first_sentence
+from hf_freeze.summarization.training import (
+    SummaryTrainer,
+    SummaryTrainingArguments,
+    TokenLoss,
+    loss_table,
+)
+
+__all__ = [
+    "Reviews",
+    "RougeScores",
+    "SummaryCollator",
+    "SummaryPrompt",
+    "SummaryTrainer",
+    "SummaryTrainingArguments",
+    "TokenLoss",
+    "check_tokenizer",
+    "compute_rouge",
+    "encode_reviews",
+    "first_sentence",
+    "generate_summaries",
+    "load_prompt",
+    "loss_table",
+    "new_output_folder",
+    "overlap",
+    "read_prompt",
+    "read_reviews",
+    "read_splits",
+    "sample_text",
+    "save_prompt",
+    "score_table",
+    "shipped_reviews",
+    "write_card",
+    "write_jsonl",
+]

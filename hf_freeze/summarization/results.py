@@ -1,0 +1,160 @@
+"""What a run leaves behind: the table of scores, samples to read, predictions as JSONL, and the model card.
+
+Only words and writes; scores come from `rouge`, names and counts from the freeze report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hf_freeze.errors import FreezeError
+from hf_freeze.freezing import FreezeReport
+from hf_freeze.report import Table
+from hf_freeze.summarization.prompts import SummaryPrompt, read_prompt
+from hf_freeze.summarization.rouge import RougeScores
+
+__all__ = ["load_prompt", "new_output_folder", "sample_text", "save_prompt", "score_table", "write_card", "write_jsonl"]
+
+PROMPT_FILE = "summary_prompt.json"
+RUN_FILES = ("all_results.json", "freeze_plan.json", "trainer_state.json")
+METRICS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
+
+
+def new_output_folder(asked: str | None, *, resuming: bool = False) -> Path:
+    """The folder of a run: the one asked for where no other run lies in it, else the next free out/summaries-N.
+
+    Raises:
+        FreezeError: The folder holds another run, which would be overwritten.
+    """
+    if asked is None:
+        number = 1
+        while (folder := Path("out") / f"summaries-{number}").exists():
+            number += 1
+        return folder
+    folder = Path(asked)
+    found = [name for name in RUN_FILES if (folder / name).exists()] + [p.name for p in folder.glob("checkpoint-*")]
+    if found and not resuming:
+        raise FreezeError(
+            f"--output_dir {asked} was asked for; it holds another run ({', '.join(found[:3])}). Choose another folder, "
+            "go on with --resume_from_checkpoint, or remove it yourself."
+        )
+    return folder
+
+
+def score_table(scores: Mapping[str, RougeScores], confidence: float = 0.95) -> Table:
+    """ROUGE of several systems side by side, each with its bootstrap interval."""
+    rows = []
+    for name, score in scores.items():
+        cells = [f"{getattr(score, m):.1f} [{score.low[m]:.1f}, {score.high[m]:.1f}]" for m in METRICS]
+        rows.append((name, *cells))
+    count = next(iter(scores.values())).count if scores else 0
+    line = f"F1 x 100 on {count} test reviews, {confidence:.0%} bootstrap intervals in brackets, stemmed."
+    return Table("ROUGE", ("summaries", *METRICS.values()), tuple(rows), (line,))
+
+
+def sample_text(rows: Sequence[Mapping[str, Any]], count: int = 5, width: int = 116) -> str:
+    """A few reviews with reference, before and after, evenly spread over the rows."""
+    chosen = [rows[place * len(rows) // count] for place in range(count)] if len(rows) > count else list(rows)
+    parts = []
+    for row in chosen:
+        review = textwrap.shorten(str(row["review"]), 400, placeholder=" ...")
+        pairs = {"review": review, **{key: str(row.get(key) or "") for key in ("reference", "before", "after")}}
+        lines = [
+            textwrap.fill(text, width, initial_indent=f"{key:>9}: ", subsequent_indent=" " * 11)
+            for key, text in pairs.items()
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it: it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+def write_jsonl(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """One JSON object a line, the file whole or not at all."""
+    _write_whole(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def save_prompt(prompt: SummaryPrompt, template: str | None, folder: str | os.PathLike[str]) -> None:
+    """Keeps what a model was trained with, so that it is given reviews in the same way later."""
+    values = {"template": template, "max_summary_tokens": prompt.max_summary_tokens, "kind": prompt.kind}
+    values["max_source_tokens"] = prompt.max_source_tokens
+    _write_whole(Path(folder) / PROMPT_FILE, json.dumps(values, indent=2) + "\n")
+
+
+def load_prompt(tokenizer: Any, config: Any, folder: str | os.PathLike[str]) -> SummaryPrompt:
+    """The prompt that `save_prompt` kept in the folder; the default one where there is none."""
+    path = Path(folder) / PROMPT_FILE
+    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    values.pop("kind", None)
+    return read_prompt(tokenizer, config, **values)
+
+
+def write_card(
+    folder: str | os.PathLike[str],
+    *,
+    base: str,
+    report: FreezeReport,
+    scores: Mapping[str, RougeScores],
+    losses: Table,
+    samples: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any],
+) -> None:
+    """Writes README.md, the model card: what was frozen, losses, ROUGE, samples, how to use it."""
+    use = f"python recipes/summarize_file.py {Path(folder).as_posix()} reviews.csv -o summaries.jsonl"
+    fact_lines = [f"- {name}: {value}" for name, value in facts.items()]
+    plan = json.dumps(asdict(report.plan))
+    text = "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: summarization",
+            "tags:",
+            "- hf_freeze",
+            "---",
+            "",
+            f"# Review summaries from {base}, partly frozen",
+            "",
+            "Fine-tuned with hf_freeze: the lower part of the base model holds the same bits as before.",
+            "",
+            "## What was frozen",
+            "",
+            report.to_markdown(),
+            "",
+            f"Plan: `{plan}`",
+            "",
+            "## Results",
+            "",
+            losses.to_markdown(),
+            "",
+            score_table(scores).to_markdown(),
+            "",
+            "## Samples",
+            "",
+            "```",
+            sample_text(samples),
+            "```",
+            "",
+            "## Facts",
+            "",
+            *fact_lines,
+            "",
+            "## Use",
+            "",
+            f"    {use}",
+            "",
+        ]
+    )
+    _write_whole(Path(folder) / "README.md", text)

@@ -1,0 +1,232 @@
+"""Trainer, with the three things that it gets wrong for summaries: the loss, the order of rows, and NaN.
+
+The loss is the sum over labelled tokens divided by their number over all accumulated batches and ranks; most
+encoder-decoder classes of transformers return a plain mean there and train with another gradient. Rows are batched by
+length through a sampler seeded by seed and epoch, so that every rank and a resumed run see the same batches. A loss that
+is not finite stops the run before the optimizer sees it.
+"""
+
+# No `from __future__ import annotations`: HfArgumentParser reads the types of SummaryTrainingArguments.
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_freeze.errors import FreezeError
+from hf_freeze.precision import Precision, choose_precision
+from hf_freeze.report import Table
+
+__all__ = ["LengthSampler", "SummaryTrainer", "SummaryTrainingArguments", "TokenLoss", "TrainingDiverged", "loss_table"]
+
+POOL_BATCHES = 16  # batches whose rows are sorted together: long enough to save padding, short enough to stay random
+
+
+class TrainingDiverged(FreezeError):
+    """The loss is not a finite number any more."""
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """Cross entropy summed over labelled tokens, divided by the number of items: for Trainer's `compute_loss_func`.
+
+    Args:
+        shifts: Whether the logits at one place predict the label at the next (decoder-only models).
+        label_smoothing: As in TrainingArguments, which apply it only to their own loss.
+        aux_coefficient: Weight of a mixture-of-experts model's router loss, where it returns one.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> output = SimpleNamespace(logits=torch.zeros(1, 3, 4), aux_loss=None)
+        >>> loss = TokenLoss(shifts=True)(output, torch.tensor([[-100, 1, 2]]), num_items_in_batch=torch.tensor(2))
+        >>> round(loss.item(), 4)  # log 4
+        1.3863
+    """
+
+    shifts: bool
+    label_smoothing: float = 0.0
+    aux_coefficient: float = 0.0
+
+    def __call__(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        logits = outputs.logits
+        if self.shifts:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        labelled = labels != -100
+        chosen = logits[labelled].float()  # before the cast to fp32, which would double the largest tensor of a step
+        total = nn.functional.cross_entropy(
+            chosen, labels[labelled], reduction="sum", label_smoothing=self.label_smoothing
+        )
+        count = labelled.sum()
+        items = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss = total / items
+        aux = getattr(outputs, "aux_loss", None)
+        if aux is not None and self.aux_coefficient:
+            loss = loss + self.aux_coefficient * aux * (count / items)
+        return loss
+
+
+class LengthSampler(torch.utils.data.Sampler[int]):
+    """Row numbers in random order, rows of similar length side by side; the same for the same seed and epoch.
+
+    Rows are shuffled, then sorted by length within pools of several batches, then the batches are shuffled.
+
+    Example:
+        >>> sampler = LengthSampler([5, 1, 4, 2, 3, 6], batch_size=2, seed=0)
+        >>> sorted(sampler) == list(range(6)), list(sampler) == list(sampler)
+        (True, True)
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = list(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called at the start of each epoch by accelerate's data loader."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        # The global generator's state differs between ranks and after a resume; (seed, epoch) does not.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
+        pool = self.batch_size * POOL_BATCHES
+        batches = []
+        for start in range(0, len(shuffled), pool):
+            rows = sorted(shuffled[start : start + pool], key=lambda row: -self.lengths[row])
+            batches += [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
+        short = [batch for batch in batches if len(batch) < self.batch_size]  # at the end, or it would shift the rest
+        full = [batch for batch in batches if len(batch) == self.batch_size]
+        for place in torch.randperm(len(full), generator=generator).tolist():
+            yield from full[place]
+        for batch in short:
+            yield from batch
+
+
+@dataclass
+class SummaryTrainingArguments(Seq2SeqTrainingArguments):
+    """Seq2SeqTrainingArguments with the defaults that suit a partly frozen model, and `--precision`.
+
+    Runs on the CPU where there is no accelerator; without `use_cpu`, several processes there would each train alone
+    and write into one folder.
+
+    Raises:
+        FreezeError: The launcher started several processes and they did not form one group.
+    """
+
+    precision: str = field(
+        default="auto",
+        metadata={"help": "auto (bf16 where the device runs it faster, else fp32), fp32 or bf16."},
+    )
+    learning_rate: float = field(default=3e-4, metadata={"help": "Higher than for full fine-tuning: less can break."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "The learning rate's course."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or a fraction of all steps."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to measure the validation loss."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to write a checkpoint."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of training loss."})
+    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, ...; none sends nothing anywhere."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Keep no logits in evaluation."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "A static freeze leaves no parameter unused; looking costs time at each step."}
+    )
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.accelerator.is_available, metadata={"help": "Only an accelerator gains by it."}
+    )
+
+    def __post_init__(self) -> None:
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.chosen_precision = self._agree_on_precision(world_size)
+        self.bf16 = self.chosen_precision.name == "bf16"
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if self.bf16 else "no"  # the launcher's own wins otherwise
+        super().__post_init__()
+        if self.world_size != world_size:
+            raise FreezeError(
+                f"The launcher started {world_size} processes, but they form groups of {self.world_size}: each would "
+                "train alone and write into one folder. Use `accelerate launch --config_file accelerate_config.yaml`, or "
+                "torchrun; `distributed_type: MULTI_CPU` and `accelerate launch --cpu` start no group."
+            )
+
+    def _agree_on_precision(self, world_size: int) -> Precision:
+        """The first process chooses: a probe may come out differently in each."""
+        if world_size == 1:
+            return choose_precision(self.precision, "cpu" if self.use_cpu else None)
+        from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
+
+        state = PartialState(cpu=self.use_cpu)
+        chosen: list[Any] = [None]
+        if state.is_main_process:
+            chosen = [choose_precision(self.precision, "cpu" if self.use_cpu else None)]
+        broadcast_object_list(chosen)
+        precision: Precision = chosen[0]
+        return precision
+
+
+def loss_table(log_history: Sequence[dict[str, Any]]) -> Table:
+    """Training and validation loss per epoch, from Trainer's log: the mean of what was logged in that epoch.
+
+    >>> print(loss_table([{"loss": 3.0, "epoch": 0.5}, {"loss": 2.0, "epoch": 1.0}, {"eval_loss": 2.2, "epoch": 1.0}])
+    ...     .to_dict()["rows"])
+    [{'epoch': '1', 'training loss': '2.500', 'validation loss': '2.200'}]
+    """
+    rows = []
+    seen = 0
+    for place, entry in enumerate(log_history):
+        if "eval_loss" not in entry:
+            continue
+        losses = [float(e["loss"]) for e in log_history[seen:place] if "loss" in e]
+        training = f"{sum(losses) / len(losses):.3f}" if losses else ""
+        rows.append((f"{entry['epoch']:.3g}", training, f"{entry['eval_loss']:.3f}"))
+        seen = place
+    return Table("Loss per token", ("epoch", "training loss", "validation loss"), tuple(rows))
+
+
+class SummaryTrainer(Seq2SeqTrainer):
+    """A Seq2SeqTrainer with `TokenLoss`, `LengthSampler` and a stop at the first loss that is not finite.
+
+    Takes the arguments of Seq2SeqTrainer. The collator must supply `decoder_input_ids` to encoder-decoder models, since
+    labels are taken out of the batch before the forward (`SummaryCollator` does).
+    """
+
+    def __init__(self, model: nn.Module, **arguments: Any) -> None:
+        config: Any = getattr(model, "config", None)
+        args = arguments["args"]
+        arguments.setdefault(
+            "compute_loss_func",
+            TokenLoss(
+                shifts=not getattr(config, "is_encoder_decoder", False),
+                label_smoothing=args.label_smoothing_factor,
+                aux_coefficient=float(getattr(config.get_text_config(), "router_aux_loss_coef", 0.0) or 0.0),
+            ),
+        )
+        super().__init__(model=model, **arguments)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(ids) for ids in rows["input_ids"]]  # type: ignore[index]
+        return LengthSampler(lengths, self._train_batch_size, self.args.data_seed or self.args.seed)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            folder = self.args.output_dir
+            checkpoint = get_last_checkpoint(folder) if folder and Path(folder).is_dir() else None
+            kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been saved yet."
+            raise TrainingDiverged(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}; training stops before the optimizer "
+                f"sees it. {kept} Use a smaller --learning_rate, --max_grad_norm 1.0, or --precision fp32."
+            )
+        return loss  # type: ignore[no-any-return]

@@ -1,0 +1,61 @@
+"""Summarises a file of reviews with a model that summarize_reviews.py has trained.
+
+    python recipes/summarize_file.py out/summaries-1 reviews.csv -o summaries.jsonl
+
+Reads CSV, TSV, JSONL, Parquet or a folder of them; writes one JSON object a row with the review's other columns and its
+`summary`, in the order of the input.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from hf_freeze import FreezeError, generate_summaries
+from hf_freeze.precision import choose_precision
+from hf_freeze.summarization import load_prompt, read_reviews, write_jsonl
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="the output folder of summarize_reviews.py, or any model folder")
+    parser.add_argument("reviews", help="the file or folder to summarise")
+    parser.add_argument("-o", "--output", required=True, help="the JSONL file to write")
+    parser.add_argument("--text_column", help="the column that holds the reviews; guessed if not given")
+    parser.add_argument("--batch_size", type=int, default=16)
+    args = parser.parse_args()
+    if Path(args.output).exists():
+        raise FreezeError(f"-o {args.output} exists already. Choose another name, or remove it yourself.")
+
+    reviews = read_reviews(args.reviews, text_column=args.text_column, need_summaries=False)
+    print(reviews)
+    if not (Path(args.model) / "config.json").exists():
+        raise FreezeError(f"{args.model} was given as model; there is no config.json in it. Give a model's folder.")
+    config = AutoConfig.from_pretrained(args.model)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = auto_class.from_pretrained(args.model, dtype=torch.float32).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    prompt = load_prompt(tokenizer, config, args.model)
+
+    summaries = generate_summaries(
+        model,
+        tokenizer,
+        list(reviews.dataset["review"]),
+        prompt=prompt,
+        batch_size=args.batch_size,
+        max_new_tokens=prompt.max_summary_tokens,
+        precision="bf16" if choose_precision("auto", device).name == "bf16" else None,
+    )
+    rows = [{**row, "summary": summary} for row, summary in zip(reviews.dataset, summaries, strict=True)]
+    write_jsonl(args.output, rows)
+    print(f"{len(rows)} summaries: {args.output}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except FreezeError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,309 @@
+"""Fine-tunes a pretrained transformer on reviews with its lower part frozen, and scores its summaries with ROUGE.
+
+    accelerate launch recipes/summarize_reviews.py
+        the shipped reviews, the embedded SmolLM2-135M: about 3 minutes on 2 CPU cores
+    accelerate launch --config_file accelerate_config.yaml recipes/summarize_reviews.py \\
+        --model_name_or_path facebook/bart-large-cnn --train_file reviews.csv \\
+        --freeze_encoder_blocks all --freeze_decoder_blocks 0.5 --output_dir out/bart
+        several GPUs, your own file
+    accelerate launch recipes/summarize_reviews.py recipes/configs/llama.yaml
+        everything from one YAML or JSON file
+
+It reads the model's anatomy, freezes, says what that saves, trains with Trainer, proves that the frozen weights did not
+move, and writes model, scores, predictions and a model card into --output_dir.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, HfArgumentParser, set_seed
+
+from hf_freeze import FreezeError, FreezePlan, compute_rouge, forecast, freeze, generate_summaries, verify_frozen
+from hf_freeze.embedded import EMBEDDED_NAME, embedded_model
+from hf_freeze.summarization import (
+    SummaryCollator,
+    SummaryTrainer,
+    SummaryTrainingArguments,
+    check_tokenizer,
+    encode_reviews,
+    first_sentence,
+    loss_table,
+    new_output_folder,
+    read_prompt,
+    read_splits,
+    sample_text,
+    save_prompt,
+    score_table,
+    shipped_reviews,
+    write_card,
+    write_jsonl,
+)
+
+
+@dataclass
+class ModelArguments:
+    """The model, and what of it is frozen."""
+
+    model_name_or_path: str = field(
+        default=EMBEDDED_NAME, metadata={"help": f"A hub id, a folder, or {EMBEDDED_NAME!r} for the embedded model."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub id."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    freeze_embeddings: bool = field(default=True, metadata={"help": "Freeze all input embeddings."})
+    freeze_encoder_blocks: str | None = field(
+        default=None, metadata={"help": "Lowest n blocks, -n for all but the top n, a fraction such as 0.5, or all."}
+    )
+    freeze_decoder_blocks: str | None = field(default=None, metadata={"help": "The same for the decoder."})
+    tied_head: str = field(default="freeze", metadata={"help": "freeze, train or untie a head tied to the embeddings."})
+    cache_prefix: str = field(default="auto", metadata={"help": "auto or off; the prefix cache is not built yet."})
+
+    def plan(self) -> FreezePlan:
+        counts = [_count(value) for value in (self.freeze_encoder_blocks, self.freeze_decoder_blocks)]
+        return FreezePlan(self.freeze_embeddings, *counts, tied_head=self.tied_head)
+
+
+@dataclass
+class DataArguments:
+    """The reviews, and how they are given to the model."""
+
+    train_file: str | None = field(
+        default=None, metadata={"help": "CSV, TSV, JSONL or Parquet, or a folder of them; none: the shipped reviews."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "None sets a tenth of train aside."})
+    test_file: str | None = field(default=None, metadata={"help": "None scores on the validation rows."})
+    dataset_name: str | None = field(default=None, metadata={"help": "A hub id, instead of files."})
+    text_column: str | None = field(default=None, metadata={"help": "None guesses, and says so."})
+    summary_column: str | None = field(default=None, metadata={"help": "None guesses, and says so."})
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "Text around {review}; none: the chat template, else a plain one."}
+    )
+    max_source_tokens: int = field(default=512, metadata={"help": "Longer reviews lose their end."})
+    max_summary_tokens: int = field(default=64, metadata={"help": "Longest summary, its end token included."})
+    max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
+    max_test_rows: int | None = field(default=None, metadata={"help": "Score the first rows only."})
+
+
+@dataclass
+class RunArguments(SummaryTrainingArguments):
+    """Trainer's arguments, with the defaults of this recipe."""
+
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training reviews."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Reviews a step and device."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Reviews scored or summarised at once."})
+
+
+def main() -> None:
+    model_args, data_args, args = parse_arguments()
+    chief = args.process_index == 0
+    say = print if chief else lambda *_: None
+    folder = [str(new_output_folder(args.output_dir, resuming=bool(args.resume_from_checkpoint))) if chief else None]
+    if args.world_size > 1:
+        broadcast_object_list(folder)
+    args.output_dir = folder[0]
+    set_seed(args.seed)
+
+    # Read the data first: a wrong column should not wait for a model to load.
+    with args.main_process_first(desc="reading reviews"):
+        splits = load_reviews(data_args, args.seed)
+    for name, reviews in splits.items():
+        say(f"{name}: {reviews}")
+    rows = {name: reviews.dataset for name, reviews in splits.items()}
+    if data_args.max_train_rows:
+        rows["train"] = rows["train"].select(range(min(data_args.max_train_rows, len(rows["train"]))))
+    if data_args.max_test_rows:
+        rows["test"] = rows["test"].select(range(min(data_args.max_test_rows, len(rows["test"]))))
+    if len(rows["train"]) < args.train_batch_size * args.world_size:
+        say(f"Warning: {len(rows['train'])} training rows are fewer than one batch of {args.train_batch_size}.")
+
+    # Read the model, write the plan, forecast, apply.
+    model, tokenizer = load_model(model_args)
+    say(check_tokenizer(model, tokenizer, samples=rows["train"]["review"][:32]))
+    plan = model_args.plan()
+    report = freeze(model, plan)
+    prompt = read_prompt(
+        tokenizer,
+        model.config,
+        template=data_args.prompt_template,
+        max_source_tokens=data_args.max_source_tokens,
+        max_summary_tokens=data_args.max_summary_tokens,
+    )
+    encoded = {name: encode_reviews(rows[name], prompt) for name in ("train", "validation")}
+    say(f"\n{report}\n")
+    say(
+        forecast(
+            model,
+            plan,
+            batch_size=args.train_batch_size * args.world_size,
+            **mean_lengths(encoded["train"].dataset, prompt),
+            epochs=args.num_train_epochs,
+            dtype="bfloat16" if args.bf16 else "float32",
+            rows=len(rows["train"]),
+        )
+    )
+    say(f"Precision {args.chosen_precision}")
+    for note in (*prompt.notes, *encoded["train"].notes):
+        say(f"note: {note}")
+
+    # Summaries before any training: what the pretrained model can do already.
+    precision = "bf16" if args.bf16 else None
+    test_reviews = list(rows["test"]["review"])
+    settings = {
+        "prompt": prompt,
+        "precision": precision,
+        "batch_size": args.per_device_eval_batch_size,
+        "max_new_tokens": data_args.max_summary_tokens,
+        "num_beams": args.generation_num_beams or 1,
+        "progress": not args.disable_tqdm,
+    }
+    model.to(args.device)
+    say("\nSummaries of the test reviews before training:")
+    before = generate_summaries(model, tokenizer, test_reviews, **settings)
+
+    # Train.
+    trainer = SummaryTrainer(
+        model=model,
+        args=args,
+        train_dataset=encoded["train"].dataset,
+        eval_dataset=encoded["validation"].dataset,
+        data_collator=SummaryCollator(tokenizer, model),
+        processing_class=tokenizer,
+    )
+    say(f"\nTraining {report.trainable_parameters:,} of {report.total_parameters:,} parameters:")
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    losses = loss_table(trainer.state.log_history)
+    say(f"\n{losses}")
+
+    # Prove it held.
+    proof = verify_frozen(model, report)
+    say(f"\n{proof}")
+
+    # Score.
+    say("\nSummaries of the test reviews after training:")
+    after = generate_summaries(model, tokenizer, test_reviews, **settings)
+    references = list(rows["test"]["summary"])
+    scores = {
+        "first sentence (baseline)": compute_rouge([first_sentence(review) for review in test_reviews], references),
+        "before (zero-shot)": compute_rouge(before, references),
+        "after": compute_rouge(after, references),
+    }
+    baseline, zero_shot, trained = scores.values()
+    samples = [
+        {**row, "reference": row["summary"], "before": old, "after": new}
+        for row, old, new in zip(rows["test"], before, after, strict=True)
+    ]
+    say(f"\n{score_table(scores)}\n\n{sample_text(samples)}")
+
+    # Save. Trainer writes on the first process only, and shards where the model is sharded.
+    trainer.save_model()
+    trainer.save_state()
+    metrics = {
+        **trained.to_dict("test_"),
+        **zero_shot.to_dict("zero_shot_test_"),
+        **baseline.to_dict("baseline_test_"),
+        **zero_shot.to_dict("zero_shot_"),
+        **baseline.to_dict("baseline_"),
+        "frozen_unchanged": True,  # verify_frozen raises otherwise
+        "frozen_tensors": proof.tensors,
+        "train_seconds": result.metrics["train_runtime"],
+        "train_loss": result.training_loss,
+        "train_rows": len(rows["train"]),
+        "test_rows": len(test_reviews),
+        "trainable_parameters": report.trainable_parameters,
+        "total_parameters": report.total_parameters,
+        "precision": args.chosen_precision.name,
+        "world_size": args.world_size,
+    }
+    trainer.save_metrics("all", metrics, combined=False)
+    if chief:
+        plan.save_pretrained(args.output_dir)
+        save_prompt(prompt, data_args.prompt_template, args.output_dir)
+        write_jsonl(Path(args.output_dir) / "predictions.jsonl", samples)
+        facts = {key: metrics[key] for key in ("train_rows", "train_seconds", "precision", "world_size")}
+        write_card(
+            args.output_dir,
+            base=model_args.model_name_or_path,
+            report=report,
+            scores=scores,
+            losses=losses,
+            samples=samples,
+            facts=facts | {"torch": torch.__version__},
+        )
+    say(
+        f"\nModel, scores and predictions: {args.output_dir}\n"
+        f"Summarise a new file with it:\n"
+        f"  python recipes/summarize_file.py {args.output_dir} reviews.csv -o summaries.jsonl"
+    )
+
+
+def parse_arguments() -> tuple[ModelArguments, DataArguments, RunArguments]:
+    """From the command line, or from one YAML or JSON file."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments))
+    if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
+        parsed = parser.parse_yaml_file(sys.argv[1])
+    elif len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+        parsed = parser.parse_json_file(sys.argv[1])
+    else:
+        parsed = parser.parse_args_into_dataclasses()
+    if parsed[0].cache_prefix not in ("auto", "off"):
+        raise FreezeError(
+            f"--cache_prefix {parsed[0].cache_prefix} was asked for; this version has no prefix cache. Use auto or off."
+        )
+    return parsed
+
+
+def _count(value: str | int | float | None) -> int | float | str | None:
+    """"3" is three blocks, "0.5" half of them; "all" and None stay."""
+    if not isinstance(value, str) or value == "all":
+        return value
+    try:
+        return float(value) if "." in value else int(value)
+    except ValueError:
+        return value  # FreezePlan words the error
+
+
+def load_reviews(data_args: DataArguments, seed: int) -> dict:
+    """The splits: the user's files, a hub data set, or the shipped reviews."""
+    sources = [data_args.train_file, data_args.validation_file, data_args.test_file]
+    if data_args.dataset_name:
+        sources = [source or data_args.dataset_name for source in sources]
+    if not any(sources):
+        return shipped_reviews()
+    return read_splits(
+        *sources, text_column=data_args.text_column, summary_column=data_args.summary_column, seed=seed
+    )
+
+
+def load_model(model_args: ModelArguments):
+    """The model in fp32 and its tokenizer; the config tells which kind of model it is."""
+    name = model_args.model_name_or_path
+    options = {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code}
+    source = str(embedded_model()) if name == EMBEDDED_NAME else name
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = auto_class.from_pretrained(source, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise FreezeError(
+            f"--model_name_or_path {name} was asked for; it is no model that can be loaded here: {error}. "
+            f"Give a hub id, a folder with config.json, or {EMBEDDED_NAME!r}."
+        ) from error
+    return model, tokenizer
+
+
+def mean_lengths(dataset, prompt) -> dict[str, int]:
+    """Mean tokens of a review with its prompt, and of a summary: what the forecast needs."""
+    total = sum(map(len, dataset["input_ids"])) / len(dataset)
+    labelled = sum(sum(label != -100 for label in labels) for labels in dataset["labels"]) / len(dataset)
+    source = total if prompt.is_encoder_decoder else total - labelled
+    return {"source_tokens": round(source), "target_tokens": round(labelled)}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except FreezeError as error:
+        sys.exit(f"error: {error}")
