@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_freeze.errors import FreezeError, nearest
+from hf_freeze.errors import FreezeError
 
 __all__ = ["Precision", "choose_precision"]
 
@@ -45,7 +45,7 @@ def choose_precision(asked: str = "auto", device: torch.device | str | None = No
         fp32: asked for
     """
     if asked not in CHOICES:
-        raise FreezeError(f"precision={asked!r} was asked for; it is one of {nearest(asked, CHOICES)}.")
+        raise FreezeError(f"precision={asked!r} was asked for; it is one of {', '.join(map(repr, CHOICES))}.")
     if asked != "auto":
         return Precision(asked, "asked for")
     if device is None:

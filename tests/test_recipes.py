@@ -1,0 +1,131 @@
+"""The recipes as a user runs them: in processes of their own, on small random models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_freeze.summarization import shipped_reviews
+from tests.tiny import tiny_folder
+
+ROOT = Path(__file__).parent.parent
+RECIPE = str(ROOT / "recipes" / "summarize_reviews.py")
+SMALL = [
+    "--max_train_rows=48", "--max_test_rows=4", "--num_train_epochs=2", "--learning_rate=3e-3", "--logging_steps=1",
+    "--max_summary_tokens=16", "--per_device_eval_batch_size=32", "--precision=fp32",
+]  # fmt: skip
+
+
+def run(*command: str, processes: int | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable]
+    if processes:
+        config = str(ROOT / "accelerate_config.yaml")
+        launcher += ["-m", "accelerate.commands.launch", "--config_file", config, f"--num_processes={processes}"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    return subprocess.run([*launcher, *command], capture_output=True, text=True, env=env, timeout=600, check=False)
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "all_results.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["bart", "llama", "gpt2"])
+def test_a_model_goes_through_the_whole_recipe(kind: str, tmp_path: Path) -> None:
+    model = tiny_folder(kind, tmp_path)
+    output = tmp_path / "out"
+    done = run(RECIPE, "--model_name_or_path", str(model), "--output_dir", str(output), *SMALL)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    found = results(output)
+    for metric in ("rouge1", "rouge2", "rougeL", "rougeLsum"):
+        for prefix in ("test_", "zero_shot_", "baseline_"):
+            assert 0.0 <= found[f"{prefix}{metric}"] <= 100.0
+    assert found["frozen_unchanged"] is True
+    assert found["train_seconds"] > 0
+    losses = [
+        row["loss"] for row in json.loads((output / "trainer_state.json").read_text())["log_history"] if "loss" in row
+    ]
+    assert losses[-1] < losses[0] - 0.2
+    assert (output / "freeze_plan.json").exists()
+    predictions = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    assert [row["review"] for row in predictions] == shipped_reviews()["test"].dataset["review"][:4]
+    assert {"reference", "before", "after"} <= set(predictions[0])
+    assert "What was frozen" in (output / "README.md").read_text()
+
+    screen = done.stdout
+    order = [
+        "frozen and trained",
+        "Training ",
+        "Loss per token",
+        "unchanged",
+        "ROUGE-Lsum",
+        "reference:",
+        "summarize_file.py",
+    ]
+    places = [screen.index(text) for text in order]
+    assert places == sorted(places)
+
+    if kind == "bart":
+        summaries = tmp_path / "summaries.jsonl"
+        reviews = tmp_path / "reviews.csv"
+        reviews.write_text('id,review\n7,"Good mug, weak handle."\n8,Broke in a day.\n')
+        again = run(str(ROOT / "recipes" / "summarize_file.py"), str(output), str(reviews), "-o", str(summaries))
+        assert again.returncode == 0, again.stderr[-3000:]
+        assert [json.loads(line)["id"] for line in summaries.read_text().splitlines()] == ["7", "8"]
+
+
+def test_two_processes_form_one_world_and_gather_in_order(tmp_path: Path) -> None:
+    model = tiny_folder("llama", tmp_path)
+    output = tmp_path / "out"
+    done = run(RECIPE, "--model_name_or_path", str(model), "--output_dir", str(output), *SMALL, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(output)["world_size"] == 2
+    predictions = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    assert [row["review"] for row in predictions] == shipped_reviews()["test"].dataset["review"][:4]
+    assert done.stdout.count("Loss per token") == 1
+
+
+def test_a_launcher_that_forms_no_group_is_refused() -> None:
+    code = "from hf_freeze.summarization import SummaryTrainingArguments as A; A(output_dir='x', precision='fp32')"
+    done = run("-c", code, WORLD_SIZE="2")
+    assert done.returncode != 0
+    assert "2 processes" in done.stderr or "RANK" in done.stderr  # torch asks for RANK before it would run alone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train_file", "missing.csv"], "missing.csv"),
+        (["--train_file", "{reviews}", "--text_column", "txt"], "txt"),
+        (["--model_name_or_path", "no/such-model"], "no/such-model"),
+        (["--output_dir", "{used}"], "another run"),
+        (["--cache_prefix", "on"], "no prefix cache"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_no_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "reviews.csv").write_text("text,summary\nGood mug.,Good\nBad mug.,Bad\n")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "all_results.json").write_text("{}")
+    filled = [a.format(reviews=tmp_path / "reviews.csv", used=tmp_path / "used") for a in arguments]
+    done = run(RECIPE, "--precision=fp32", *filled)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "error:" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "used" / "all_results.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", ["bart", "llama", "gpt2"])
+def test_the_configs_name_arguments_that_exist(name: str) -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'recipes'); import summarize_reviews as r; "
+        f"sys.argv = ['r', 'recipes/configs/{name}.yaml']; m, d, t = r.parse_arguments(); print(m.plan())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "FreezePlan(" in done.stdout
