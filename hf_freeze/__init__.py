@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from hf_freeze.anatomy import Anatomy, read_anatomy
 from hf_freeze.errors import FreezeError
+from hf_freeze.forecast import Forecast, forecast
 from hf_freeze.freezing import FreezeReport, freeze, thaw, verify_frozen
 from hf_freeze.plan import FreezePlan
 
 if TYPE_CHECKING:
-    from hf_freeze.forecast import forecast
     from hf_freeze.summarization.generation import generate_summaries
     from hf_freeze.summarization.rouge import compute_rouge
 
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Anatomy",
+    "Forecast",
     "FreezeError",
     "FreezePlan",
     "FreezeReport",
@@ -31,7 +32,6 @@ __all__ = [
 ]
 
 _LATER = {  # heavier rooms, imported when they are asked for
-    "forecast": "hf_freeze.forecast",
     "generate_summaries": "hf_freeze.summarization.generation",
     "compute_rouge": "hf_freeze.summarization.rouge",
 }

@@ -13,13 +13,21 @@ It reads the model's anatomy, freezes, says what that saves, trains with Trainer
 move, and writes model, scores, predictions and a model card into --output_dir.
 """
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    set_seed,
+)
 
 from hf_freeze import FreezeError, FreezePlan, compute_rouge, forecast, freeze, generate_summaries, verify_frozen
 from hf_freeze.embedded import EMBEDDED_NAME, embedded_model
@@ -138,7 +146,7 @@ def main() -> None:
             plan,
             batch_size=args.train_batch_size * args.world_size,
             **mean_lengths(encoded["train"].dataset, prompt),
-            epochs=args.num_train_epochs,
+            epochs=math.ceil(args.num_train_epochs),
             dtype="bfloat16" if args.bf16 else "float32",
             rows=len(rows["train"]),
         )
@@ -255,7 +263,7 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, RunArguments]:
 
 
 def _count(value: str | int | float | None) -> int | float | str | None:
-    """"3" is three blocks, "0.5" half of them; "all" and None stay."""
+    """ "3" is three blocks, "0.5" half of them; "all" and None stay."""
     if not isinstance(value, str) or value == "all":
         return value
     try:
@@ -271,9 +279,7 @@ def load_reviews(data_args: DataArguments, seed: int) -> dict:
         sources = [source or data_args.dataset_name for source in sources]
     if not any(sources):
         return shipped_reviews()
-    return read_splits(
-        *sources, text_column=data_args.text_column, summary_column=data_args.summary_column, seed=seed
-    )
+    return read_splits(*sources, text_column=data_args.text_column, summary_column=data_args.summary_column, seed=seed)
 
 
 def load_model(model_args: ModelArguments):

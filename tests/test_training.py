@@ -16,9 +16,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_freeze import FreezePlan, freeze
+from hf_freeze import FreezeError, FreezePlan, freeze
 from hf_freeze.summarization import SummaryCollator, SummaryTrainer, SummaryTrainingArguments, TokenLoss, loss_table
-from hf_freeze.summarization.training import LengthSampler, TrainingDiverged
+from hf_freeze.summarization.training import LengthSampler, TrainingDiverged, _check_world_size
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -169,6 +169,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_sees_it(tmp_path: 
         trainer.train()
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+
+
+def test_processes_that_form_no_group_are_refused() -> None:
+    _check_world_size(2, 2)
+    with pytest.raises(FreezeError, match="started 2 processes, but this one is in a group of 1"):
+        _check_world_size(2, 1)
 
 
 def test_the_loss_table_gives_each_epoch_a_row() -> None:

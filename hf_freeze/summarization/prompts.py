@@ -470,7 +470,7 @@ class SummaryPrompt:
         low, high = 0, min(too_long, len(review))
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle - 9, high) if fits(middle) else (low, middle - 1)
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return review[:low].rstrip()
 
     def _as_data(self, text: str, what: str) -> str:
@@ -877,8 +877,7 @@ def _read_shift(model: Any) -> _Shift:
     """Asks the model's own function about three rows, and finds the rule that gives the same."""
     probe = torch.tensor([[11, 12, 13, 14], [13, 11, IGNORED_LABEL, IGNORED_LABEL], [12, 14, 11, IGNORED_LABEL]])
     try:
-        # A clone: FSMT's function overwrites the labels that it is given.
-        answer = _own_shift(model)(probe.clone())
+        answer = _own_shift(model)(probe)
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot make decoder_input_ids from labels: {type(error).__name__}: {error}. Set "

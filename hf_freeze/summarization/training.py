@@ -152,12 +152,7 @@ class SummaryTrainingArguments(Seq2SeqTrainingArguments):
         self.bf16 = self.chosen_precision.name == "bf16"
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if self.bf16 else "no"  # the launcher's own wins otherwise
         super().__post_init__()
-        if self.world_size != world_size:
-            raise FreezeError(
-                f"The launcher started {world_size} processes, but they form groups of {self.world_size}: each would "
-                "train alone and write into one folder. Use `accelerate launch --config_file accelerate_config.yaml`, or "
-                "torchrun; `distributed_type: MULTI_CPU` and `accelerate launch --cpu` start no group."
-            )
+        _check_world_size(world_size, self.world_size)
 
     def _agree_on_precision(self, world_size: int) -> Precision:
         """The first process chooses: a probe may come out differently in each."""
@@ -173,6 +168,15 @@ class SummaryTrainingArguments(Seq2SeqTrainingArguments):
         broadcast_object_list(chosen)
         precision: Precision = chosen[0]
         return precision
+
+
+def _check_world_size(launched: int, formed: int) -> None:
+    if launched != formed:
+        raise FreezeError(
+            f"The launcher started {launched} processes, but this one is in a group of {formed}: each would train alone "
+            "and write into one folder. Use `accelerate launch --config_file accelerate_config.yaml` or torchrun; "
+            "`distributed_type: MULTI_CPU` and `accelerate launch --cpu` form no group."
+        )
 
 
 def loss_table(log_history: Sequence[dict[str, Any]]) -> Table:
