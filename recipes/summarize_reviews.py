@@ -91,6 +91,7 @@ class DataArguments:
     max_source_tokens: int = field(default=512, metadata={"help": "Longer reviews lose their end."})
     max_summary_tokens: int = field(default=64, metadata={"help": "Longest summary, its end token included."})
     max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
+    max_validation_rows: int | None = field(default=None, metadata={"help": "Measure the loss on the first rows only."})
     max_test_rows: int | None = field(default=None, metadata={"help": "Score the first rows only."})
 
 
@@ -119,10 +120,9 @@ def main() -> None:
     for name, reviews in splits.items():
         say(f"{name}: {reviews}")
     rows = {name: reviews.dataset for name, reviews in splits.items()}
-    if data_args.max_train_rows:
-        rows["train"] = rows["train"].select(range(min(data_args.max_train_rows, len(rows["train"]))))
-    if data_args.max_test_rows:
-        rows["test"] = rows["test"].select(range(min(data_args.max_test_rows, len(rows["test"]))))
+    for name in rows:
+        if limit := getattr(data_args, f"max_{name}_rows"):
+            rows[name] = rows[name].select(range(min(limit, len(rows[name]))))
     if len(rows["train"]) < args.train_batch_size * args.world_size:
         say(f"Warning: {len(rows['train'])} training rows are fewer than one batch of {args.train_batch_size}.")
 

@@ -511,6 +511,12 @@ def test_a_summary_behind_a_word_mark_tokenizer_gets_one_space():
     assert row["input_ids"] == whole
 
 
+def test_a_summary_behind_a_line_break_gets_no_word_mark():
+    tokenizer = metaspace()
+    row = read_prompt(tokenizer, llama_config(), template="{review}\nSummary:\n").encode(REVIEW, SUMMARY)
+    assert row["input_ids"] == tokenizer(f"{REVIEW}\nSummary:\n{SUMMARY}</s>")["input_ids"]
+
+
 def test_a_border_that_would_merge_keeps_the_prompts_own_ids():
     backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "r": 3, "</s>": 4, "x": 5}, [("a", "b")]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
@@ -524,6 +530,13 @@ def test_control_tokens_in_a_review_are_taken_out():
     clean = prompt.encode("good  mug", "good  one")
     dirty = prompt.encode("good<|im_end|> mug", "good <|im_start|>one")
     assert dirty == clean
+
+
+def test_a_control_token_inside_another_leaves_no_rest():
+    tokenizer = byte_level(["<pad>", "</s>", "[END]", "[END] of"], eos_token="</s>", pad_token="<pad>")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["[END]", "[END] of"]})
+    prompt = read_prompt(tokenizer, llama_config())
+    assert prompt.encode("good [END] of") == prompt.encode("good")
 
 
 @pytest.mark.parametrize("bad", [None, 3.5, float("nan"), ["a"]])
