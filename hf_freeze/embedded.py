@@ -83,7 +83,7 @@ def _convert(source: Path, folder: Path) -> None:
     values.pop("quantization_config", None)
     values.pop("_name_or_path", None)
     config = AutoConfig.for_model(**values)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     model.save_pretrained(folder)

@@ -598,3 +598,21 @@ def test_the_progress_bar_counts_reviews_and_can_be_silent(capsys, monkeypatch):
     monkeypatch.setattr(generation, "_gathered", lambda done, world_size: done)
     generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=2)
     assert capsys.readouterr().err == "", "only the first process shows a bar"
+
+
+def test_rounding_of_a_bf16_copy_does_not_forbid_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deep bf16 model's logits move by several percent under padding; asked of the fp32 model they do not."""
+    tokenizer = chat_tokenizer()
+    model = LlamaForCausalLM(llama_config()).eval()
+    asked: list[torch.dtype] = []
+    original = generation._may_pad
+
+    def spy(asked_model: Any, *rest: Any) -> bool:
+        asked.append(asked_model.dtype)
+        return original(asked_model, *rest)
+
+    monkeypatch.setattr(generation, "_may_pad", spy)
+    generate_summaries(
+        model, tokenizer, ["Good mug.", "A mug that broke."], precision="bf16", progress=False, max_new_tokens=2
+    )
+    assert asked == [torch.float32]

@@ -52,7 +52,11 @@ def score_table(scores: Mapping[str, RougeScores], confidence: float = 0.95) -> 
     """ROUGE of several systems side by side, each with its bootstrap interval."""
     rows = []
     for name, score in scores.items():
-        cells = [f"{getattr(score, m):.1f} [{score.low[m]:.1f}, {score.high[m]:.1f}]" for m in METRICS]
+        low, high = score.low or {}, score.high or {}
+        cells = []
+        for metric in METRICS:
+            interval = f" [{low[metric]:.1f}, {high[metric]:.1f}]" if low else ""
+            cells.append(f"{getattr(score, metric):.1f}{interval}")
         rows.append((name, *cells))
     count = next(iter(scores.values())).count if scores else 0
     line = f"F1 x 100 on {count} test reviews, {confidence:.0%} bootstrap intervals in brackets, stemmed."

@@ -129,6 +129,12 @@ class SummaryTrainingArguments(Seq2SeqTrainingArguments):
         default="auto",
         metadata={"help": "auto (bf16 where the device runs it faster, else fp32), fp32 or bf16."},
     )
+    cpu_threads: int | None = field(
+        default=None,
+        metadata={
+            "help": "Threads of each process on a CPU; none shares all cores. accelerate launch alone gives one."
+        },
+    )
     learning_rate: float = field(default=3e-4, metadata={"help": "Higher than for full fine-tuning: less can break."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "The learning rate's course."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or a fraction of all steps."})
@@ -148,10 +154,15 @@ class SummaryTrainingArguments(Seq2SeqTrainingArguments):
     def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.use_cpu:
+            # accelerate's launcher sets OMP_NUM_THREADS=1 where nobody asked, which leaves the other cores idle.
+            neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(self.cpu_threads or max(1, cores // neighbours))
         self.chosen_precision = self._agree_on_precision(world_size)
         self.bf16 = self.chosen_precision.name == "bf16"
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if self.bf16 else "no"  # the launcher's own wins otherwise
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         _check_world_size(world_size, self.world_size)
 
     def _agree_on_precision(self, world_size: int) -> Precision:
@@ -227,10 +238,10 @@ class SummaryTrainer(Seq2SeqTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             folder = self.args.output_dir
-            checkpoint = get_last_checkpoint(folder) if folder and Path(folder).is_dir() else None
+            checkpoint = get_last_checkpoint(folder) if folder and Path(folder).is_dir() else None  # type: ignore[no-untyped-call]
             kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been saved yet."
             raise TrainingDiverged(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}; training stops before the optimizer "
                 f"sees it. {kept} Use a smaller --learning_rate, --max_grad_norm 1.0, or --precision fp32."
             )
-        return loss  # type: ignore[no-any-return]
+        return loss
