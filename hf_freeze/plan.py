@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -108,16 +107,16 @@ Use an int for a number of blocks, or "all".
                 raise PlanError(f"FreezePlan asks for {name}={value!r}; it is one of {', '.join(map(repr, choices))}.")
         for name in ("freeze", "train"):
             patterns = getattr(self, name)
-            if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+            if isinstance(patterns, str) or not isinstance(patterns, Sequence):
                 raise PlanError(
                     f"FreezePlan asks for {name}={patterns!r}; it is a sequence of regular expressions. "
-                    f"Use {name}=({patterns!r},)."
-                    if isinstance(patterns, str)
-                    else f"FreezePlan asks for {name}={patterns!r}; every pattern is a string."
+                    f"Use {name}=({str(patterns)!r},)."
                 )
             for pattern in patterns:
+                if not isinstance(pattern, str):
+                    raise PlanError(f"FreezePlan asks for {name}={patterns!r}; every pattern is a string.")
                 try:
-                    re.compile(pattern)
+                    _whole_pieces(pattern)
                 except re.error as error:
                     raise PlanError(
                         f"FreezePlan asks for {name}=({pattern!r},); that is no regular expression: {error}."
@@ -147,10 +146,9 @@ Use an int for a number of blocks, or "all".
         """Writes freeze_plan.json into the folder, whole or not at all."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            json.dump(self.to_dict(), file, indent=2)
-            file.write("\n")
-        os.replace(file.name, path / PLAN_FILE)
+        temporary = path / f"{PLAN_FILE}.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path / PLAN_FILE)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
@@ -202,14 +200,25 @@ Use an int for a number of blocks, or "all".
                     f"FreezePlan freezes {frozen!r} and trains {trained!r}; in {anatomy.model_class} they are one "
                     "tensor under two names. Freeze or train both; for a tied head, use tied_head='train' or 'untie'."
                 )
-        frozen_names = tuple(name for name in anatomy.parameters if by_name[name])
-        trained_names = tuple(name for name in anatomy.parameters if not by_name[name]) + untied
+        if again := [name for name in untied if by_name[name]]:
+            raise PlanError(
+                f"FreezePlan unties {again[0]!r} to train it and freezes it by a pattern. Use tied_head='freeze', or "
+                "leave it out of freeze=."
+            )
+        # An untied tensor goes on under its first name outside of the head, whichever was registered first.
+        firsts = [
+            next(other for other in anatomy.tie_of[name].names if other not in untied) if name in untied else name
+            for name in anatomy.parameters
+        ]
+        frozen_names = tuple(name for name in firsts if by_name[name])
+        trained_names = tuple(name for name in firsts if not by_name[name]) + untied
         if not frozen_names:
             raise PlanError(
                 f"FreezePlan freezes nothing of {anatomy.model_class}: {self}. Ask for at least one block "
                 "(decoder_blocks=1) or the embeddings, or train the model without a plan."
             )
-        able = [n for n in trained_names if n in untied or anatomy.parameters[n].requires_grad]
+        tensors = dict(anatomy.model.named_parameters(remove_duplicate=False))
+        able = [n for n in trained_names if n in untied or tensors[n].requires_grad]
         if not able:
             frozen_before = len(trained_names)
             raise PlanError(
@@ -221,10 +230,10 @@ Use an int for a number of blocks, or "all".
                     else "every tensor is frozen. Freeze fewer blocks, or use tied_head='untie' to train the head."
                 )
             )
-        frozen_now = {n for n, p in anatomy.parameters.items() if by_name[n] or not p.requires_grad}
-        lowest = _lowest_trainable(anatomy, frozen_now, untied)
+        trainable = {n for n, p in tensors.items() if n in untied or (not by_name[n] and p.requires_grad)}
+        lowest = _lowest_trainable(anatomy, trainable)
         self._refuse_stuck_blocks(anatomy, blocks, lowest)
-        cuts, why_no_cut = self._cuts(anatomy, frozen_now, set(untied))
+        cuts, why_no_cut = self._cuts(anatomy, trainable)
         return ResolvedPlan(
             frozen=frozen_names,
             trained=trained_names,
@@ -234,7 +243,7 @@ Use an int for a number of blocks, or "all".
             why_no_cut=why_no_cut,
             lowest_trainable=lowest,
             reasons=tuple(reasons),
-            warnings=_warnings(anatomy, frozen_now, lowest, blocks),
+            warnings=_warnings(anatomy, lowest, blocks),
         )
 
     def _refuse_stuck_blocks(self, anatomy: Anatomy, blocks: dict[str, int], lowest: tuple[str, int]) -> None:
@@ -324,19 +333,19 @@ Use an int for a number of blocks, or "all".
                 by_name.update(dict.fromkeys(matched, decision))
         return by_name
 
-    def _cuts(self, anatomy: Anatomy, frozen: set[str], untied: set[str]) -> tuple[tuple[Cut, ...], str]:
+    def _cuts(self, anatomy: Anatomy, trainable: set[str]) -> tuple[tuple[Cut, ...], str]:
         """What of the frozen part is a constant of the input, and why nothing is, where nothing is."""
         if self.frozen_mode == "train":
             return (), "frozen_mode='train' keeps dropout on in the frozen blocks, so their output changes every step."
-        trainable = {n for n in anatomy.parts if _first_name(anatomy, n) not in frozen or n in untied}
         cuts: list[Cut] = []
         for stack in anatomy.stacks:
             moving = [
-                n for n in trainable if (part := anatomy.parts[n]).kind in ("embeddings", "tower")
+                n for n in sorted(trainable) if (part := anatomy.parts[n]).kind in ("embeddings", "tower")
                 and part.stack in ("", stack.name)
             ]  # fmt: skip
             if moving:
-                return tuple(cuts), f"the embeddings train ({moving[0]}), so every block's input changes every step."
+                why = f"the embeddings train ({moving[0]}), so every block's input changes every step."
+                return tuple(cuts), "" if cuts else why
             depth = _frozen_depth(anatomy, stack, trainable)
             if depth:
                 cuts.append(Cut(stack.name, depth))
@@ -368,7 +377,7 @@ def _count(name: str, value: BlockCount, stack: Stack, anatomy: Anatomy) -> int:
     if value == "all":
         return depth
     if isinstance(value, float):
-        return int(depth * value)
+        return int(depth * value + 1e-9)  # 1/49 of 49 blocks is one, whatever the last bit says
     value = int(value)  # _check_count has refused everything but an int here
     if abs(value) > depth:
         raise PlanError(
@@ -376,6 +385,10 @@ def _count(name: str, value: BlockCount, stack: Stack, anatomy: Anatomy) -> int:
             f"Use {name}_blocks {'<=' if value > 0 else '>='} {depth if value > 0 else -depth}, or 'all'."
         )
     return value if value >= 0 else depth + value
+
+
+def _whole_pieces(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:^|(?<=\.))(?:{pattern})(?=\.|$)")
 
 
 def _covers(pattern: str, name: str) -> bool:
@@ -386,16 +399,11 @@ def _covers(pattern: str, name: str) -> bool:
     >>> _covers("norm", "model.layers.1.input_layernorm.weight"), _covers(".*norm", "layers.1.input_layernorm.weight")
     (False, True)
     """
-    return re.search(rf"(?:^|(?<=\.))(?:{pattern})(?=\.|$)", name) is not None
+    return _whole_pieces(pattern).search(name) is not None
 
 
 def _pieces(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(piece for name in names for piece in name.split(".") if not piece.isdigit()))
-
-
-def _first_name(anatomy: Anatomy, name: str) -> str:
-    tie = anatomy.tie_of.get(name)
-    return tie.names[0] if tie else name
 
 
 def _frozen_depth(anatomy: Anatomy, stack: Stack, trainable: set[str]) -> int:
@@ -407,9 +415,9 @@ def _frozen_depth(anatomy: Anatomy, stack: Stack, trainable: set[str]) -> int:
     return min(moving, default=len(stack))
 
 
-def _lowest_trainable(anatomy: Anatomy, frozen: set[str], untied: tuple[str, ...]) -> tuple[str, int]:
+def _lowest_trainable(anatomy: Anatomy, trainable: set[str]) -> tuple[str, int]:
     """The lowest place with a trainable tensor: there the backward pass ends."""
-    places = {anatomy.parts[n] for n in anatomy.parts if _first_name(anatomy, n) not in frozen or n in untied}
+    places = {anatomy.parts[n] for n in trainable}
     order = {"tower": 0, "embeddings": 0, "block": 1, "final": 2, "other": 3, "head": 3}
     stacks = [stack.name for stack in anatomy.stacks]
 
@@ -425,7 +433,7 @@ def _lowest_trainable(anatomy: Anatomy, frozen: set[str], untied: tuple[str, ...
     return ("embeddings" if lowest.kind == "tower" else lowest.kind, 0)
 
 
-def _warnings(anatomy: Anatomy, frozen: set[str], lowest: tuple[str, int], blocks: dict[str, int]) -> tuple[str, ...]:
+def _warnings(anatomy: Anatomy, lowest: tuple[str, int], blocks: dict[str, int]) -> tuple[str, ...]:
     found = []
     if lowest[0] == "embeddings" and any(blocks.values()):
         found.append(

@@ -82,9 +82,11 @@ def count_text(count: float, unit: str = "") -> str:
 
     >>> count_text(134_515_008), count_text(576), count_text(2_500_000_000, "B")
     ('134.5 M', '576', '2.5 GB')
+    >>> count_text(999_999)
+    '1.0 M'
     """
     for factor, prefix in ((1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
-        if abs(count) >= factor:
+        if abs(count) >= 0.99995 * factor:  # what would be shown as 1000.0 of the prefix below
             return f"{count / factor:.1f} {prefix}{unit}"
     return f"{count:.0f}{' ' + unit if unit else ''}"
 

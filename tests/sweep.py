@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -44,7 +46,13 @@ def _no_graph_reaches(stack: Stack, depth: int) -> RemovableHandle:
     return block.modules[0].register_forward_pre_hook(refuse, with_kwargs=True)
 
 
-def check_freeze(model: nn.Module) -> None:
+def language_loss(model: nn.Module) -> torch.Tensor:
+    """The model's own loss on a batch of text."""
+    loss: torch.Tensor = model(**training_batch(model)).loss
+    return loss
+
+
+def check_freeze(model: nn.Module, loss_of: Callable[[nn.Module], torch.Tensor] = language_loss) -> None:
     """Embeddings and the lower half frozen, three AdamW steps with weight decay: raises where a claim fails."""
     anatomy = read_anatomy(model)
     halves = {stack.name: len(stack) // 2 for stack in anatomy.stacks}
@@ -81,7 +89,7 @@ def check_freeze(model: nn.Module) -> None:
     above_encoder = anatomy.stacks[1:]
     handles = [_no_graph_reaches(s, 0 if s in above_encoder else halves[s.name]) for s in anatomy.stacks]
     for _ in range(3):
-        loss = model(**training_batch(model)).loss
+        loss = loss_of(model)
         assert torch.isfinite(loss), "loss is not finite"
         optimizer.zero_grad()
         loss.backward()

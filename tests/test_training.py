@@ -42,7 +42,8 @@ def train(kind: str, folder: str, *, batch: int, accumulation: int, steps: int =
     report = freeze(model, FreezePlan(decoder_blocks=2))
     args = SummaryTrainingArguments(
         output_dir=folder, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=steps,
-        precision="fp32", optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=0.0,
+        precision="fp32", optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", warmup_steps=0,
+        max_grad_norm=0.0,
         logging_steps=1, eval_strategy="no", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     tokenizer = tiny_tokenizer(kind)

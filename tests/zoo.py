@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -114,7 +115,10 @@ OVERRIDES["qwen4_exp"] = {"text_config": OVERRIDES["qwen4_exp_text"]}
 # What transformers itself does not build from a config alone: the exception, and why.
 NOT_BUILT: dict[str, tuple[type[Exception], str]] = {
     "gemma3n": (ImportError, "its vision tower needs the packages timm and pillow"),
-    "gemma4_assistant": (ValueError, "a draft model that reads another model's states; its default config is invalid"),
+    "gemma4_assistant": (
+        StrictDataclassClassValidationError,
+        "a draft model that reads another model's states; its default config is invalid",
+    ),
     "gemma4_unified_assistant": (ValueError, "a draft model that reads another model's states"),
     "musicgen": (AttributeError, "the Auto class hands the composite config to a class that takes its decoder's"),
     "musicgen_melody": (

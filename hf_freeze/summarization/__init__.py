@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
+from hf_freeze.summarization.collation import SummaryCollator
 from hf_freeze.summarization.generation import generate_summaries
-from hf_freeze.summarization.prompts import (
-    SummaryCollator,
-    SummaryPrompt,
-    check_tokenizer,
-    encode_reviews,
-    read_prompt,
-)
+from hf_freeze.summarization.prompts import SummaryPrompt, encode_reviews, read_prompt
 from hf_freeze.summarization.results import (
     load_prompt,
     new_output_folder,
@@ -21,6 +16,7 @@ from hf_freeze.summarization.results import (
 )
 from hf_freeze.summarization.reviews import Reviews, overlap, read_reviews, read_splits, shipped_reviews
 from hf_freeze.summarization.rouge import RougeScores, compute_rouge, first_sentence
+from hf_freeze.summarization.tokenizer_fit import check_tokenizer
 from hf_freeze.summarization.training import (
     SummaryTrainer,
     SummaryTrainingArguments,

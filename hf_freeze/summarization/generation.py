@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from hf_freeze.errors import FreezeError, ModelError, ReviewsError, nearest
-from hf_freeze.summarization.prompts import SummaryPrompt, read_prompt, underlying_model
+from hf_freeze.summarization.prompts import SummaryPrompt, read_prompt
+from hf_freeze.summarization.tokenizer_fit import underlying_model
 
 __all__ = ["generate_summaries", "share_of"]
 
@@ -56,8 +57,8 @@ PRECISIONS = ("bf16",)
 # Rotary frequencies lose whole positions in 8 bits of mantissa; transformers computes them in fp32 in bf16 models too.
 KEPT_IN_FP32 = ("inv_freq",)
 
-# Left padding may move logits by rounding, or by being read (by 0.05 of their spread and more). Rounding alone moves those
-# of a 30-block model by 2e-6 in fp32 and by up to 0.08 in bf16, so a half-precision model is judged less finely.
+# Left padding may move logits by rounding, or by being read (by 0.05 of their spread and more). Rounding alone moves
+# those of a 30-block model by 2e-6 in fp32 and by up to 0.08 in bf16: a half-precision model is judged less finely.
 SAME_LOGITS = 0.01
 SAME_LOGITS_IN_HALF = 0.15
 
@@ -113,10 +114,10 @@ def generate_summaries(
         FreezeError: an unknown precision, an argument that is set here, or more new tokens than the model has room for.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> from hf_freeze.summarization.prompts import _doctest_tokenizer
+    >>> from hf_freeze.summarization.tokenizer_fit import doctest_tokenizer
     >>> sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes))
-    >>> summaries = generate_summaries(model, _doctest_tokenizer(), ["Good mug.", " "], max_new_tokens=4)
+    >>> summaries = generate_summaries(model, doctest_tokenizer(), ["Good mug.", " "], max_new_tokens=4)
     >>> len(summaries), summaries[1]
     (2, '')
     """

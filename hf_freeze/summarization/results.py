@@ -42,8 +42,8 @@ def new_output_folder(asked: str | None, *, resuming: bool = False) -> Path:
     found = [name for name in RUN_FILES if (folder / name).exists()] + [p.name for p in folder.glob("checkpoint-*")]
     if found and not resuming:
         raise FreezeError(
-            f"--output_dir {asked} was asked for; it holds another run ({', '.join(found[:3])}). Choose another folder, "
-            "go on with --resume_from_checkpoint, or remove it yourself."
+            f"--output_dir {asked} was asked for; it holds another run ({', '.join(found[:3])}). Choose another "
+            "folder, go on with --resume_from_checkpoint, or remove it yourself."
         )
     return folder
 

@@ -2,8 +2,8 @@
 
 The loss is the sum over labelled tokens divided by their number over all accumulated batches and ranks; most
 encoder-decoder classes of transformers return a plain mean there and train with another gradient. Rows are batched by
-length through a sampler seeded by seed and epoch, so that every rank and a resumed run see the same batches. A loss that
-is not finite stops the run before the optimizer sees it.
+length through a sampler seeded by seed and epoch, so that every rank and a resumed run see the same batches. A loss
+that is not finite stops the run before the optimizer sees it.
 """
 
 # No `from __future__ import annotations`: HfArgumentParser reads the types of SummaryTrainingArguments.
@@ -184,8 +184,8 @@ class SummaryTrainingArguments(Seq2SeqTrainingArguments):
 def _check_world_size(launched: int, formed: int) -> None:
     if launched != formed:
         raise FreezeError(
-            f"The launcher started {launched} processes, but this one is in a group of {formed}: each would train alone "
-            "and write into one folder. Use `accelerate launch --config_file accelerate_config.yaml` or torchrun; "
+            f"The launcher started {launched} processes, but this one is in a group of {formed}: each would train "
+            "alone and write into one folder. Use `accelerate launch --config_file accelerate_config.yaml` or torchrun; "
             "`distributed_type: MULTI_CPU` and `accelerate launch --cpu` form no group."
         )
 
