@@ -286,7 +286,8 @@ def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> Froze
                 f"verify_frozen was asked for a {type(core).__name__} that was never frozen. Call freeze(model, plan) "
                 "first, or pass its report."
             )
-        digests, tensors = found[1].digests, weakref.WeakValueDictionary()
+        core, record = found  # the names are those of the module that was frozen, whatever wraps it now
+        digests, tensors = record.digests, weakref.WeakValueDictionary()
     if not digests:
         raise FreezeError(
             f"verify_frozen was asked for a {type(core).__name__} that was on the meta device when freeze() ran; it "
@@ -472,11 +473,14 @@ def _text_config(config: Any) -> Any:
 
 def _record(model: nn.Module) -> tuple[nn.Module, FreezeRecord] | None:
     """The record of `freeze` and the module that it stands on: the model, or the one that PEFT wrapped since."""
-    for module in model.modules():
-        record = module.__dict__.get(_RECORD)
-        if isinstance(record, FreezeRecord):
-            return module, record
-    return None
+    found = [(module, module.__dict__[_RECORD]) for module in model.modules() if _RECORD in module.__dict__]
+    if len(found) > 1:
+        names = ", ".join(type(module).__name__ for module, _ in found)
+        raise FreezeError(
+            f"One frozen model was asked for; this {type(model).__name__} holds {len(found)}: {names}. "
+            "Pass one of them."
+        )
+    return found[0] if found else None
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -494,7 +498,7 @@ def _by_name(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor | None
         return tensors[name]
     leaf = name.rpartition(".")
     endings = (f".{name}", f".{leaf[0]}.base_layer.{leaf[2]}")
-    found = [tensor for other, tensor in tensors.items() if other.endswith(endings)]
+    found = [tensor for other, tensor in tensors.items() if f".{other}".endswith(endings)]
     return found[0] if len(found) == 1 else None
 
 

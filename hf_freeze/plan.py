@@ -340,8 +340,8 @@ Use an int for a number of blocks, or "all".
         cuts: list[Cut] = []
         for stack in anatomy.stacks:
             moving = [
-                n for n in sorted(trainable) if (part := anatomy.parts[n]).kind in ("embeddings", "tower")
-                and part.stack in ("", stack.name)
+                n for n, part in anatomy.parts.items() if n in trainable
+                and part.kind in ("embeddings", "tower") and part.stack in ("", stack.name)
             ]  # fmt: skip
             if moving:
                 why = f"the embeddings train ({moving[0]}), so every block's input changes every step."

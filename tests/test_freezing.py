@@ -200,13 +200,17 @@ def test_eval_is_held_through_every_way_to_call_train() -> None:
     model.train()
     expected = modes(model)
     assert expected.count(False) > 10
-    model.transformer.train()
-    model.transformer.h.train()
     assert model.transformer.h[0].train() is model.transformer.h[0]
-    for module in model.modules():
-        module.train()
-    model.apply(lambda module: module.train(True))
-    assert modes(model) == expected
+    for call in (
+        model.transformer.train,
+        model.transformer.h.train,
+        model.transformer.h[0].mlp.train,
+        model.transformer.h[0].mlp.dropout.train,
+        lambda: [module.train() for module in model.modules()],
+        lambda: model.apply(lambda module: module.train(True)),
+    ):
+        call()
+        assert modes(model) == expected
 
 
 def through_pickle(model: nn.Module) -> nn.Module:
@@ -277,6 +281,16 @@ def test_batch_norm_statistics_of_frozen_blocks_stand_still_and_the_others_move(
     assert {name.split(".")[1] for name in moved} == {"2", "3"}
     assert {"layers.2.norm.running_mean", "layers.3.plain.running_var"} <= moved
     verify_frozen(model, report)
+
+
+def test_a_module_that_a_trained_block_shares_with_a_frozen_one_trains() -> None:
+    model = Tower()
+    for layer in model.layers:
+        layer.drop = model.layers[0].drop
+    freeze(model)
+    model.train()
+    assert model.layers[0].drop.training
+    assert not model.layers[0].norm.training
 
 
 def test_dropout_of_a_frozen_prefix_is_off_so_that_its_output_is_a_constant() -> None:
@@ -620,6 +634,37 @@ def test_the_digest_is_of_the_values_not_of_their_layout() -> None:
     assert _digest(tensor.reshape(4, 3)) != _digest(tensor)
     assert _digest(tensor.view(torch.int32)) != _digest(tensor)
     assert _digest(torch.empty(0, 3)) != _digest(torch.empty(3, 0))
+
+
+class Pair(nn.Module):
+    """A policy beside its reference, as preference training has them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.reference = copy.deepcopy(model)
+        self.policy = model
+
+
+def test_a_tensor_is_found_by_identity_where_names_are_not_unique() -> None:
+    model = build("gpt2")
+    report = freeze(model)
+    pair = Pair(model)
+    assert verify_frozen(pair, report).tensors == len(report.digests)
+    pair.reference.transformer.wpe.weight.data.add_(1)
+    verify_frozen(pair, report)
+    model.transformer.wpe.weight.data.add_(1)
+    with pytest.raises(FrozenWeightsChanged, match=r"1 do not hold the bits .*transformer\.wpe\.weight"):
+        verify_frozen(pair, report)
+
+
+def test_two_frozen_models_in_one_are_an_error_and_one_is_proved_under_any_wrapper() -> None:
+    model = build("gpt2")
+    freeze(model)
+    pair = Pair(model)
+    with pytest.raises(FreezeError, match=r"this Pair holds 2: GPT2LMHeadModel, GPT2LMHeadModel\. Pass one of them"):
+        verify_frozen(pair)
+    thaw(pair.reference)
+    assert verify_frozen(pair) == verify_frozen(model)
 
 
 # ------------------------------------------------------------------------------------------------ the slow, obvious way

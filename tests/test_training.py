@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_sees_it(tmp_path: 
 
 def test_processes_that_form_no_group_are_refused() -> None:
     _check_world_size(2, 2)
-    with pytest.raises(FreezeError, match="started 2 processes, but this one is in a group of 1"):
+    with pytest.raises(FreezeError, match="started 2 processes, this one is in a group of 1"):
         _check_world_size(2, 1)
 
 

@@ -22,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_freeze.errors import FreezeError
 from hf_freeze.precision import Precision, choose_precision
 from hf_freeze.report import Table
+from hf_freeze.supervision import can_keep_supervised_logits, supervised_positions
 
 __all__ = ["LengthSampler", "SummaryTrainer", "SummaryTrainingArguments", "TokenLoss", "TrainingDiverged", "loss_table"]
 
@@ -58,9 +59,11 @@ class TokenLoss:
     ) -> torch.Tensor:
         logits = outputs.logits
         if self.shifts:
-            logits, labels = logits[:, :-1], labels[:, 1:]
+            labels = labels[:, 1:]
         labelled = labels != -100
-        chosen = logits[labelled].float()  # before the cast to fp32, which would double the largest tensor of a step
+        if logits.dim() == 3:  # else the model was asked for the supervised positions only
+            logits = (logits[:, :-1] if self.shifts else logits)[labelled]
+        chosen = logits.float()  # after the choice: a cast of all would double the largest tensor of a step
         total = nn.functional.cross_entropy(
             chosen, labels[labelled], reduction="sum", label_smoothing=self.label_smoothing
         )
@@ -184,7 +187,7 @@ class SummaryTrainingArguments(Seq2SeqTrainingArguments):
 def _check_world_size(launched: int, formed: int) -> None:
     if launched != formed:
         raise FreezeError(
-            f"The launcher started {launched} processes, but this one is in a group of {formed}: each would train "
+            f"The launcher started {launched} processes, this one is in a group of {formed}: each would train "
             "alone and write into one folder. Use `accelerate launch --config_file accelerate_config.yaml` or torchrun; "
             "`distributed_type: MULTI_CPU` and `accelerate launch --cpu` form no group."
         )
@@ -212,6 +215,8 @@ def loss_table(log_history: Sequence[dict[str, Any]]) -> Table:
 class SummaryTrainer(Seq2SeqTrainer):
     """A Seq2SeqTrainer with `TokenLoss`, `LengthSampler` and a stop at the first loss that is not finite.
 
+    Where the model can (`supervised_logits_reason` says), logits are computed at the supervised positions only.
+
     Takes the arguments of Seq2SeqTrainer. The collator must supply `decoder_input_ids` to encoder-decoder models, since
     labels are taken out of the batch before the forward (`SummaryCollator` does).
     """
@@ -228,6 +233,12 @@ class SummaryTrainer(Seq2SeqTrainer):
             ),
         )
         super().__init__(model=model, **arguments)
+        self.supervised_logits, self.supervised_logits_reason = can_keep_supervised_logits(model)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        if self.supervised_logits and "labels" in inputs:
+            inputs = {**inputs, "logits_to_keep": supervised_positions(inputs["labels"])}
+        return super().compute_loss(model, inputs, *rest, **named)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows = self.train_dataset if train_dataset is None else train_dataset
