@@ -99,9 +99,11 @@ class DataArguments:
 class RunArguments(SummaryTrainingArguments):
     """Trainer's arguments, with the defaults of this recipe."""
 
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training reviews."})
+    num_train_epochs: float = field(
+        default=2.0, metadata={"help": "Passes over the training reviews; more overfit a few hundred of them."}
+    )
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Reviews a step and device."})
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Reviews scored or summarised at once."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Reviews scored or summarised at once."})
 
 
 def main() -> None:

@@ -138,7 +138,7 @@ class SummaryTrainingArguments(Seq2SeqTrainingArguments):
             "help": "Threads of each process on a CPU; none shares all cores. accelerate launch alone gives one."
         },
     )
-    learning_rate: float = field(default=3e-4, metadata={"help": "Higher than for full fine-tuning: less can break."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Higher than for full fine-tuning: less can break."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "The learning rate's course."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or a fraction of all steps."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to measure the validation loss."})
