@@ -1,6 +1,6 @@
 """Logits only where there is a label: the head runs over a few summary tokens instead of every token of the review.
 
-Works by the boolean mask that transformers' `logits_to_keep` takes. Whether a class honours it is tried, not assumed; one
+Works by the boolean mask that `logits_to_keep` takes. Whether a class honours it is tried, not assumed; one
 that does not is left as it is, with the reason.
 """
 

@@ -99,11 +99,15 @@ class DataArguments:
 class RunArguments(SummaryTrainingArguments):
     """Trainer's arguments, with the defaults of this recipe."""
 
+    output_dir: str = field(default="", metadata={"help": "None takes the next free out/summaries-N."})
     num_train_epochs: float = field(
         default=2.0, metadata={"help": "Passes over the training reviews; more overfit a few hundred of them."}
     )
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Reviews a step and device."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Reviews scored or summarised at once."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Reviews at once on a device."})
+    gradient_accumulation_steps: int = field(
+        default=2, metadata={"help": "Batches a step: less memory, the same step, since the loss is a token sum."}
+    )
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Reviews scored or summarised at once."})
 
 
 def main() -> None:
@@ -178,7 +182,7 @@ def main() -> None:
         args=args,
         train_dataset=encoded["train"].dataset,
         eval_dataset=encoded["validation"].dataset,
-        data_collator=SummaryCollator(tokenizer, model),
+        data_collator=SummaryCollator(tokenizer, model, pad_to_multiple_of=32),
         processing_class=tokenizer,
     )
     say(f"\nTraining {report.trainable_parameters:,} of {report.total_parameters:,} parameters:")

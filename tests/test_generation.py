@@ -617,3 +617,28 @@ def test_rounding_of_a_bf16_copy_does_not_forbid_padding(monkeypatch: pytest.Mon
         model, tokenizer, ["Good mug.", "A mug that broke."], precision="bf16", progress=False, max_new_tokens=2
     )
     assert asked == [torch.float32]
+
+
+def test_a_model_that_trainer_wrapped_in_autocast_is_still_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast rounds as a bf16 copy does; judged by it, every batch would hold one length and be slow."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    tokenizer = chat_tokenizer()
+    model = LlamaForCausalLM(llama_config()).eval()
+
+    def rounded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Rounds so coarsely that padding seems to be read."""
+        output = type(self).forward(self, *args, **kwargs)
+        output.logits = output.logits + torch.randn_like(output.logits)
+        return output
+
+    model.forward = convert_outputs_to_fp32(rounded.__get__(model))
+    wrapped = model.forward
+    widths: list[int] = []
+    original = generation._generate
+    monkeypatch.setattr(
+        generation, "_generate", lambda m, ids, *rest: widths.append(len(ids)) or original(m, ids, *rest)
+    )
+    generate_summaries(model, tokenizer, ["Good mug.", "A mug that broke at once."], progress=False, max_new_tokens=2)
+    assert widths == [2]
+    assert model.forward is wrapped

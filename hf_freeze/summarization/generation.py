@@ -290,12 +290,24 @@ def _may_pad(model: Any, rows: Sequence[Row], settings: Any) -> bool:
     padded = torch.cat([filler, ids], dim=1)
     mask = torch.ones_like(padded)
     mask[:, :gap] = 0
-    plain, shifted = (
-        model.generate(**_inputs(model, tokens, seen), generation_config=probe).logits[0].float()
-        for tokens, seen in ((ids, torch.ones_like(ids)), (padded, mask))
-    )
+    with _own_forward(model):
+        plain, shifted = (
+            model.generate(**_inputs(model, tokens, seen), generation_config=probe).logits[0].float()
+            for tokens, seen in ((ids, torch.ones_like(ids)), (padded, mask))
+        )
     allowed = SAME_LOGITS if model.dtype == torch.float32 else SAME_LOGITS_IN_HALF
     return bool((plain - shifted).norm() <= allowed * (plain - plain.mean()).norm())
+
+
+@contextmanager
+def _own_forward(model: Any) -> Iterator[None]:
+    """The class's forward, without the autocast that accelerate wraps around it on the instance: it rounds to bf16."""
+    wrapped = model.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
 
 
 def _inputs(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -27,13 +27,13 @@ RUN_FILES = ("all_results.json", "freeze_plan.json", "trainer_state.json")
 METRICS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
 
 
-def new_output_folder(asked: str | None, *, resuming: bool = False) -> Path:
+def new_output_folder(asked: str, *, resuming: bool = False) -> Path:
     """The folder of a run: the one asked for where no other run lies in it, else the next free out/summaries-N.
 
     Raises:
         FreezeError: The folder holds another run, which would be overwritten.
     """
-    if asked is None:
+    if not asked:
         number = 1
         while (folder := Path("out") / f"summaries-{number}").exists():
             number += 1

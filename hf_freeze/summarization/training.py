@@ -8,6 +8,7 @@ that is not finite stops the run before the optimizer sees it.
 
 # No `from __future__ import annotations`: HfArgumentParser reads the types of SummaryTrainingArguments.
 
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_freeze.anatomy import unwrap
 from hf_freeze.errors import FreezeError
 from hf_freeze.precision import Precision, choose_precision
 from hf_freeze.report import Table
@@ -188,8 +190,8 @@ def _check_world_size(launched: int, formed: int) -> None:
     if launched != formed:
         raise FreezeError(
             f"The launcher started {launched} processes, this one is in a group of {formed}: each would train "
-            "alone and write into one folder. Use `accelerate launch --config_file accelerate_config.yaml` or torchrun; "
-            "`distributed_type: MULTI_CPU` and `accelerate launch --cpu` form no group."
+            "alone and write into one folder. Use `accelerate launch --config_file accelerate_config.yaml` or "
+            "torchrun; `distributed_type: MULTI_CPU` and `accelerate launch --cpu` form no group."
         )
 
 
@@ -234,8 +236,13 @@ class SummaryTrainer(Seq2SeqTrainer):
         )
         super().__init__(model=model, **arguments)
         self.supervised_logits, self.supervised_logits_reason = can_keep_supervised_logits(model)
+        # Keys and values of past tokens are kept for generation only; models keep them in training too unless told.
+        self.extra_inputs: dict[str, Any] = {}
+        if "use_cache" in inspect.signature(unwrap(model).forward).parameters:
+            self.extra_inputs["use_cache"] = False
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        inputs = {**inputs, **self.extra_inputs}
         if self.supervised_logits and "labels" in inputs:
             inputs = {**inputs, "logits_to_keep": supervised_positions(inputs["labels"])}
         return super().compute_loss(model, inputs, *rest, **named)
