@@ -23,7 +23,7 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# torch first: asked for by another package it may come in a build of several GB that a machine without a GPU never uses.
+# torch first, at its pinned version: then nothing that is installed later asks for another, larger build of it.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0

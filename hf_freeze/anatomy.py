@@ -718,7 +718,7 @@ def _projectors(stacks: tuple[Stack, ...], known: set[nn.Module]) -> set[nn.Modu
 
 
 def _find_ties(model: nn.Module, parts: dict[str, Part]) -> tuple[Tie, ...]:
-    """Tensors with several names, by identity (TRAP: `named_parameters` hides the second name)."""
+    """Tensors with several names, by identity: `named_parameters` hides the second name."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)

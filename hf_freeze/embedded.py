@@ -78,6 +78,11 @@ def _convert(source: Path, folder: Path) -> None:
     """Reads the GGUF and writes an ordinary folder: the same weights, dequantised to fp32."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            f"The embedded model {EMBEDDED_NAME!r} was asked for; the package gguf, which reads its file once, is not "
+            "installed. Run: pip install gguf"
+        )
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
     values = loaded.config.to_dict()
     values.pop("quantization_config", None)

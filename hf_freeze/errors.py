@@ -17,6 +17,7 @@ __all__ = [
     "PlanError",
     "ReviewsError",
     "TokenizerMismatch",
+    "TrainingDiverged",
     "nearest",
 ]
 
@@ -43,6 +44,10 @@ class ModelError(FreezeError):
 
 class ReviewsError(FreezeError):
     """Reviews cannot be read as asked: a missing file or column, a broken row, too few rows."""
+
+
+class TrainingDiverged(FreezeError):
+    """The loss is not a finite number any more; the message names the step and the last good checkpoint."""
 
 
 class TokenizerMismatch(FreezeError):

@@ -193,6 +193,7 @@ def freeze(
     plan = plan or FreezePlan()
     if not isinstance(plan, FreezePlan):
         raise PlanError(f"freeze was given a {type(plan).__name__} as plan; it takes a FreezePlan.")
+    _refuse_ddp(model, "freeze")
     anatomy = read_anatomy(model, blocks=blocks)
     resolved = plan.resolve(anatomy)
     if resolved.untied and optimizer is not None:
@@ -201,7 +202,13 @@ def freeze(
             "hold. Call freeze() before the optimizer is made."
         )
     core = anatomy.model
-    record: FreezeRecord = getattr(core, _RECORD, None) or FreezeRecord(plan)
+    found = _record(core)
+    if found is not None and found[0] is not core:
+        raise FreezeError(
+            f"freeze was asked for a {type(core).__name__}; the {type(found[0]).__name__} inside it was frozen before "
+            "it was wrapped, under other names. Call thaw(model) first, or freeze once, before or after wrapping."
+        )
+    record = found[1] if found else FreezeRecord(plan)
     record.plan = plan
     if resolved.untied:
         _untie(core, resolved.untied)
@@ -229,6 +236,15 @@ def freeze(
     return FreezeReport(anatomy, resolved, record, frozen_before)
 
 
+def _refuse_ddp(model: nn.Module, what: str) -> None:
+    """DDP registers the trainable parameters once: later changes drift apart between ranks, or the backward stops."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise FreezeError(
+            f"{what} was asked for a model that DistributedDataParallel has wrapped already; its ranks would silently "
+            f"drift apart. Call {what}(model.module) and wrap the result again."
+        )
+
+
 def thaw(model: nn.Module) -> tuple[str, ...]:
     """Undoes what `freeze` did to a model, no more: the user's own freeze stays. Mutates the model.
 
@@ -245,6 +261,7 @@ def thaw(model: nn.Module) -> tuple[str, ...]:
         >>> len(thaw(model)), all(parameter.requires_grad for parameter in model.parameters())
         (14, True)
     """
+    _refuse_ddp(model, "thaw")
     core = unwrap(model)
     found = _record(core)
     if found is None:

@@ -440,6 +440,11 @@ def _warnings(anatomy: Anatomy, lowest: tuple[str, int], blocks: dict[str, int])
             "Blocks are frozen but the embeddings train: the backward pass must reach the bottom, and most of the "
             "saving in time and memory is gone. Use embeddings=True."
         )
+    if lowest[0] in blocks and lowest[1] < blocks[lowest[0]]:
+        found.append(
+            f"A pattern trains a tensor of {lowest[0]} block {lowest[1]}, below the top of the frozen ones: the "
+            "backward pass must reach it, and nothing above it can be cached."
+        )
     stacks = {stack.name: stack for stack in anatomy.stacks}
     if len(stacks) == 2 and blocks["decoder"] and lowest[0] == "encoder":
         found.append(

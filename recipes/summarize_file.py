@@ -3,7 +3,7 @@
     python recipes/summarize_file.py out/summaries-1 reviews.csv -o summaries.jsonl
 
 Reads CSV, TSV, JSONL, Parquet or a folder of them; writes one JSON object a row with the review's other columns and its
-`summary`, in the order of the input.
+`summary`, in the order of the input; rows with an empty review are skipped and named.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = auto_class.from_pretrained(args.model, dtype=torch.float32).to(device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    prompt = load_prompt(tokenizer, config, args.model)
+    prompt, num_beams = load_prompt(tokenizer, config, args.model)
 
     summaries = generate_summaries(
         model,
@@ -47,6 +47,7 @@ def main() -> None:
         prompt=prompt,
         batch_size=args.batch_size,
         max_new_tokens=prompt.max_summary_tokens,
+        num_beams=num_beams,
         precision="bf16" if choose_precision("auto", device).name == "bf16" else None,
     )
     rows = [{**row, "summary": summary} for row, summary in zip(reviews.dataset, summaries, strict=True)]

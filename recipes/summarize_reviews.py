@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
+from datasets import get_dataset_split_names
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -132,8 +133,9 @@ def main() -> None:
     if len(rows["train"]) < args.train_batch_size * args.world_size:
         say(f"Warning: {len(rows['train'])} training rows are fewer than one batch of {args.train_batch_size}.")
 
-    # Read the model, write the plan, forecast, apply.
-    model, tokenizer = load_model(model_args)
+    # Read the model, write the plan, apply, forecast.
+    with args.main_process_first(desc="loading the model"):
+        model, tokenizer = load_model(model_args)
     say(check_tokenizer(model, tokenizer, samples=rows["train"]["review"][:32]))
     plan = model_args.plan()
     report = freeze(model, plan)
@@ -146,17 +148,19 @@ def main() -> None:
     )
     encoded = {name: encode_reviews(rows[name], prompt) for name in ("train", "validation")}
     say(f"\n{report}\n")
+    say(f"One batch on one device; a step takes {args.gradient_accumulation_steps} of them on {args.world_size}:")
     say(
         forecast(
             model,
             plan,
-            batch_size=args.train_batch_size * args.world_size,
+            batch_size=args.train_batch_size,
             **mean_lengths(encoded["train"].dataset, prompt),
             epochs=math.ceil(args.num_train_epochs),
             dtype="bfloat16" if args.bf16 else "float32",
             rows=len(rows["train"]),
         )
     )
+    say("note: this version has no prefix cache; the row 'cached' says what one would take")
     say(f"Precision {args.chosen_precision}")
     for note in (*prompt.notes, *encoded["train"].notes):
         say(f"note: {note}")
@@ -176,15 +180,17 @@ def main() -> None:
     say("\nSummaries of the test reviews before training:")
     before = generate_summaries(model, tokenizer, test_reviews, **settings)
 
-    # Train.
+    # Train. Few widths instead of hundreds: each new shape costs a CPU a kernel of its own, in time and memory.
+    pad_multiple = 32 if prompt.max_tokens is None or prompt.max_tokens % 32 == 0 else None
     trainer = SummaryTrainer(
         model=model,
         args=args,
         train_dataset=encoded["train"].dataset,
         eval_dataset=encoded["validation"].dataset,
-        data_collator=SummaryCollator(tokenizer, model, pad_to_multiple_of=32),
+        data_collator=SummaryCollator(tokenizer, model, pad_to_multiple_of=pad_multiple),
         processing_class=tokenizer,
     )
+    say(f"note: supervised logits only: {trainer.supervised_logits} ({trainer.supervised_logits_reason})")
     say(f"\nTraining {report.trainable_parameters:,} of {report.total_parameters:,} parameters:")
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     losses = loss_table(trainer.state.log_history)
@@ -233,7 +239,7 @@ def main() -> None:
     trainer.save_metrics("all", metrics, combined=False)
     if chief:
         plan.save_pretrained(args.output_dir)
-        save_prompt(prompt, data_args.prompt_template, args.output_dir)
+        save_prompt(prompt, data_args.prompt_template, args.output_dir, num_beams=settings["num_beams"])
         write_jsonl(Path(args.output_dir) / "predictions.jsonl", samples)
         facts = {key: metrics[key] for key in ("train_rows", "train_seconds", "precision", "world_size")}
         write_card(
@@ -282,9 +288,15 @@ def load_reviews(data_args: DataArguments, seed: int) -> dict:
     """The splits: the user's files, a hub data set, or the shipped reviews."""
     sources = [data_args.train_file, data_args.validation_file, data_args.test_file]
     if data_args.dataset_name:
-        sources = [source or data_args.dataset_name for source in sources]
+        known = get_dataset_split_names(data_args.dataset_name)
+        splits = ("train", "validation", "test")
+        sources = [
+            s or (data_args.dataset_name if name in known else None) for s, name in zip(sources, splits, strict=True)
+        ]
     if not any(sources):
         return shipped_reviews()
+    if not sources[0]:
+        raise FreezeError("--validation_file or --test_file was given without --train_file. Give --train_file too.")
     return read_splits(*sources, text_column=data_args.text_column, summary_column=data_args.summary_column, seed=seed)
 
 

@@ -35,7 +35,7 @@ def _no_graph_reaches(stack: Stack, depth: int) -> RemovableHandle:
     """Lets the states that enter a stack's first trained block fail where a gradient would flow below it.
 
     This knows nothing of embeddings: whatever feeds the blocks and was not frozen is found. A decoder's frozen blocks
-    get a gradient from the encoder through cross-attention (TRAPS 4), so there the first block is looked at.
+    get a gradient from the encoder through cross-attention, so there the first block is looked at.
     """
     block = stack.blocks[depth]
 

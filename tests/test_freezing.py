@@ -563,7 +563,10 @@ def test_a_model_frozen_before_ddp_is_proved_and_thawed_through_it() -> None:
     optimizer.step()
     assert verify_frozen(wrapped, report) == verify_frozen(wrapped)
     assert not model.transformer.h[0].training
-    thaw(wrapped)
+    for change in (thaw, freeze):
+        with pytest.raises(FreezeError, match=r"DistributedDataParallel has wrapped already.*\(model\.module\)"):
+            change(wrapped)
+    thaw(wrapped.module)
     assert names_frozen(model) == set()
 
 

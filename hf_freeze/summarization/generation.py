@@ -302,7 +302,7 @@ def _may_pad(model: Any, rows: Sequence[Row], settings: Any) -> bool:
 @contextmanager
 def _own_forward(model: Any) -> Iterator[None]:
     """The class's forward, without the autocast that accelerate wraps around it on the instance: it rounds to bf16."""
-    wrapped = model.__dict__.pop("forward", None)
+    wrapped = model.__dict__.pop("forward", None) if "_original_forward" in model.__dict__ else None
     try:
         yield
     finally:

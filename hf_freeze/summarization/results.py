@@ -10,7 +10,6 @@ import os
 import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from hf_freeze.summarization.rouge import RougeScores
 __all__ = ["load_prompt", "new_output_folder", "sample_text", "save_prompt", "score_table", "write_card", "write_jsonl"]
 
 PROMPT_FILE = "summary_prompt.json"
-RUN_FILES = ("all_results.json", "freeze_plan.json", "trainer_state.json")
+RUN_FILES = ("all_results.json", "freeze_plan.json", "trainer_state.json", "config.json", "predictions.jsonl")
 METRICS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
 
 
@@ -48,7 +47,7 @@ def new_output_folder(asked: str, *, resuming: bool = False) -> Path:
     return folder
 
 
-def score_table(scores: Mapping[str, RougeScores], confidence: float = 0.95) -> Table:
+def score_table(scores: Mapping[str, RougeScores]) -> Table:
     """ROUGE of several systems side by side, each with its bootstrap interval."""
     rows = []
     for name, score in scores.items():
@@ -58,8 +57,8 @@ def score_table(scores: Mapping[str, RougeScores], confidence: float = 0.95) -> 
             interval = f" [{low[metric]:.1f}, {high[metric]:.1f}]" if low else ""
             cells.append(f"{getattr(score, metric):.1f}{interval}")
         rows.append((name, *cells))
-    count = next(iter(scores.values())).count if scores else 0
-    line = f"F1 x 100 on {count} test reviews, {confidence:.0%} bootstrap intervals in brackets, stemmed."
+    first = next(iter(scores.values()))
+    line = f"F1 x 100 on {first.count} test reviews, {first.confidence:.0%} bootstrap intervals in brackets, stemmed."
     return Table("ROUGE", ("summaries", *METRICS.values()), tuple(rows), (line,))
 
 
@@ -88,22 +87,28 @@ def _write_whole(path: Path, text: str) -> None:
 
 def write_jsonl(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """One JSON object a line, the file whole or not at all."""
-    _write_whole(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _write_whole(Path(path), "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
 
 
-def save_prompt(prompt: SummaryPrompt, template: str | None, folder: str | os.PathLike[str]) -> None:
-    """Keeps what a model was trained with, so that it is given reviews in the same way later."""
-    values = {"template": template, "max_summary_tokens": prompt.max_summary_tokens, "kind": prompt.kind}
-    values["max_source_tokens"] = prompt.max_source_tokens
+def save_prompt(
+    prompt: SummaryPrompt, template: str | None, folder: str | os.PathLike[str], *, num_beams: int = 1
+) -> None:
+    """Keeps what a model was trained and scored with, so that it is given reviews in the same way later."""
+    values = {
+        "template": template,
+        "max_source_tokens": prompt.max_source_tokens,
+        "max_summary_tokens": prompt.max_summary_tokens,
+        "num_beams": num_beams,
+    }
     _write_whole(Path(folder) / PROMPT_FILE, json.dumps(values, indent=2) + "\n")
 
 
-def load_prompt(tokenizer: Any, config: Any, folder: str | os.PathLike[str]) -> SummaryPrompt:
-    """The prompt that `save_prompt` kept in the folder; the default one where there is none."""
+def load_prompt(tokenizer: Any, config: Any, folder: str | os.PathLike[str]) -> tuple[SummaryPrompt, int]:
+    """The prompt and the number of beams that `save_prompt` kept in the folder; the defaults where there are none."""
     path = Path(folder) / PROMPT_FILE
     values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    values.pop("kind", None)
-    return read_prompt(tokenizer, config, **values)
+    num_beams = int(values.pop("num_beams", 1))
+    return read_prompt(tokenizer, config, **values), num_beams
 
 
 def write_card(
@@ -119,7 +124,7 @@ def write_card(
     """Writes README.md, the model card: what was frozen, losses, ROUGE, samples, how to use it."""
     use = f"python recipes/summarize_file.py {Path(folder).as_posix()} reviews.csv -o summaries.jsonl"
     fact_lines = [f"- {name}: {value}" for name, value in facts.items()]
-    plan = json.dumps(asdict(report.plan))
+    plan = json.dumps(report.plan.to_dict())
     text = "\n".join(
         [
             "---",

@@ -624,7 +624,7 @@ def _sort_out(dataset: Dataset, need_summaries: bool) -> tuple[list[int], dict[s
             skipped["empty review"].append(index + 1)
         elif need_summaries and not summary.strip():
             skipped["missing summary"].append(index + 1)
-        elif key in seen:
+        elif need_summaries and key in seen:  # a row to summarise keeps its place, even twice
             skipped["duplicate row"].append(index + 1)
         else:
             keep.append(index)

