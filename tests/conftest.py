@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hypothesis
 import torch
 
 torch.set_num_threads(1)
+
+# Other tests run on the other core: how long an example takes says nothing.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")

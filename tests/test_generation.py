@@ -476,6 +476,7 @@ def test_a_bf16_copy_sheds_the_autocast_of_training():
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer of another test may have left one in fp32
     try:
         model = Accelerator(cpu=True, mixed_precision="bf16").prepare(llama())
         assert hasattr(model, "_original_forward")
