@@ -442,7 +442,7 @@ def _warnings(anatomy: Anatomy, lowest: tuple[str, int], blocks: dict[str, int])
         )
     if lowest[0] in blocks and lowest[1] < blocks[lowest[0]]:
         found.append(
-            f"A pattern trains a tensor of {lowest[0]} block {lowest[1]}, below the top of the frozen ones: the "
+            f"Part of {lowest[0]} block {lowest[1]} trains though {blocks[lowest[0]]} blocks were to be frozen: the "
             "backward pass must reach it, and nothing above it can be cached."
         )
     stacks = {stack.name: stack for stack in anatomy.stacks}

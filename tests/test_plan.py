@@ -480,3 +480,9 @@ def test_untie_freezes_the_embeddings_even_where_the_head_is_registered_first() 
     assert resolved.untied == ("lm_head.weight",)
     assert resolved.lowest_trainable == ("decoder", 1)
     assert resolved.cuts == (("decoder", 1),)
+
+
+def test_a_pattern_that_lowers_the_end_of_the_backward_pass_is_warned_of(llama: Anatomy) -> None:
+    resolved = FreezePlan(decoder_blocks=3, train=(r"layers\.1\.input_layernorm",)).resolve(llama)
+    assert resolved.lowest_trainable == ("decoder", 1)
+    assert any("Part of decoder block 1 trains though 3 blocks" in warning for warning in resolved.warnings)

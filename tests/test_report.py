@@ -52,7 +52,9 @@ GPT2LMHeadModel: frozen and trained
 568 of 1.1 k parameters train (49.7 %); the backward pass ends at: decoder block 1.
 lm_head.weight is untied from transformer.wte.weight: cloned, and the clone is trained.
 Frozen modules are held in eval whatever model.train() says.
-Can be cached: decoder embeddings and block 0."""
+Can be cached: decoder embeddings and block 0.
+Warning: Part of decoder block 1 trains though 2 blocks were to be frozen: the backward pass must reach it, and
+nothing above it can be cached."""
 
 ANATOMY = """\
 GPT2LMHeadModel: anatomy
