@@ -100,7 +100,7 @@ class DataArguments:
 class RunArguments(SummaryTrainingArguments):
     """Trainer's arguments, with the defaults of this recipe."""
 
-    output_dir: str = field(default="", metadata={"help": "None takes the next free out/summaries-N."})
+    output_dir: str = field(default="", metadata={"help": "Empty takes the next free out/summaries-N."})
     num_train_epochs: float = field(
         default=2.0, metadata={"help": "Passes over the training reviews; more overfit a few hundred of them."}
     )
