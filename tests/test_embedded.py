@@ -24,6 +24,12 @@ def test_a_missing_package_is_named_with_its_install_command(monkeypatch: pytest
     assert not (tmp_path / EMBEDDED_NAME).exists()
 
 
+def test_a_missing_reader_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install gguf"):
+        embedded._convert(tmp_path / "x.gguf", tmp_path)
+
+
 def test_an_interrupted_conversion_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(source: Path, folder: Path) -> None:
         (folder / "config.json").write_text("{}")

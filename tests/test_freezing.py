@@ -219,7 +219,7 @@ def through_pickle(model: nn.Module) -> nn.Module:
 
 def through_torch_save(model: nn.Module) -> nn.Module:
     file = io.BytesIO()
-    torch.save(model, file)
+    torch.save(model, file)  # a whole model needs pickle; this file was written by the line itself
     file.seek(0)
     return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
 
@@ -694,3 +694,11 @@ def test_loss_and_gradients_are_those_of_the_full_model(model_type: str, plan: F
     assert len(trained) > 5
     for name, gradient in trained.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
+
+
+def test_freezing_again_after_peft_wrapped_the_frozen_model_is_refused() -> None:
+    model = build("llama")
+    freeze(model)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(FreezeError, match="inside it was frozen before it was wrapped"):
+        freeze(wrapped)

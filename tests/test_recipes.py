@@ -80,6 +80,15 @@ def test_a_model_goes_through_the_whole_recipe(kind: str, tmp_path: Path) -> Non
         assert [json.loads(line)["id"] for line in summaries.read_text().splitlines()] == ["7", "8"]
 
 
+def test_fewer_rows_than_one_batch_train_with_a_warning(tmp_path: Path) -> None:
+    model = tiny_folder("llama", tmp_path)
+    done = run(
+        RECIPE, "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out"), *SMALL, "--max_train_rows=3"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "3 training rows are fewer than one batch" in done.stdout
+
+
 def test_two_processes_form_one_world_and_gather_in_order(tmp_path: Path) -> None:
     model = tiny_folder("llama", tmp_path)
     output = tmp_path / "out"
@@ -99,6 +108,7 @@ def test_two_processes_form_one_world_and_gather_in_order(tmp_path: Path) -> Non
         (["--model_name_or_path", "no/such-model"], "no/such-model"),
         (["--output_dir", "{used}"], "another run"),
         (["--cache_prefix", "on"], "no prefix cache"),
+        (["--test_file", "{reviews}"], "without --train_file"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_no_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:

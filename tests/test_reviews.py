@@ -553,3 +553,9 @@ def test_too_few_rows_to_train_on_are_an_error(tmp_path: Path) -> None:
 def test_no_source_at_all_is_an_error() -> None:
     with pytest.raises(ReviewsError, match=r"given no source\. Give train, validation or test"):
         read_splits(None)
+
+
+def test_a_row_to_summarise_keeps_its_place_even_twice(tmp_path: Path) -> None:
+    path = tmp_path / "reviews.csv"
+    path.write_text("review\nGood mug.\nGood mug.\n")
+    assert len(read_reviews(path, need_summaries=False)) == 2

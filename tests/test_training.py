@@ -179,6 +179,22 @@ def test_processes_that_form_no_group_are_refused() -> None:
         _check_world_size(2, 1)
 
 
+@pytest.mark.parametrize("given", [{"bf16": True, "precision": "fp32"}, {"fp16": True}])
+def test_precisions_that_contradict_each_other_are_refused(given: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(FreezeError, match="it is --precision that decides here"):
+        SummaryTrainingArguments(output_dir=str(tmp_path), **given)
+
+
+def test_bf16_is_taken_as_asked(tmp_path: Path) -> None:
+    assert SummaryTrainingArguments(output_dir=str(tmp_path), bf16=True).chosen_precision.reason == "asked for"
+
+
+def test_activation_checkpointing_is_refused_on_a_partly_frozen_model(tmp_path: Path) -> None:
+    args = SummaryTrainingArguments(output_dir=str(tmp_path), precision="fp32", gradient_checkpointing=True)
+    with pytest.raises(FreezeError, match="costs more than full fine-tuning"):
+        SummaryTrainer(model=tiny_model("llama"), args=args)
+
+
 def test_the_loss_table_gives_each_epoch_a_row() -> None:
     log = [{"loss": 2.0, "epoch": 1.0}, {"eval_loss": 1.5, "epoch": 1.0}, {"eval_loss": 1.4, "epoch": 2.0}]
     rows = loss_table(log).rows
