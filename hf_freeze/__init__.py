@@ -11,8 +11,10 @@ from hf_freeze.freezing import FreezeReport, freeze, thaw, verify_frozen
 from hf_freeze.plan import FreezePlan
 
 if TYPE_CHECKING:
+    from hf_freeze.prefix import PrefixCache
     from hf_freeze.summarization.generation import generate_summaries
     from hf_freeze.summarization.rouge import compute_rouge
+    from hf_freeze.supervision import SupervisedLogits, all_logits, supervised_logits_only
 
 __version__ = "0.1.0"
 
@@ -23,16 +25,24 @@ __all__ = [
     "FreezePlan",
     "FreezeReport",
     "FrozenWeightsChanged",
+    "PrefixCache",
+    "SupervisedLogits",
+    "all_logits",
     "compute_rouge",
     "forecast",
     "freeze",
     "generate_summaries",
     "read_anatomy",
+    "supervised_logits_only",
     "thaw",
     "verify_frozen",
 ]
 
 _LATER = {  # heavier rooms, imported when they are asked for
+    "PrefixCache": "hf_freeze.prefix",
+    "SupervisedLogits": "hf_freeze.supervision",
+    "all_logits": "hf_freeze.supervision",
+    "supervised_logits_only": "hf_freeze.supervision",
     "generate_summaries": "hf_freeze.summarization.generation",
     "compute_rouge": "hf_freeze.summarization.rouge",
 }

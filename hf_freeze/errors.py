@@ -11,6 +11,8 @@ from collections.abc import Iterable
 
 __all__ = [
     "AnatomyError",
+    "CacheDamaged",
+    "CannotCache",
     "FreezeError",
     "FrozenWeightsChanged",
     "ModelError",
@@ -32,6 +34,14 @@ class AnatomyError(FreezeError):
 
 class PlanError(FreezeError):
     """A plan asks for what the model does not have, or contradicts itself."""
+
+
+class CannotCache(FreezeError):
+    """The frozen prefix of a model cannot be computed once and replayed exactly; the message says why."""
+
+
+class CacheDamaged(FreezeError):
+    """A prefix cache on disk is missing, damaged, or was built for something else."""
 
 
 class FrozenWeightsChanged(FreezeError):

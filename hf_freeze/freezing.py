@@ -17,13 +17,15 @@ import torch
 from torch import nn
 
 from hf_freeze.anatomy import Anatomy, BlocksGiven, Stack, read_anatomy, unwrap
+from hf_freeze.checkpointing import ASKED_MODE, correct_checkpointing, restore_checkpointing
 from hf_freeze.errors import FreezeError, FrozenWeightsChanged, PlanError
 from hf_freeze.plan import Cut, FreezePlan, ResolvedPlan
 from hf_freeze.report import freeze_table
 
-__all__ = ["FreezeReport", "FrozenProof", "freeze", "thaw", "verify_frozen"]
+__all__ = ["FreezeRecord", "FreezeReport", "FrozenProof", "freeze", "freeze_record", "tensor_digest", "thaw", "verify_frozen"]
 
 _RECORD = "_hf_freeze_record"
+RELEASED = "_hf_freeze_released"  # on modules whose weights are away for a while: an object with restore()
 
 
 @dataclass
@@ -165,7 +167,8 @@ def freeze(
     """Freezes the lower part of a model as the plan says. Mutates the model; applying a plan twice changes nothing.
 
     Turns `requires_grad` off and drops `.grad` (a leftover gradient would still move the weight at the next step),
-    holds frozen modules in eval whatever `model.train()` says, and takes a digest of every frozen tensor.
+    holds frozen modules in eval whatever `model.train()` says, and takes a digest of every frozen tensor. Activation
+    checkpointing, switched on before or after, then leaves the frozen prefix without a graph.
 
     Args:
         model: Any PreTrainedModel, PeftModel or nn.Module with a list of blocks; before it is wrapped by DDP or FSDP.
@@ -202,7 +205,7 @@ def freeze(
             "hold. Call freeze() before the optimizer is made."
         )
     core = anatomy.model
-    found = _record(core)
+    found = freeze_record(core)
     if found is not None and found[0] is not core:
         raise FreezeError(
             f"freeze was asked for a {type(core).__name__}; the {type(found[0]).__name__} inside it was frozen before "
@@ -232,6 +235,11 @@ def freeze(
         record.dropouts = _silence_dropouts(anatomy) | record.dropouts
     else:
         _release_modules(core, record)
+    # A prefix that keeps its dropout cannot be cached, but needs no gradient either.
+    has_prefix = bool(resolved.cuts) or (
+        plan.frozen_mode == "train" and _frozen_from_the_bottom(anatomy.stacks[0], anatomy)
+    )
+    correct_checkpointing(anatomy, has_prefix=has_prefix)
     record.digests = _digests(core, known=record.digests)
     return FreezeReport(anatomy, resolved, record, frozen_before)
 
@@ -263,7 +271,7 @@ def thaw(model: nn.Module) -> tuple[str, ...]:
     """
     _refuse_ddp(model, "thaw")
     core = unwrap(model)
-    found = _record(core)
+    found = freeze_record(core)
     if found is None:
         return ()
     owner, record = found
@@ -272,6 +280,7 @@ def thaw(model: nn.Module) -> tuple[str, ...]:
     for name in names:
         parameters[name].requires_grad_(True)
     _release_modules(owner, record)
+    restore_checkpointing(owner)
     delattr(owner, _RECORD)
     return names
 
@@ -294,10 +303,13 @@ def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> Froze
         FreezeError: The model was never frozen, or on the meta device only.
     """
     core = unwrap(model)
+    for module in core.modules():
+        if RELEASED in module.__dict__:
+            module.__dict__[RELEASED].restore()
     if report is not None:
         digests, tensors = report.digests, report.tensors
     else:
-        found = _record(core)
+        found = freeze_record(core)
         if found is None:
             raise FreezeError(
                 f"verify_frozen was asked for a {type(core).__name__} that was never frozen. Call freeze(model, plan) "
@@ -326,7 +338,7 @@ def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> Froze
             changed.append(f"{name} (trainable again)")
         elif _kind(tensor) != _kind_of(digest):
             changed.append(f"{name} ({_kind_of(digest)}, now {_kind(tensor)})")
-        elif _digest(tensor) != digest:
+        elif tensor_digest(tensor) != digest:
             changed.append(name)
         else:
             tensor_bytes += tensor.numel() * tensor.element_size()
@@ -344,7 +356,8 @@ def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> Froze
 
 
 def _hold_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
-    """Stands in for `train` on a frozen module: it and all below it stay in eval."""
+    """Stands in for `train` on a frozen module: it and all below it stay in eval. Notes what was asked for."""
+    module.__dict__[ASKED_MODE] = mode
     return type(module).train(module, False)
 
 
@@ -379,6 +392,7 @@ def _hold_modules(anatomy: Anatomy, resolved: ResolvedPlan) -> tuple[str, ...]:
         for module in top.modules():
             if module not in elsewhere:
                 module.__dict__["train"] = functools.partial(_hold_in_eval, module)
+                module.__dict__[ASKED_MODE] = anatomy.model.training and module is top
                 module.training = False
     return tuple(name for name in modules if name in held)
 
@@ -403,6 +417,7 @@ def _release_modules(owner: nn.Module, record: FreezeRecord) -> None:
         for module in top.modules():
             if isinstance(hold := module.__dict__.get("train"), functools.partial) and hold.func is _hold_in_eval:
                 del module.__dict__["train"]
+                module.__dict__.pop(ASKED_MODE, None)
     for top in held:
         top.train(owner.training)
     for (name, attribute), value in record.dropouts.items():
@@ -488,7 +503,7 @@ def _text_config(config: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------------- digests
 
 
-def _record(model: nn.Module) -> tuple[nn.Module, FreezeRecord] | None:
+def freeze_record(model: nn.Module) -> tuple[nn.Module, FreezeRecord] | None:
     """The record of `freeze` and the module that it stands on: the model, or the one that PEFT wrapped since."""
     found = [(module, module.__dict__[_RECORD]) for module in model.modules() if _RECORD in module.__dict__]
     if len(found) > 1:
@@ -537,7 +552,7 @@ def _digests(model: nn.Module, known: dict[str, str]) -> dict[str, str]:
             frozen = _frozen(modules[path])
         if frozen and tensor.device.type != "meta":
             first = known.get(name)
-            digests[name] = first if first and _kind_of(first) == _kind(tensor) else _digest(tensor)
+            digests[name] = first if first and _kind_of(first) == _kind(tensor) else tensor_digest(tensor)
     return digests
 
 
@@ -549,7 +564,7 @@ def _kind_of(digest: str) -> str:
     return digest.rpartition(" ")[0]
 
 
-def _digest(tensor: torch.Tensor) -> str:
+def tensor_digest(tensor: torch.Tensor) -> str:
     """A tensor's dtype and shape, and a 128-bit digest of its bytes; several GB a second and core.
 
     Finds accidents, not forgers: XXH3 is no cryptographic hash.

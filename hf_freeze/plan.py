@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Self
 from hf_freeze.anatomy import Anatomy, Part, Stack
 from hf_freeze.errors import PlanError, nearest
 
-__all__ = ["Cut", "FreezePlan", "ResolvedPlan"]
+__all__ = ["Cut", "FreezePlan", "ResolvedPlan", "find_cuts"]
 
 BlockCount = int | float | Literal["all"]
 PLAN_FILE = "freeze_plan.json"
@@ -337,25 +337,37 @@ Use an int for a number of blocks, or "all".
         """What of the frozen part is a constant of the input, and why nothing is, where nothing is."""
         if self.frozen_mode == "train":
             return (), "frozen_mode='train' keeps dropout on in the frozen blocks, so their output changes every step."
-        cuts: list[Cut] = []
-        for stack in anatomy.stacks:
-            moving = [
-                n for n, part in anatomy.parts.items() if n in trainable
-                and part.kind in ("embeddings", "tower") and part.stack in ("", stack.name)
-            ]  # fmt: skip
-            if moving:
-                why = f"the embeddings train ({moving[0]}), so every block's input changes every step."
-                return tuple(cuts), "" if cuts else why
-            depth = _frozen_depth(anatomy, stack, trainable)
-            if depth:
-                cuts.append(Cut(stack.name, depth))
-            whole = depth == len(stack) and not any(
-                part.kind == "final" and part.stack == stack.name and n in trainable
-                for n, part in anatomy.parts.items()
-            )
-            if not whole:
-                break  # a decoder above a moving encoder sees another encoder output at every step
-        return tuple(cuts), "" if cuts else "the lowest block is not frozen whole."
+        return find_cuts(anatomy, trainable)
+
+
+def find_cuts(anatomy: Anatomy, trainable: set[str]) -> tuple[tuple[Cut, ...], str]:
+    """What of a model is a constant of its input while only these tensors train, lowest first; or () and why nothing is.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from hf_freeze.anatomy import read_anatomy
+    >>> anatomy = read_anatomy(GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16)))
+    >>> find_cuts(anatomy, {"transformer.h.2.ln_1.weight"})
+    ((Cut(stack='decoder', blocks=2),), '')
+    """
+    cuts: list[Cut] = []
+    for stack in anatomy.stacks:
+        moving = [
+            n for n, part in anatomy.parts.items() if n in trainable
+            and part.kind in ("embeddings", "tower") and part.stack in ("", stack.name)
+        ]  # fmt: skip
+        if moving:
+            why = f"the embeddings train ({moving[0]}), so every block's input changes every step."
+            return tuple(cuts), "" if cuts else why
+        depth = _frozen_depth(anatomy, stack, trainable)
+        if depth:
+            cuts.append(Cut(stack.name, depth))
+        whole = depth == len(stack) and not any(
+            part.kind == "final" and part.stack == stack.name and n in trainable
+            for n, part in anatomy.parts.items()
+        )
+        if not whole:
+            break  # a decoder above a moving encoder sees another encoder output at every step
+    return tuple(cuts), "" if cuts else "the lowest block is not frozen whole."
 
 
 def _check_count(name: str, value: object) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from hf_freeze import FreezePlan, freeze, read_anatomy, thaw, verify_frozen
 from hf_freeze.errors import FreezeError, FrozenWeightsChanged, PlanError
-from hf_freeze.freezing import _digest
+from hf_freeze.freezing import tensor_digest
 from tests.sweep import language_loss, training_batch
 from tests.zoo import build
 
@@ -624,19 +624,19 @@ def test_any_flipped_bit_changes_the_digest(data: st.DataObject, dtype: torch.dt
     size = torch.empty((), dtype=dtype).element_size()
     count = torch.Size(shape).numel() * size
     raw = bytearray(data.draw(st.binary(min_size=count, max_size=count)))
-    before = _digest(torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape))
-    assert before == _digest(torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape))
+    before = tensor_digest(torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape))
+    assert before == tensor_digest(torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape))
     bit = data.draw(st.integers(0, 8 * count - 1))
     raw[bit // 8] ^= 1 << (bit % 8)
-    assert _digest(torch.frombuffer(raw, dtype=dtype).reshape(shape)) != before
+    assert tensor_digest(torch.frombuffer(raw, dtype=dtype).reshape(shape)) != before
 
 
 def test_the_digest_is_of_the_values_not_of_their_layout() -> None:
     tensor = torch.arange(12.0).reshape(3, 4)
-    assert _digest(tensor.t().contiguous().t()) == _digest(tensor)
-    assert _digest(tensor.reshape(4, 3)) != _digest(tensor)
-    assert _digest(tensor.view(torch.int32)) != _digest(tensor)
-    assert _digest(torch.empty(0, 3)) != _digest(torch.empty(3, 0))
+    assert tensor_digest(tensor.t().contiguous().t()) == tensor_digest(tensor)
+    assert tensor_digest(tensor.reshape(4, 3)) != tensor_digest(tensor)
+    assert tensor_digest(tensor.view(torch.int32)) != tensor_digest(tensor)
+    assert tensor_digest(torch.empty(0, 3)) != tensor_digest(torch.empty(3, 0))
 
 
 class Pair(nn.Module):

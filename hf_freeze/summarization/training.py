@@ -221,6 +221,7 @@ class SummaryTrainer(Seq2SeqTrainer):
     """A Seq2SeqTrainer with `TokenLoss`, `LengthSampler` and a stop at the first loss that is not finite.
 
     Where the model can (`supervised_logits_reason` says), logits are computed at the supervised positions only.
+    Activation checkpointing recomputes the trained blocks only, where `freeze` has frozen the model.
 
     Takes the arguments of Seq2SeqTrainer. The collator must supply `decoder_input_ids` to encoder-decoder models, since
     labels are taken out of the batch before the forward (`SummaryCollator` does).
@@ -237,12 +238,6 @@ class SummaryTrainer(Seq2SeqTrainer):
                 aux_coefficient=float(getattr(config.get_text_config(), "router_aux_loss_coef", 0.0) or 0.0),
             ),
         )
-        if args.gradient_checkpointing:
-            raise FreezeError(
-                "--gradient_checkpointing was asked for on a partly frozen model; transformers then runs the backward "
-                "pass through the frozen blocks again, which costs more than full fine-tuning. Leave it out, or freeze "
-                "more blocks to save memory."
-            )
         super().__init__(model=model, **arguments)
         self.supervised_logits, self.supervised_logits_reason = can_keep_supervised_logits(model)
         # Keys and values of past tokens are kept for generation only; models keep them in training too unless told.

@@ -1,0 +1,421 @@
+"""Computes the prefix's states of a dataset in one pass: sorted by length, batched under a token budget.
+
+Runs the user's own collator and the model up to its last needed output, nothing above. Also proves on a few rows that
+a row's states are its own: the same alone and among others, and that training from them gives the plain loss. Where to
+keep the states is the store's business.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_freeze.errors import CannotCache
+from hf_freeze.prefix.crossing import run_seeded, same_results
+from hf_freeze.prefix.replay import Leaf, Prefix, Replay, autocast, map_tree
+from hf_freeze.prefix.rows import PREFIX_KEY, SOURCE, TARGET, BatchRows, read_rows
+from hf_freeze.prefix.store import Store
+
+__all__ = ["Rows", "build_rows", "capture", "check_rows", "pad_states", "read_dataset"]
+
+Collator = Callable[[list[Any]], Mapping[str, Any]]
+SAMPLE = 16  # rows that are collated twice; fewer can miss a random mask
+TOKENS_CPU, TOKENS_ACCELERATOR = 2048, 32768  # of one batch: the CPU's caches gain nothing by more
+INDEPENDENT = 2e-3  # how far a row's states may move with its neighbours: rounding does 1e-6, a shifted position 1e-1
+INDEPENDENT_LOW = 0.05  # the same where the weights themselves are in 16 bits
+SAME_LOSS, SAME_LOSS_LOW = 1e-4, 2e-2
+BLIND_TO_PADDING = 1e-6  # the same arithmetic on the same real tokens: nothing but padding can move it
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known of every row of a dataset: its place, digest and length in tokens."""
+
+    features: Any
+    digests: tuple[bytes, ...]
+    lengths: tuple[dict[str, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    def tokens(self, row: int) -> int:
+        """Tokens of a row on all sides."""
+        return max(1, sum(self.lengths[row].values()))
+
+
+class _Features:
+    """Rows of a dataset as a stock Trainer gives them to the collator: without columns that the model does not take."""
+
+    def __init__(self, dataset: Any, model: nn.Module) -> None:
+        self.dataset = dataset
+        core: Any = model
+        core = core.get_base_model() if hasattr(core, "get_base_model") else core
+        names = inspect.signature(core.forward).parameters
+        columns = getattr(dataset, "column_names", None)
+        self.unused: set[str] = set()
+        if isinstance(columns, list) and {"input_ids", "pixel_values", "inputs_embeds"} & set(columns):
+            self.unused = {c for c in columns if c not in names and c not in ("label", "label_ids", "labels")}
+
+    def __getitem__(self, row: int) -> Any:
+        features = self.dataset[row]
+        if self.unused:
+            features = {name: value for name, value in features.items() if name not in self.unused}
+        return features
+
+
+def read_dataset(dataset: Any, collator: Collator, model: nn.Module, *, with_target: bool, progress: bool) -> Rows:
+    """Collates every row by itself, for its digest and length, and checks the collator on a sample.
+
+    Raises:
+        CannotCache: The dataset has no length or no rows, or the collator gives two answers for one row or another
+            one for a row among others.
+    """
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
+        raise CannotCache(
+            f"The prefix cache was asked for a {type(dataset).__name__}; a dataset that can only be iterated has rows "
+            "that cannot be looked up again. Use one with __len__ and __getitem__, such as datasets.Dataset."
+        )
+    if not len(dataset):
+        raise CannotCache("The prefix cache was asked for a dataset without rows. Give it the training rows.")
+    features = _Features(dataset, model)
+    digests: list[bytes] = []
+    lengths: list[dict[str, int]] = []
+    for row in _bar(range(len(dataset)), "reading rows", "row", progress):
+        rows = read_rows(_collate(collator, [features[row]]), with_target=with_target)
+        digests.append(rows.digests[0])
+        lengths.append({side: stop - start for side, ((start, stop),) in rows.spans.items()})
+    found = Rows(features, tuple(digests), tuple(lengths))
+    _check_collator(found, collator, with_target)
+    return found
+
+
+def _collate(collator: Collator, features: list[Any]) -> Mapping[str, Any]:
+    batch = collator(features)
+    if not isinstance(batch, Mapping) and not hasattr(batch, "keys"):
+        raise CannotCache(
+            f"The prefix cache was asked for a collator that returns a {type(batch).__name__}; it must return the "
+            "model's keyword arguments as a mapping."
+        )
+    return batch
+
+
+def _check_collator(rows: Rows, collator: Collator, with_target: bool) -> None:
+    """Refuses a collator whose answer for a row is not always the same."""
+    step = max(1, len(rows) // SAMPLE)
+    sample = list(range(0, len(rows), step))[:SAMPLE]
+    for row in sample:
+        again = read_rows(_collate(collator, [rows.features[row]]), with_target=with_target)
+        if again.digests[0] != rows.digests[row]:
+            raise CannotCache(
+                f"The prefix cache was asked for a collator or dataset that gave two different answers for row {row} "
+                "(random masking, augmentation or truncation); its states would change at every epoch. Fix the "
+                "randomness before the cache, or train without it."
+            )
+    together = read_rows(_collate(collator, [rows.features[row] for row in sample]), with_target=with_target)
+    for place, row in enumerate(sample):
+        if together.digests[place] != rows.digests[row]:
+            raise CannotCache(
+                f"Row {row} looks different to the prefix cache when it is collated among others: its padding cannot "
+                "be told from its tokens, or another input follows the batch. Let the collator return an "
+                "attention_mask (and a decoder_attention_mask, or labels, for a decoder)."
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------- one batch
+
+
+class _Captured(Exception):
+    """Raised when the last needed output is there: nothing above it is computed."""
+
+
+def capture(model: nn.Module, prefix: Prefix, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The prefix's streams [rows, tokens, ...] and tables of one batch, on the model's device. Without a graph."""
+    wanted = {**prefix.leaves("stream"), **prefix.leaves("table")}
+    found: dict[str, torch.Tensor] = {}
+    calls: dict[str, int] = {}
+    handles = []
+    for part in prefix.replaced:
+        if not any(leaf.split(":")[0] == part.name for leaf in wanted):
+            continue
+
+        def take(module: nn.Module, args: Any, output: Any, name: str = part.name) -> None:
+            number = calls.get(name, 0)
+            calls[name] = number + 1
+            for path, tensor in enumerate(_tensors(output)):
+                if (leaf := f"{name}:{number}:{path}") in wanted:
+                    last = len(found) + 1 == len(wanted)
+                    found[leaf] = tensor.detach() if last else tensor.detach().clone()  # it may be written to above
+            if len(found) == len(wanted):
+                raise _Captured
+
+        handles.append(part.module.register_forward_hook(take))
+    try:
+        with torch.no_grad():
+            model(**batch)
+    except _Captured:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missing := set(wanted) - set(found):
+        raise CannotCache(f"A batch did not reach {min(missing).split(':')[0]} of the frozen prefix, others did.")
+    return {name: leaf.to_rows(found[name]) if leaf.kind == "stream" else found[name] for name, leaf in wanted.items()}
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    map_tree(lambda value: found.append(value) if isinstance(value, torch.Tensor) else None, output)
+    return found
+
+
+def move(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch as keyword arguments on a device."""
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def split_rows(
+    states: Mapping[str, torch.Tensor], leaves: Mapping[str, Leaf], rows: BatchRows
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Each row's states without padding, [tokens, ...] by stream."""
+    for row in range(len(rows)):
+        yield {
+            name: states[name][row, slice(*rows.spans[leaf.side][row])] if leaf.side else states[name][row : row + 1]
+            for name, leaf in leaves.items()
+        }
+
+
+def pad_states(
+    pieces: Sequence[Mapping[str, torch.Tensor]], sides: Mapping[str, str], rows: BatchRows, *, noise: bool = False
+) -> dict[str, torch.Tensor] | None:
+    """Rows' states as a batch's: [rows, width, ...], where the batch has its tokens, zeros (or noise) elsewhere.
+
+    None where a row's states are not as long as the row, or the rows' are of unlike shapes.
+    """
+    batch: dict[str, torch.Tensor] = {}
+    for name, side in sides.items():
+        sample = pieces[0][name]
+        if any(piece[name].shape[1:] != sample.shape[1:] for piece in pieces):
+            return None
+        if not side:
+            batch[name] = torch.cat([piece[name] for piece in pieces])
+            continue
+        padded = sample.new_zeros((len(rows), rows.widths[side], *sample.shape[1:]))
+        if noise:
+            padded.normal_(std=float(sample.float().std().nan_to_num(1.0)))
+        for row, (start, stop) in enumerate(rows.spans[side]):
+            if len(pieces[row][name]) != stop - start:
+                return None
+            padded[row, start:stop] = pieces[row][name]
+        batch[name] = padded
+    return batch
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def check_rows(model: nn.Module, prefix: Prefix, rows: Rows, sample: list[int], collator: Collator) -> None:
+    """Proves on a few rows of different length that their states are their own, and that they give the plain loss.
+
+    In fp32 where the weights are, whatever the training's precision: rounding would hide a shifted position.
+
+    Raises:
+        CannotCache: A row's states change with its neighbours or its padding, or the loss from them is another one.
+    """
+    device = next(model.parameters()).device
+    leaves = prefix.leaves("stream")
+    sides = {name: leaf.side for name, leaf in leaves.items()}
+    low = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    batch = _collate(collator, [rows.features[row] for row in sample])
+    together = read_rows(batch, with_target=TARGET in prefix.sides)
+    moved = move(batch, device)
+    exact = Prefix(prefix.cuts, prefix.replaced, None, prefix.attention, prefix.sides)
+    alone: list[dict[str, torch.Tensor]] = []
+    with _full_precision(model), run_seeded(model, training=True):
+        in_training = capture(model, exact, moved)
+    with _full_precision(model), run_seeded(model, training=False):
+        taken = capture(model, exact, moved)
+        if moving := [name for name in taken if not _close(in_training[name], taken[name], BLIND_TO_PADDING)]:
+            raise CannotCache(
+                f"The frozen prefix gives other states in training than in evaluation ({moving[0].split(':')[0]}): a "
+                "dropout that stands outside of its modules is on, so its states change at every step. Set that "
+                "dropout in model.config to 0, or train without the cache."
+            )
+        for place, among in enumerate(split_rows(taken, leaves, together)):
+            single = _collate(collator, [rows.features[sample[place]]])
+            states = capture(model, exact, move(single, device))
+            mine = next(split_rows(states, leaves, read_rows(single, with_target=TARGET in prefix.sides)))
+            alone.append(mine)
+            for name, tensor in mine.items():
+                if tensor.shape != among[name].shape:
+                    raise CannotCache("The frozen prefix gives a row another number of states alone than among others.")
+                if not _close(among[name], tensor, INDEPENDENT_LOW if low else INDEPENDENT):
+                    raise CannotCache(
+                        f"The frozen prefix gives row {sample[place]} other states among longer rows than alone "
+                        f"({name.split(':')[0]}). A model with absolute positions needs padding on the right, or "
+                        "position_ids; experts with a capacity and batch norms look at the whole batch and cannot be "
+                        "cached."
+                    )
+    tables = {name: taken[name] for name in prefix.leaves("table")}
+    zeros, noise = pad_states(alone, sides, together), pad_states(alone, sides, together, noise=True)
+    if zeros is None or noise is None:
+        raise CannotCache("The frozen prefix gives rows states of unlike shapes; they cannot be one batch.")
+    replay = Replay(exact, tables, {})
+    with _full_precision(model), torch.no_grad():
+        with run_seeded(model, training=True):
+            plain = model(**moved)
+        handles = replay.attach([model])
+        try:
+            with run_seeded(model, training=True):
+                replayed = model(**moved, **{PREFIX_KEY: zeros})
+            with run_seeded(model, training=True):
+                disturbed = model(**moved, **{PREFIX_KEY: noise})
+        finally:
+            replay.detach([model], handles)
+    if differs := same_results(replayed, disturbed, BLIND_TO_PADDING, together):
+        raise CannotCache(
+            f"What stands above the cut looks at padding: {differs} when the padding's states change. Experts with a "
+            "capacity and balancing losses over all tokens do so; rows stored without padding cannot replay them."
+        )
+    if differs := same_results(plain, replayed, SAME_LOSS_LOW if low else SAME_LOSS, together):
+        raise CannotCache(
+            f"Training from the stored states gives another result than the plain forward: {differs}. What stands "
+            "above the cut looks at more of the prefix than its states."
+        )
+
+
+def _close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    """Whether two tensors differ by at most that part of their size."""
+    gap = (one.double() - other.double()).norm()
+    return bool(gap <= tolerance * other.double().norm().clamp(min=1e-30))
+
+
+def _full_precision(model: nn.Module) -> Any:
+    """Without autocast, whoever switched it on."""
+    return autocast(None, next(model.parameters()).device)
+
+
+# --------------------------------------------------------------------------------------------------------------- pass
+
+
+def build_rows(
+    model: nn.Module,
+    prefixes: Sequence[tuple[Prefix, Store]],
+    rows: Rows,
+    collator: Collator,
+    *,
+    token_budget: int | None,
+    share: tuple[int, int],
+    progress: bool,
+) -> int:
+    """Computes what each store lacks in one pass and adds it; returns the tokens computed here.
+
+    Args:
+        prefixes: Shallower cuts first or last, all of one model; the deepest is run, the others are taken on the way.
+        share: (this process, processes): each computes every so manieth batch.
+    """
+    missing = [r for r in _unique(rows) if any(rows.digests[r] not in store for _, store in prefixes)]
+    if not missing:
+        return 0
+    device = next(model.parameters()).device
+    budget = token_budget or (TOKENS_CPU if device.type == "cpu" else TOKENS_ACCELERATOR)
+    batches = list(_batches(rows, missing, budget))[share[0] :: share[1]]
+    merged = _merge([prefix for prefix, _ in prefixes])
+    with_target = TARGET in merged.sides
+    total = sum(rows.tokens(row) for batch in batches for row in batch)
+    bar = _bar(None, "computing the frozen prefix", "token", progress, total=total)
+    stored = 0
+    with run_seeded(model, training=False), autocast(merged.precision, device):
+        for batch_rows in batches:
+            batch = _collate(collator, [rows.features[row] for row in batch_rows])
+            found = read_rows(batch, with_target=with_target)
+            states = capture(model, merged, move(batch, device))
+            for prefix, store in prefixes:
+                leaves = prefix.leaves("stream")
+                on_cpu = {name: states[name].cpu() for name in leaves}
+                for row, pieces in zip(batch_rows, split_rows(on_cpu, leaves, found), strict=True):
+                    if rows.digests[row] not in store:
+                        store.add(rows.digests[row], pieces)
+                        stored += sum(t.numel() * t.element_size() for t in pieces.values())
+            bar.set_postfix_str(f"{stored / 1e6:,.0f} MB", refresh=False)
+            bar.update(sum(rows.tokens(row) for row in batch_rows))
+    for _, store in prefixes:
+        store.flush()
+    bar.close()
+    return total
+
+
+def _merge(prefixes: Sequence[Prefix]) -> Prefix:
+    """One prefix that captures what all of them need."""
+    deepest = max(prefixes, key=lambda prefix: sum(blocks for _, blocks in prefix.cuts))
+    if len(prefixes) == 1:
+        return deepest
+    parts: dict[str, Any] = {}
+    for prefix in prefixes:
+        for part in prefix.replaced:
+            mine = parts.get(part.name)
+            if mine is None:
+                parts[part.name] = part
+                continue
+            outputs = tuple(_either(a, b) for a, b in zip(mine.outputs, part.outputs, strict=True))
+            parts[part.name] = type(part)(part.name, part.module, part.slots, outputs)
+    sides = tuple(side for side in (SOURCE, TARGET) if any(side in prefix.sides for prefix in prefixes))
+    return Prefix(deepest.cuts, tuple(parts.values()), deepest.precision, deepest.attention, sides)
+
+
+def _either(one: Any, other: Any) -> Any:
+    """The same tree; a leaf that either needs is needed."""
+    mine: list[Any] = []
+    map_tree(mine.append, other)
+    theirs = iter(mine)
+
+    def choose(leaf: Any) -> Any:
+        second = next(theirs)
+        return second if isinstance(second, Leaf) and second.kind in ("stream", "table") else leaf
+
+    return map_tree(choose, one)
+
+
+def _unique(rows: Rows) -> list[int]:
+    seen: dict[bytes, int] = {}
+    for row, digest in enumerate(rows.digests):
+        seen.setdefault(digest, row)
+    return list(seen.values())
+
+
+def _batches(rows: Rows, missing: list[int], budget: int) -> Iterator[list[int]]:
+    """Longest first, so that a batch that does not fit in memory fails at once; padding counts."""
+
+    def longest(row: int) -> int:
+        return max(rows.lengths[row].values(), default=1)
+
+    batch: list[int] = []
+    for row in sorted(missing, key=lambda row: (-longest(row), row)):
+        if batch and (len(batch) + 1) * longest(batch[0]) > budget:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _bar(items: Any, what: str, unit: str, progress: bool, total: int | None = None) -> Any:
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    quiet = not progress or (items is not None and len(items) < 2000)
+    return tqdm(
+        items,
+        desc=what,
+        unit=unit,
+        total=total,
+        disable=quiet,
+        unit_scale=True,
+        file=sys.stderr,
+        mininterval=0.5,
+        delay=0.5,
+    )

@@ -1,0 +1,563 @@
+"""The prefix cache: the frozen part of a model computed once for a dataset, and training at the cost of the rest.
+
+`PrefixCache.build` decides whether it can be exact, computes what is missing on disk, and hooks the model; its
+`collator` gives batches their states. How states are found, computed, kept and replayed is the business of the
+other modules of this room; this one puts them together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from hf_freeze.anatomy import Anatomy, BlocksGiven, read_anatomy, unwrap
+from hf_freeze.errors import CacheDamaged, CannotCache, FreezeError
+from hf_freeze.freezing import freeze_record
+from hf_freeze.plan import Cut, FreezePlan, find_cuts
+from hf_freeze.prefix.build import Rows, build_rows, capture, check_rows, move, pad_states, read_dataset
+from hf_freeze.prefix.crossing import find_prefix, run_seeded
+from hf_freeze.prefix.release import Released
+from hf_freeze.prefix.replay import ATTRIBUTE, Prefix, Replay, autocast
+from hf_freeze.prefix.rows import PREFIX_KEY, TARGET, read_rows
+from hf_freeze.prefix.store import Store, clear_caches, evict_caches
+
+__all__ = ["BuildReport", "PrefixCache", "PrefixCollator"]
+
+PRECISIONS = (None, "fp32", "bf16", "fp16")
+# What a config says about neither the arithmetic nor the shape of a model.
+PASSING = frozenset({"_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype",
+                     "output_hidden_states", "output_attentions", "return_dict", "_attn_implementation_autoset",
+                     "problem_type", "id2label", "label2id", "task_specific_params"})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What `build` did.
+
+    Attributes:
+        rows: Rows of the dataset that are in the store, `computed_rows` of them computed by this call.
+        tokens: Tokens that this call computed, in all processes' shares of this one.
+        stored_bytes: Bytes of the store on disk.
+        seconds: Wall clock of the call.
+        reasons: Why something that was there already was not used.
+    """
+
+    rows: int
+    computed_rows: int
+    tokens: int
+    stored_bytes: int
+    seconds: float
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        what = f"{self.computed_rows:,} computed" if self.computed_rows else "all there already"
+        text = f"Prefix cache: {self.rows:,} rows ({what}), {self.stored_bytes / 1e6:,.0f} MB, {self.seconds:.1f} s"
+        return "\n".join([text, *(f"rebuilt: {reason}" for reason in self.reasons)])
+
+
+class PrefixCollator:
+    """The user's collator, and the stored states of its rows where all of them are there. Pickles to workers."""
+
+    def __init__(self, collator: Callable[[list[Any]], Any], store: Store, prefix: Prefix) -> None:
+        self.collator = collator
+        self.store = store
+        self.sides = {name: leaf.side for name, leaf in prefix.leaves("stream").items()}
+        self.with_target = TARGET in prefix.sides
+
+    def __call__(self, features: list[Any]) -> Any:
+        """A batch; with the key `prefix_states` where every row is in the store."""
+        batch = self.collator(features)
+        states = self.states(batch)
+        if states is not None:
+            batch[PREFIX_KEY] = states
+        return batch
+
+    def states(self, batch: Any) -> dict[str, torch.Tensor] | None:
+        """The batch's states [rows, width, ...] by stream, or None where a row is not in the store."""
+        try:
+            rows = read_rows(batch, with_target=self.with_target)
+        except (CannotCache, TypeError, AttributeError):
+            return None  # a batch of another kind: it runs the whole model
+        if any(digest not in self.store for digest in rows.digests):
+            return None
+        if any(side and side not in rows.spans for side in self.sides.values()):
+            return None
+        return pad_states([self.store.read(digest) for digest in rows.digests], self.sides, rows)
+
+
+@dataclass
+class PrefixCache:
+    """A frozen prefix's states on disk, and the model that is trained from them. Made by `build` or `open`.
+
+    Attributes:
+        report: What the last `build` or `add` did.
+        cuts: What is cached.
+        collator: Give it to Trainer, or to any DataLoader, instead of your own.
+    """
+
+    model: nn.Module = field(repr=False)
+    prefix: Prefix = field(repr=False)
+    store: Store = field(repr=False)
+    collator: PrefixCollator = field(repr=False)
+    report: BuildReport
+    _replay: Replay = field(repr=False)
+    _entries: list[nn.Module] = field(repr=False)
+    _handles: list[Any] = field(repr=False)
+    _options: dict[str, Any] = field(repr=False)
+    _released: Released | None = field(default=None, repr=False)
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """What is cached, as in the freeze report."""
+        return tuple(Cut(*cut) for cut in self.prefix.cuts)
+
+    @property
+    def batches_used(self) -> int:
+        """Forwards that ran from the cache."""
+        return self._replay.used
+
+    @property
+    def batches_unused(self) -> int:
+        """Training forwards that ran the whole model, because a row was not in the cache."""
+        return self._replay.unused
+
+    @classmethod
+    def build(
+        cls,
+        model: nn.Module,
+        dataset: Any,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        precision: str | None = None,
+        also: Sequence[FreezePlan] = (),
+        token_budget: int | None = None,
+        max_cache_bytes: int | None = None,
+        blocks: BlocksGiven | None = None,
+        progress: bool = True,
+    ) -> Self:
+        """Computes the frozen prefix of every row once, or takes it from disk, and lets the model train from it.
+
+        Call it after `freeze` and before the model is wrapped by Trainer, DDP or FSDP. The model gets forward hooks
+        and keeps its weights and modes. Rows are found by content, so any order, subset or shuffle of the dataset
+        works, and a second run, another learning rate or a dataset with some rows more computes only what is missing.
+        Under a launcher every process calls it, and each computes its share.
+
+        Args:
+            model: What a training step calls; frozen by `freeze`, on the device where it trains.
+            dataset: Rows with __len__ and __getitem__, as Trainer takes them.
+            data_collator: The one that training uses; None is transformers' default_data_collator.
+            cache_dir: Where the store lives, in a folder of its own for each prefix; None is
+                `~/.cache/hf_freeze/prefix`. On several machines it must be on a shared disk.
+            precision: Of training: "bf16" or "fp16" for autocast (Trainer's `bf16=True`), "fp32" or None for none.
+            also: Plans that freeze less of the same model: their states are taken in the same pass, for a later
+                `build` under such a plan (gradual unfreezing, a sweep of depths).
+            token_budget: Padded tokens of one batch of the pass; None is 2,048 on a CPU, 32,768 elsewhere.
+            max_cache_bytes: Older caches in `cache_dir` are removed, least recently used first, until all fit.
+            blocks: As given to `freeze`.
+            progress: Show bars with the time left, on the first process.
+
+        Returns:
+            The cache; `print(cache.report)` says what was computed.
+
+        Raises:
+            CannotCache: The prefix cannot be replayed exactly; the message says why.
+            FreezeError: The disk is too small or cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> from transformers import GPT2Config, GPT2LMHeadModel
+            >>> from hf_freeze import FreezePlan, freeze
+            >>> model = GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=8, n_head=2, vocab_size=16, n_positions=16))
+            >>> _ = freeze(model, FreezePlan(decoder_blocks=3))
+            >>> rows = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids),
+            ...     "attention_mask": torch.ones(4).long()} for ids in ([1, 2, 3, 4], [5, 6, 7, 8], [1, 2, 8, 9])]
+            >>> cache = PrefixCache.build(model, rows, cache_dir=tempfile.mkdtemp(), progress=False)
+            >>> batch = cache.collator(rows[:2])
+            >>> batch["prefix_states"]["transformer.h.2:0:0"].shape, model(**batch).loss.requires_grad
+            (torch.Size([2, 4, 8]), True)
+        """
+        import time
+
+        started = time.perf_counter()
+        _check_precision_name(precision)
+        precision = None if precision == "fp32" else precision
+        if data_collator is None:
+            from transformers import default_data_collator
+
+            data_collator = default_data_collator
+        core: Any = unwrap(model)
+        _refuse_wrapped(core)
+        if isinstance(data_collator, PrefixCollator):
+            data_collator = data_collator.collator
+        if ATTRIBUTE in core.__dict__:
+            raise FreezeError(
+                f"PrefixCache.build was asked for a {type(core).__name__} that trains from another cache already. Call "
+                "its close() first, or add(dataset) for more rows."
+            )
+        anatomy = read_anatomy(core, blocks=blocks)
+        cuts = _cuts_of(core, anatomy)
+        every = [cuts, *(_cuts_of_plan(plan, anatomy, cuts) for plan in also)]
+        with_target = len({cut.stack for cut in cuts}) == 2
+        chief, share = _process()
+        rows = read_dataset(dataset, data_collator, core, with_target=with_target, progress=progress and chief)
+        sample = _sample(rows)
+        prefixes = []
+        for wanted in dict.fromkeys(every):
+            prefix = _find(core, anatomy, wanted, rows, sample, data_collator, precision)
+            check_rows(core, prefix, rows, sample, data_collator)
+            prefixes.append(prefix)
+        folder = Path(cache_dir) if cache_dir is not None else Path.home() / ".cache" / "hf_freeze" / "prefix"
+        reasons: list[str] = []
+        stores = []
+        with _one_builder(folder, chief, progress):
+            for prefix in prefixes:
+                stores.append(_open_or_create(folder, core, prefix, rows, data_collator, chief, reasons))
+            _check_disk(folder, prefixes, stores, rows, max_cache_bytes)
+            before = sum(digest in stores[0] for digest in set(rows.digests))
+            tokens = build_rows(
+                core,
+                list(zip(prefixes, stores, strict=True)),
+                rows,
+                data_collator,
+                token_budget=token_budget,
+                share=share,
+                progress=progress and chief,
+            )
+            _barrier()
+            for store in stores:
+                store.refresh()
+        prefix, store = prefixes[0], stores[0]
+        unique = len(set(rows.digests))
+        report = BuildReport(
+            len(rows), unique - before, tokens, store.stored_bytes, time.perf_counter() - started, tuple(reasons)
+        )
+        replay = Replay(prefix, store.load_tables(), prefix.digest())
+        entries = [core, anatomy.model, *([core.get_base_model()] if hasattr(core, "get_base_model") else [])]
+        entries = list(dict.fromkeys([*entries, *(stack.root for stack in anatomy.stacks)]))
+        collator = PrefixCollator(data_collator, store, prefix)
+        if PREFIX_KEY not in collator([rows.features[row] for row in sample]):
+            raise CannotCache(
+                f"The states of this {anatomy.model_class} were computed, but a batch does not find them again: its "
+                "rows have other lengths than their tokens."
+            )
+        options = {"with_target": with_target, "token_budget": token_budget, "folder": folder, "progress": progress}
+        return cls(core, prefix, store, collator, report, replay, entries, replay.attach(entries), options)
+
+    def add(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None = None) -> BuildReport:
+        """Adds the rows of another dataset, such as the validation rows, to the cache.
+
+        Args:
+            data_collator: Where it is not the one of `build`.
+
+        Raises:
+            CannotCache: As `build`; or the prefix's weights changed since.
+        """
+        import time
+
+        started = time.perf_counter()
+        self._replay.check_weights()
+        self.restore_prefix()
+        collator = data_collator or self.collator.collator
+        chief, share = _process()
+        progress = self._options["progress"] and chief
+        rows = read_dataset(dataset, collator, self.model, with_target=self._options["with_target"], progress=progress)
+        self._replay.detach(self._entries, self._handles)  # the check replays by itself
+        try:
+            check_rows(self.model, self.prefix, rows, _sample(rows), collator)
+        finally:
+            self._handles = self._replay.attach(self._entries)
+        folder = self._options["folder"]
+        with _one_builder(folder, chief, progress):
+            self.store.refresh()
+            _check_disk(folder, [self.prefix], [self.store], rows, None)
+            before = sum(digest in self.store for digest in set(rows.digests))
+            if chief:
+                _save_tables(self.model, self.prefix, self.store, rows, collator)
+            tokens = build_rows(
+                self.model,
+                [(self.prefix, self.store)],
+                rows,
+                collator,
+                token_budget=self._options["token_budget"],
+                share=share,
+                progress=progress,
+            )
+            _barrier()
+            self.store.refresh()
+        self._replay.tables = self.store.load_tables()
+        unique = len(set(rows.digests))
+        seconds = time.perf_counter() - started
+        self.report = BuildReport(len(rows), unique - before, tokens, self.store.stored_bytes, seconds)
+        return self.report
+
+    def release_prefix(self) -> int:
+        """Lets the prefix's weights leave the device at the next forward from the cache; returns the bytes that go.
+
+        On an accelerator they go to the host's memory, on a CPU to a file beside the store. `state_dict`,
+        `load_state_dict`, any forward that needs them and `verify_frozen` bring them back by themselves, the same
+        bits. A tensor that is also used above the cut, such as an embedding tied to the head, stays.
+        """
+        if self._released is None:
+            self._released = Released(self.model, self.prefix, self._replay, self.store.folder)
+        return self._released.arm()
+
+    def restore_prefix(self) -> None:
+        """Brings released weights back, the same bits; does nothing where none were released."""
+        if self._released is not None:
+            self._released.restore()
+
+    def close(self) -> None:
+        """Takes the hooks off the model and brings its prefix back. The store stays on disk for the next run."""
+        if self._released is not None:
+            self._released.close()
+            self._released = None
+        self._replay.detach(self._entries, self._handles)
+        self._handles = []
+
+    @staticmethod
+    def clear(cache_dir: str | os.PathLike[str]) -> int:
+        """Removes every prefix cache in a folder, and nothing else; returns the bytes freed."""
+        return clear_caches(cache_dir)
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+def _check_precision_name(precision: str | None) -> None:
+    if precision not in PRECISIONS:
+        raise FreezeError(
+            f"PrefixCache.build was asked for precision={precision!r}; it is one of "
+            f"{', '.join(map(repr, PRECISIONS))}: the autocast of training."
+        )
+
+
+def _refuse_wrapped(core: nn.Module) -> None:
+    if any("FSDP" in type(module).__name__ for module in core.modules()):
+        raise CannotCache(
+            f"PrefixCache.build was asked for a {type(core).__name__} that FSDP has sharded already; its blocks cannot "
+            "be stopped half way. Build the cache first, then call fully_shard."
+        )
+    if any(parameter.device.type == "meta" for parameter in core.parameters()):
+        raise CannotCache(
+            f"PrefixCache.build was asked for a {type(core).__name__} on the meta device; it has no weights to compute "
+            "with. Load them first."
+        )
+
+
+def _cuts_of(core: nn.Module, anatomy: Anatomy) -> tuple[Cut, ...]:
+    record = freeze_record(core)
+    if record is None:
+        raise CannotCache(
+            f"PrefixCache.build was asked for a {type(core).__name__} that was not frozen. Call freeze(model, plan) "
+            "first."
+        )
+    if record[1].plan.frozen_mode == "train":
+        raise CannotCache(
+            "The prefix cache was asked for with frozen_mode='train', which keeps dropout on in the frozen blocks, so "
+            "that their states change at every step. Use frozen_mode='eval'."
+        )
+    trainable = {n for n, p in anatomy.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    cuts, why = find_cuts(anatomy, trainable)
+    if not cuts:
+        raise CannotCache(
+            f"Nothing of this {anatomy.model_class} can be cached: {why} Freeze the embeddings and at least block 0."
+        )
+    return cuts
+
+
+def _cuts_of_plan(plan: FreezePlan, anatomy: Anatomy, cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
+    """The cuts of a shallower plan, all within those of the model as it is frozen now."""
+    record = freeze_record(anatomy.model)
+    ours = record[1].turned_off if record else set()
+    tensors = dict(anatomy.model.named_parameters(remove_duplicate=False))
+    trained = {
+        id(tensors[name]) for name in plan.resolve(anatomy).trained if tensors[name].requires_grad or name in ours
+    }
+    found, _ = find_cuts(anatomy, {name for name, tensor in tensors.items() if id(tensor) in trained})
+    depth = dict(cuts)
+    if not found or any(blocks > depth.get(stack, 0) for stack, blocks in found):
+        raise CannotCache(
+            f"PrefixCache.build was asked to take {plan} in the same pass; its cut {list(map(tuple, found))} is not "
+            f"within {list(map(tuple, cuts))}, what is frozen now. Freeze the deepest plan first."
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- finding
+
+
+def _sample(rows: Rows) -> list[int]:
+    """Three rows, short ones, of unlike length where there are: cheap to run, and one is padded."""
+    ordered = sorted(set(range(len(rows))), key=rows.tokens)
+    shortest = ordered[0]
+    longer = next((row for row in ordered if rows.tokens(row) > rows.tokens(shortest) + 1), ordered[-1])
+    between = ordered[min(len(ordered) - 1, len(ordered) // 4)]
+    return [shortest, longer, between]
+
+
+def _find(
+    core: nn.Module,
+    anatomy: Anatomy,
+    cuts: tuple[Cut, ...],
+    rows: Rows,
+    sample: list[int],
+    collator: Callable[[list[Any]], Any],
+    precision: str | None,
+) -> Prefix:
+    device = next(core.parameters()).device
+    batch = move(collator([rows.features[row] for row in sample]), device)
+    return find_prefix(core, anatomy, cuts, batch, precision)
+
+
+# --------------------------------------------------------------------------------------------------------------- store
+
+
+def _key(core: Any, prefix: Prefix) -> dict[str, Any]:
+    """What a store was computed with: everything that its states depend on but the rows."""
+    import transformers
+
+    weights = hashlib.sha256(json.dumps(sorted(prefix.digest().items())).encode()).hexdigest()
+    config: Any = getattr(core, "config", None)
+    values = config.to_dict() if hasattr(config, "to_dict") else {}
+    told = {name: value for name, value in values.items() if name not in PASSING}
+    streams = [[leaf.name, leaf.kind, list(leaf.dims), str(leaf.dtype)] for kind in ("stream", "table")
+               for leaf in prefix.leaves(kind).values()]  # fmt: skip
+    return {
+        "weights": weights[:32],
+        "config": hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32],
+        "cuts": [list(cut) for cut in prefix.cuts],
+        "precision": prefix.precision,
+        "attention": prefix.attention,
+        "streams": streams,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _folder_of(folder: Path, key: dict[str, Any]) -> Path:
+    return folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _open_or_create(
+    folder: Path,
+    core: nn.Module,
+    prefix: Prefix,
+    rows: Rows,
+    collator: Callable[[list[Any]], Any],
+    chief: bool,
+    reasons: list[str],
+) -> Store:
+    key = _key(core, prefix)
+    place = _folder_of(folder, key)
+    if chief:
+        specs = [leaf.spec() for leaf in prefix.leaves("stream").values()]
+        try:
+            store = Store.open(place, key, mend=reasons)
+            store.load_tables()
+        except CacheDamaged as damage:
+            if place.exists():
+                reasons.append(str(damage))
+            store = Store.create(place, key, specs)
+        for leftover in place.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+        _save_tables(core, prefix, store, rows, collator)
+    _barrier()
+    return store if chief else Store.open(place, key)
+
+
+def _save_tables(
+    core: nn.Module, prefix: Prefix, store: Store, rows: Rows, collator: Callable[[list[Any]], Any]
+) -> None:
+    """What is the same for all rows, at the greatest width that a batch of these rows can have."""
+    leaves = prefix.leaves("table")
+    if not leaves:
+        return
+    widest = [max(range(len(rows)), key=lambda row: rows.lengths[row].get(side, 0)) for side in prefix.sides]
+    batch = move(collator([rows.features[row] for row in widest]), next(core.parameters()).device)
+    with run_seeded(core, training=False), autocast(prefix.precision, next(core.parameters()).device):
+        found = capture(core, prefix, batch)
+    there = store.load_tables()
+    tables = {name: found[name].cpu() for name in leaves}
+    if not there or any(tables[name].numel() > there[name].numel() for name in tables):
+        store.save_tables(tables)
+
+
+def _check_disk(
+    folder: Path, prefixes: Sequence[Prefix], stores: Sequence[Store], rows: Rows, limit: int | None
+) -> None:
+    """Frees room under the limit, and refuses before the first byte what will not fit."""
+    needed = 0
+    for store in stores:
+        seen: set[bytes] = set()
+        for row, digest in enumerate(rows.digests):
+            if digest not in store and digest not in seen:
+                seen.add(digest)
+                needed += sum(spec.token_bytes * rows.lengths[row].get(spec.side, 1) for spec in store.specs)
+    if limit is not None:
+        if needed > limit:
+            raise FreezeError(
+                f"The prefix cache needs {needed / 1e9:.2f} GB; max_cache_bytes allows {limit / 1e9:.2f} GB. Raise it, "
+                "or train without the cache."
+            )
+        evict_caches(folder, limit, [store.folder for store in stores], needed)
+    free = shutil.disk_usage(folder).free
+    if needed * 1.02 > free:
+        raise FreezeError(
+            f"The prefix cache needs {needed / 1e9:.2f} GB in {folder}; {free / 1e9:.2f} GB are free. Free space, give "
+            "another cache_dir, or train without the cache."
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+def _process() -> tuple[bool, tuple[int, int]]:
+    """Whether this is the first process, and (its number, their number)."""
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0, (dist.get_rank(), dist.get_world_size())
+    return True, (0, 1)
+
+
+def _barrier() -> None:
+    if _process()[1][1] > 1:
+        torch.distributed.barrier()
+
+
+@contextmanager
+def _one_builder(folder: Path, chief: bool, progress: bool) -> Iterator[None]:
+    """Lets one build at a time write into a cache folder: the second one waits, then finds the rows there."""
+    if not chief:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "build.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if progress:
+                print(f"Another process builds in {folder}: waiting for it.", file=sys.stderr)
+            lock.acquire()
+    except OSError as error:
+        raise FreezeError(
+            f"The prefix cache was to be kept in {folder}; it cannot be written: {error}. Give a cache_dir that can."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,135 @@
+"""Lets the prefix's weights leave the device while training runs from the cache, and brings them back, the same bits.
+
+A released parameter keeps shape and dtype but has one number of memory, NaN: whoever reads it by a way not foreseen
+here gets NaN, never a plausible number. Everything foreseen brings the weights back first: a call of any module of the
+prefix, `state_dict`, `load_state_dict`, `verify_frozen`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from hf_freeze.errors import CacheDamaged, FreezeError
+from hf_freeze.freezing import RELEASED, tensor_digest
+from hf_freeze.prefix.replay import Prefix, Replay
+
+__all__ = ["Released"]
+
+
+class Released:
+    """The parameters of a prefix that nothing above the cut uses; armed, released at a cached forward, restored.
+
+    Args:
+        folder: Where a file keeps them when the model is on a CPU.
+    """
+
+    def __init__(self, model: nn.Module, prefix: Prefix, replay: Replay, folder: Path) -> None:
+        self.replay = replay
+        self.away = False
+        self.kept: dict[str, torch.Tensor] = {}
+        self.file: Path | None = None
+        self.folder = folder
+        self.modules = [module for part in prefix.replaced for module in part.module.modules()]
+        inside = set(self.modules)
+        outside = {
+            id(p) for module in model.modules() if module not in inside for p in module.parameters(recurse=False)
+        }
+        self.parameters = {
+            name: tensor
+            for name, tensor in prefix.tensors().items()
+            if isinstance(tensor, nn.Parameter) and id(tensor) not in outside and not hasattr(tensor, "full_tensor")
+        }
+        self.handles: list[Any] = []
+        for module in {m for m in self.modules if any(True for _ in m.parameters(recurse=False))}:
+            module.__dict__[RELEASED] = self
+            self.handles.append(module.register_forward_pre_hook(_bring_back))
+            self.handles.append(module.register_state_dict_pre_hook(_bring_back))  # type: ignore[no-untyped-call]
+            self.handles.append(module.register_load_state_dict_pre_hook(_bring_back))  # type: ignore[no-untyped-call]
+
+    def arm(self) -> int:
+        """From the next cached forward on they are released; returns their bytes."""
+        self.replay.released = self
+        return sum(p.numel() * p.element_size() for p in self.parameters.values())
+
+    def release(self) -> None:
+        """Takes them away now."""
+        if self.away or not self.parameters:
+            return
+        device = next(iter(self.parameters.values())).device
+        tensors = {name: p.detach() for name, p in self.parameters.items()}
+        if device.type != "cpu":
+            self.kept = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        elif self.file is None:
+            self.file = self._write(tensors)
+        for parameter in self.parameters.values():
+            nothing = torch.full((1,), float("nan"), dtype=parameter.dtype, device=parameter.device)
+            parameter.data = nothing.expand(parameter.shape)
+        self.away = True
+
+    def _write(self, tensors: dict[str, torch.Tensor]) -> Path:
+        path = self.folder / f"prefix-{os.getpid()}-{id(self):x}.weights"
+        temporary = path.with_suffix(".tmp")
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+            os.replace(temporary, path)
+        except Exception as error:
+            temporary.unlink(missing_ok=True)
+            raise FreezeError(
+                f"release_prefix was asked for; the prefix's weights could not be written to {path}: {error}. They "
+                "stay in memory; free space there, or leave release_prefix out."
+            ) from error
+        return path
+
+    def restore(self) -> None:
+        """Brings them back, and checks that they are the same bits.
+
+        Raises:
+            CacheDamaged: The file was changed meanwhile.
+        """
+        if not self.away:
+            return
+        self.away = False
+        try:
+            if self.file is not None:
+                with safe_open(self.file, framework="pt") as file:
+                    for name, parameter in self.parameters.items():
+                        parameter.data = file.get_tensor(name).clone()
+            else:
+                for name, parameter in self.parameters.items():
+                    parameter.data = self.kept[name].to(parameter.device)
+        except Exception as error:
+            raise CacheDamaged(
+                f"The released prefix could not be read back from {self.file}: {error}. Load the model again."
+            ) from error
+        self.kept = {}
+        digests = self.replay.digests
+        changed = [n for n, p in self.parameters.items() if n in digests and tensor_digest(p) != digests[n]]
+        if changed:
+            raise CacheDamaged(
+                f"The released prefix came back changed, e.g. {changed[0]}: {self.file} was damaged meanwhile. Load "
+                "the model again."
+            )
+
+    def close(self) -> None:
+        """Brings them back and removes every trace."""
+        self.restore()
+        self.replay.released = None
+        for handle in self.handles:
+            handle.remove()
+        for module in self.modules:
+            module.__dict__.pop(RELEASED, None)
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+            self.file = None
+
+
+def _bring_back(module: nn.Module, *_: Any) -> None:
+    """Before a module of the prefix is called, saved or loaded."""
+    module.__dict__[RELEASED].restore()

@@ -1,0 +1,376 @@
+"""Replays a frozen prefix from stored states: for the length of one forward, placeholders stand where its modules are.
+
+A `Prefix` says which modules a cut makes superfluous and which of their outputs are needed above it. A batch that
+carries states gets them from the placeholders, and no module of the prefix is called; a batch without runs the whole
+model. State lives on the model as plain values and the hooks are functions of this module, so a deepcopy or a pickle
+of the model replays as well. The model's `forward` is never assigned. What to store is `crossing`'s business.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from hf_freeze.errors import CannotCache
+from hf_freeze.freezing import tensor_digest
+from hf_freeze.prefix.rows import PREFIX_KEY
+from hf_freeze.prefix.store import StreamSpec
+
+__all__ = ["Leaf", "Prefix", "Replaced", "Replay", "autocast", "map_tree"]
+
+ATTRIBUTE = "_hf_freeze_replay"
+FULL_CHECK_EVERY = 64  # forwards between two looks at every module of the prefix; its known tensors are seen each time
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+Dim = int | str  # a size, or "rows", "source", "target", "rows*source", "rows*target"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor in what a replaced module returns.
+
+    Attributes:
+        kind: "stream" is read from the store; "table" is the same for all rows and cut to the batch's lengths;
+            "input" hands on the module's own first input; "zeros" is needed by nothing but for its shape.
+        name: Of the stream or table.
+        dims: The tensor's shape, with the batch's sizes by name.
+    """
+
+    kind: Literal["stream", "table", "input", "zeros"]
+    name: str
+    dims: tuple[Dim, ...]
+    dtype: torch.dtype
+
+    @property
+    def side(self) -> str:
+        """The side whose length it follows, "" for none."""
+        return next((dim for dim in ("source", "target") if dim in self.dims), "")
+
+    def spec(self) -> StreamSpec:
+        """How the store keeps it: rows and tokens first."""
+        rest = tuple(dim for dim in self.dims if isinstance(dim, int))
+        return StreamSpec(self.name, self.side, str(self.dtype).removeprefix("torch."), rest)
+
+    def to_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """From the module's layout to [rows, tokens, ...]."""
+        axes = [self.dims.index("rows")] + ([self.dims.index(self.side)] if self.side else [])
+        return tensor.movedim(axes, list(range(len(axes))))
+
+    def from_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """From [rows, tokens, ...] to the module's layout."""
+        axes = [self.dims.index("rows")] + ([self.dims.index(self.side)] if self.side else [])
+        return tensor.movedim(list(range(len(axes))), axes)
+
+
+def map_tree(function: Callable[[Any], Any], value: Any) -> Any:
+    """The same structure of tuples, lists and mappings (transformers' outputs too) with the function applied inside."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tree(function, item) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(map_tree(function, item) for item in value)
+    if isinstance(value, Mapping):
+        items = {key: map_tree(function, item) for key, item in value.items()}
+        return dict(items) if type(value) is dict else type(value)(**items)
+    return function(value)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A module of the prefix: where it stands, and what each of its calls in one forward returns, tensors as leaves."""
+
+    name: str
+    module: nn.Module = field(repr=False, compare=False)
+    slots: tuple[tuple[nn.Module, str], ...] = field(repr=False, compare=False)
+    outputs: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What of a model is replaced, for which cuts, and in which precision its states are computed."""
+
+    cuts: tuple[tuple[str, int], ...]
+    replaced: tuple[Replaced, ...]
+    precision: str | None
+    attention: str
+    sides: tuple[str, ...]
+
+    def leaves(self, kind: str) -> dict[str, Leaf]:
+        """The leaves of a kind by name, in the order in which the model makes them."""
+        found: dict[str, Leaf] = {}
+
+        def look(leaf: Any) -> None:
+            if isinstance(leaf, Leaf) and leaf.kind == kind:
+                found[leaf.name] = leaf
+
+        for module in self.replaced:
+            map_tree(look, module.outputs)
+        return found
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers of the replaced modules by name, each once."""
+        found: dict[str, torch.Tensor] = {}
+        seen: set[int] = set()
+        for part in self.replaced:
+            for name, tensor in part.module.state_dict(keep_vars=True).items():
+                if isinstance(tensor, torch.Tensor) and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[f"{part.name}.{name}"] = tensor
+        return found
+
+    def digest(self) -> dict[str, str]:
+        """Digest of every tensor of the prefix."""
+        return {name: tensor_digest(tensor) for name, tensor in self.tensors().items()}
+
+
+def autocast(precision: str | None, device: torch.device) -> torch.autocast:
+    """The autocast context of a precision; off for None and "fp32"."""
+    dtype = AUTOCAST.get(precision or "")
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+class Placeholder(nn.Module):
+    """Stands for a module of the prefix: has its attributes, returns its stored output, never calls it."""
+
+    def __init__(self, part: Replaced, replay: Replay) -> None:
+        super().__init__()
+        # In a tuple, or the real module's parameters would be this one's too.
+        self.__dict__["stands_for"] = (part, replay)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["stands_for"][0].module, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the real module would return in this batch."""
+        part, replay = self.__dict__["stands_for"]
+        return replay.answer(part, args, kwargs)
+
+
+class Replay:
+    """Puts placeholders in and takes them out again; stands on the model as a plain attribute.
+
+    Attributes:
+        used: Number of forwards with states, `unused` of training forwards without.
+    """
+
+    def __init__(self, prefix: Prefix, tables: Mapping[str, torch.Tensor], digests: dict[str, str]) -> None:
+        self.prefix = prefix
+        self.tables = dict(tables)
+        self.digests = digests
+        self.used = 0
+        self.unused = 0
+        self.released: Any = None  # a `release.Released` once release_prefix was called
+        self._placeholders = [(part, Placeholder(part, self)) for part in prefix.replaced]
+        self.outermost: nn.Module | None = None
+        self._owner: nn.Module | None = None
+        self._states: dict[str, torch.Tensor] = {}
+        self._sizes: dict[str, int] = {}
+        self._calls: dict[str, int] = {}
+        self._seen: tuple[Any, ...] = ()
+
+    # ------------------------------------------------------------------------------------------------ one forward
+
+    @property
+    def active(self) -> bool:
+        """Whether a forward with states is going on."""
+        return self._owner is not None
+
+    def enter(self, owner: nn.Module, states: Mapping[str, torch.Tensor]) -> None:
+        """Puts the placeholders in for one forward of `owner`."""
+        self.check_weights()
+        if self.released is not None:
+            self.released.release()
+        self._owner = owner
+        self._states = dict(states)
+        self._calls = {}
+        leaves = self.prefix.leaves("stream")
+        first = next(iter(states.values()))
+        self._sizes = {"rows": first.shape[0]}
+        self._sizes |= {leaf.side: states[name].shape[1] for name, leaf in leaves.items() if leaf.side}
+        self._sizes |= {f"rows*{side}": first.shape[0] * size for side, size in self._sizes.items() if side != "rows"}
+        for part, placeholder in self._placeholders:
+            for parent, key in part.slots:
+                parent._modules[key] = placeholder
+
+    def leave(self) -> None:
+        """Puts the real modules back."""
+        for part, _ in self._placeholders:
+            for parent, key in part.slots:
+                parent._modules[key] = part.module
+        self._owner = None
+        self._states = {}
+
+    def answer(self, part: Replaced, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What a replaced module returns at this call."""
+        call = self._calls.get(part.name, 0)
+        self._calls[part.name] = call + 1
+        output = part.outputs[min(call, len(part.outputs) - 1)]
+        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
+        device = first.device if first is not None else next(iter(self._states.values())).device
+
+        def fill(leaf: Any) -> Any:
+            return self._tensor(leaf, first, device) if isinstance(leaf, Leaf) else leaf
+
+        return map_tree(fill, output)
+
+    def _tensor(self, leaf: Leaf, first: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        if leaf.kind == "stream":
+            self._check_precision(device)
+            return leaf.from_rows(self._states[leaf.name].to(device, non_blocking=True))
+        if leaf.kind == "input" and first is not None:
+            return first
+        shape = tuple(dim if isinstance(dim, int) else self._sizes[dim] for dim in leaf.dims)
+        if leaf.kind == "table":
+            table = self.tables[leaf.name]
+            if table.device != device:
+                table = self.tables[leaf.name] = table.to(device)
+            if any(have < want for have, want in zip(table.shape, shape, strict=True)):
+                raise CannotCache(
+                    f"A batch of lengths {self._sizes} was trained from the prefix cache; it was built for at most "
+                    f"{list(table.shape)} in {leaf.name}. Build it with the widest batch's collator."
+                )
+            return table[tuple(slice(size) for size in shape)]
+        return torch.zeros(shape, dtype=leaf.dtype, device=device)
+
+    # ------------------------------------------------------------------------------------------------------- checks
+
+    def _check_precision(self, device: torch.device) -> None:
+        wanted = AUTOCAST.get(self.prefix.precision or "")
+        now = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        if now != wanted:
+            fix = next((name for name, dtype in AUTOCAST.items() if dtype == now), "fp32")
+            raise CannotCache(
+                f"A batch was trained from a prefix cache built in precision={self.prefix.precision!r}; this forward "
+                f"runs {f'under autocast to {now}' if now else 'without autocast'}. Build the cache with "
+                f"precision={fix!r}, or train in the precision of the cache."
+            )
+
+    def check_attention(self, attention: str) -> None:
+        """Refuses a model that was switched to another attention implementation since."""
+        if attention != self.prefix.attention:
+            raise CannotCache(
+                f"A batch was trained from a prefix cache built with the attention {self.prefix.attention!r}; the "
+                f"model now uses {attention!r}. Set it before PrefixCache.build."
+            )
+
+    def check_weights(self) -> None:
+        """Refuses a prefix that is not the one whose states are stored: changed, replaced, or trainable again.
+
+        Every tensor's version counter is looked at each time; where one moved, the digests decide.
+        """
+        now = tuple((id(p), p._version, p.requires_grad) for p in self._watched())
+        if now == self._seen and self.used % FULL_CHECK_EVERY:
+            return
+        for part in self.prefix.replaced:
+            if any(hasattr(module, "neftune_noise_alpha") for module in part.module.modules()):
+                raise CannotCache(
+                    "The prefix cache was asked for with NEFTune, which adds noise to the embeddings at every step; "
+                    "their output is then no constant. Leave neftune_noise_alpha out, or train without the cache."
+                )
+            for name, parameter in part.module.named_parameters():
+                if parameter.requires_grad:
+                    raise CannotCache(
+                        f"A batch was trained from the prefix cache; {part.name}.{name} below its cut is trainable "
+                        "now, so its states change at every step. Freeze it again, or build a cache for the new plan."
+                    )
+        if now != self._seen:
+            away = self.released is not None and self.released.away
+            digests = self.digests if away else self.prefix.digest()
+            changed = [name for name in self.digests if digests.get(name) != self.digests[name]]
+            if changed:
+                raise CannotCache(
+                    f"A batch was trained from the prefix cache; {len(changed)} tensors below its cut changed since it "
+                    f"was built, e.g. {changed[0]}. Call PrefixCache.build again."
+                )
+            self._seen = tuple((id(p), p._version, p.requires_grad) for p in self._watched())
+
+    def _watched(self) -> list[nn.Parameter]:
+        return [p for part in self.prefix.replaced for p in part.module.parameters()]
+
+    def forget(self) -> None:
+        """Lets the next forward look at the digests again."""
+        self._seen = ()
+
+    # -------------------------------------------------------------------------------------------------------- hooks
+
+    def attach(self, entries: list[nn.Module]) -> list[Any]:
+        """Hooks the modules that a batch may reach first; returns the handles.
+
+        PEFT calls the inner model's forward without its hooks, so the outermost module, the model inside and its
+        stacks are all entries; the first that sees the states takes them.
+        """
+        handles: list[Any] = []
+        self.outermost = entries[0]
+        for module in dict.fromkeys(entries):
+            module.__dict__[ATTRIBUTE] = self
+            handles.append(module.register_forward_pre_hook(_take_states, with_kwargs=True))
+            handles.append(module.register_forward_hook(_put_back, always_call=True))
+            if callable(getattr(module, "generate", None)) and "generate" not in module.__dict__:
+                module.__dict__["generate"] = functools.partial(_generate, module)
+        return handles
+
+    def detach(self, entries: list[nn.Module], handles: list[Any]) -> None:
+        """Undoes `attach`."""
+        for handle in handles:
+            handle.remove()
+        for module in dict.fromkeys(entries):
+            module.__dict__.pop(ATTRIBUTE, None)
+            own = module.__dict__.get("generate")
+            if isinstance(own, functools.partial) and own.func is _generate:
+                del module.__dict__["generate"]
+
+
+def _take_states(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Before a forward: takes the states out of the call and puts the placeholders in."""
+    replay: Replay = module.__dict__[ATTRIBUTE]
+    if PREFIX_KEY not in kwargs:
+        if not replay.active and module.training and module is replay.outermost:
+            replay.unused += 1
+        return None
+    kwargs = dict(kwargs)
+    states = kwargs.pop(PREFIX_KEY)
+    config = getattr(module, "config", None)
+    every_state = any(
+        kwargs.get(name) or getattr(config, name, False) for name in ("output_hidden_states", "output_attentions")
+    )
+    if states and not replay.active and not every_state and kwargs.get("past_key_values") is None:
+        replay.check_attention(_attention(config))
+        replay.enter(module, states)
+        replay.used += 1
+        kwargs["use_cache"] = False  # a key-value cache would miss the prefix's blocks
+        if not _takes(module, "use_cache"):
+            del kwargs["use_cache"]
+    return args, kwargs
+
+
+def _put_back(module: nn.Module, *_: Any) -> None:
+    """After a forward, and after one that failed."""
+    replay: Replay = module.__dict__[ATTRIBUTE]
+    if replay._owner is module:
+        replay.leave()
+
+
+def _generate(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for `generate`, which refuses keys that it does not know."""
+    kwargs.pop(PREFIX_KEY, None)
+    return type(module).generate(module, *args, **kwargs)
+
+
+def _attention(config: Any) -> str:
+    return str(getattr(config, "_attn_implementation", "") or "")
+
+
+def _takes(module: nn.Module, name: str) -> bool:
+    import inspect
+
+    parameters = inspect.signature(module.forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
