@@ -22,7 +22,16 @@ from hf_freeze.errors import FreezeError, FrozenWeightsChanged, PlanError
 from hf_freeze.plan import Cut, FreezePlan, ResolvedPlan
 from hf_freeze.report import freeze_table
 
-__all__ = ["FreezeRecord", "FreezeReport", "FrozenProof", "freeze", "freeze_record", "tensor_digest", "thaw", "verify_frozen"]
+__all__ = [
+    "FreezeRecord",
+    "FreezeReport",
+    "FrozenProof",
+    "freeze",
+    "freeze_record",
+    "tensor_digest",
+    "thaw",
+    "verify_frozen",
+]
 
 _RECORD = "_hf_freeze_record"
 RELEASED = "_hf_freeze_released"  # on modules whose weights are away for a while: an object with restore()

@@ -341,7 +341,7 @@ Use an int for a number of blocks, or "all".
 
 
 def find_cuts(anatomy: Anatomy, trainable: set[str]) -> tuple[tuple[Cut, ...], str]:
-    """What of a model is a constant of its input while only these tensors train, lowest first; or () and why nothing is.
+    """What of a model is a constant of its input while only these tensors train, lowest first; () and why where nothing.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> from hf_freeze.anatomy import read_anatomy
@@ -362,8 +362,7 @@ def find_cuts(anatomy: Anatomy, trainable: set[str]) -> tuple[tuple[Cut, ...], s
         if depth:
             cuts.append(Cut(stack.name, depth))
         whole = depth == len(stack) and not any(
-            part.kind == "final" and part.stack == stack.name and n in trainable
-            for n, part in anatomy.parts.items()
+            part.kind == "final" and part.stack == stack.name and n in trainable for n, part in anatomy.parts.items()
         )
         if not whole:
             break  # a decoder above a moving encoder sees another encoder output at every step

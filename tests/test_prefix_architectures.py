@@ -1,4 +1,4 @@
-"""The sweep: from the cache, every architecture trains as it does plainly, or is declined with the reason; none wrongly."""
+"""The sweep: from the cache, every architecture trains as it does plainly, or is declined with the reason."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 
-from hf_freeze import FreezePlan, PrefixCache, freeze, read_anatomy
+from hf_freeze import FreezePlan, PrefixCache, freeze
 from hf_freeze.errors import CannotCache
 from tests.sweep import training_batch
 from tests.test_architectures import HELD
@@ -26,6 +27,8 @@ pytestmark = [
 
 # What cannot be replayed exactly: a piece of the reason.
 DECLINED = {
+    "dots3_note": "other states among longer rows",  # it picks keys by scores that tie at zero
+    "dots3_note_text": "other states among longer rows",
     "cpmant": "follows neither the rows nor the tokens",  # a learnt prompt stands before every row
     "gemma3n_text": "hand on more than their outputs",  # upper blocks read the lower ones' keys and values
     "git": "follows neither the rows nor the tokens",  # image tokens stand before the text
@@ -39,7 +42,9 @@ DECLINED = {
     "t5gemma": "other states in training",
 }
 ONLY_WHOLE = {"nllb-moe", "t5gemma"}  # declined with the whole encoder frozen, cached with half of it
+ONLY_HALF = {"pegasus_x"}  # the other way round: what a block shifts the next one shifts back
 STEPS = 4
+TWO_STACKS = [row for row in HELD if row[1] is AutoModelForSeq2SeqLM and CONFIG_MAPPING[row[0]]().is_encoder_decoder]
 
 
 class ZooCollator:
@@ -109,12 +114,10 @@ def test_training_from_the_cache_is_plain_training_or_declined(architecture: tup
     check(architecture, FreezePlan(), tmp_path)
 
 
-@pytest.mark.parametrize("architecture", HELD, ids=name_of)
+@pytest.mark.parametrize("architecture", TWO_STACKS, ids=name_of)
 def test_so_it_is_above_a_whole_frozen_encoder(architecture: tuple[str, type], tmp_path: Path) -> None:
-    if len(read_anatomy(build(*architecture)).stacks) == 1:
-        pytest.skip("one stack")
     plan = FreezePlan(encoder_blocks="all", decoder_blocks=2)
-    if name_of(architecture) in DECLINED:
+    if name_of(architecture) in DECLINED.keys() - ONLY_HALF:
         with pytest.raises(CannotCache, match=DECLINED[name_of(architecture)]):
             check(architecture, plan, tmp_path)
         return

@@ -305,8 +305,7 @@ def _full_precision(model: nn.Module) -> Any:
 
 def build_rows(
     model: nn.Module,
-    prefixes: Sequence[tuple[Prefix, Store]],
-    rows: Rows,
+    prefixes: Sequence[tuple[Prefix, Store, Rows]],
     collator: Collator,
     *,
     token_budget: int | None,
@@ -316,16 +315,18 @@ def build_rows(
     """Computes what each store lacks in one pass and adds it; returns the tokens computed here.
 
     Args:
-        prefixes: Shallower cuts first or last, all of one model; the deepest is run, the others are taken on the way.
+        prefixes: All of one model and dataset, with the rows as each knows them; the first one is the deepest, the
+            others are taken on the way.
         share: (this process, processes): each computes every so manieth batch.
     """
-    missing = [r for r in _unique(rows) if any(rows.digests[r] not in store for _, store in prefixes)]
+    rows = prefixes[0][2]
+    missing = [r for r in _unique(rows) if any(known.digests[r] not in store for _, store, known in prefixes)]
     if not missing:
         return 0
     device = next(model.parameters()).device
     budget = token_budget or (TOKENS_CPU if device.type == "cpu" else TOKENS_ACCELERATOR)
     batches = list(_batches(rows, missing, budget))[share[0] :: share[1]]
-    merged = _merge([prefix for prefix, _ in prefixes])
+    merged = _merge([prefix for prefix, _, _ in prefixes])
     with_target = TARGET in merged.sides
     total = sum(rows.tokens(row) for batch in batches for row in batch)
     bar = _bar(None, "computing the frozen prefix", "token", progress, total=total)
@@ -335,16 +336,16 @@ def build_rows(
             batch = _collate(collator, [rows.features[row] for row in batch_rows])
             found = read_rows(batch, with_target=with_target)
             states = capture(model, merged, move(batch, device))
-            for prefix, store in prefixes:
+            for prefix, store, known in prefixes:
                 leaves = prefix.leaves("stream")
                 on_cpu = {name: states[name].cpu() for name in leaves}
                 for row, pieces in zip(batch_rows, split_rows(on_cpu, leaves, found), strict=True):
-                    if rows.digests[row] not in store:
-                        store.add(rows.digests[row], pieces)
+                    if known.digests[row] not in store:
+                        store.add(known.digests[row], pieces)
                         stored += sum(t.numel() * t.element_size() for t in pieces.values())
             bar.set_postfix_str(f"{stored / 1e6:,.0f} MB", refresh=False)
             bar.update(sum(rows.tokens(row) for row in batch_rows))
-    for _, store in prefixes:
+    for _, store, _ in prefixes:
         store.flush()
     bar.close()
     return total
@@ -352,7 +353,7 @@ def build_rows(
 
 def _merge(prefixes: Sequence[Prefix]) -> Prefix:
     """One prefix that captures what all of them need."""
-    deepest = max(prefixes, key=lambda prefix: sum(blocks for _, blocks in prefix.cuts))
+    deepest = prefixes[0]
     if len(prefixes) == 1:
         return deepest
     parts: dict[str, Any] = {}

@@ -34,6 +34,7 @@ from hf_freeze.prefix.store import Store, clear_caches, evict_caches
 
 __all__ = ["BuildReport", "PrefixCache", "PrefixCollator"]
 
+CHECKED_ROWS, CHECKED_TOKENS = 8, 2048  # of the proof that a row's states are its own: seconds on a CPU
 PRECISIONS = (None, "fp32", "bf16", "fp16")
 # What a config says about neither the arithmetic nor the shape of a model.
 PASSING = frozenset({"_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype",
@@ -209,14 +210,17 @@ class PrefixCache:
         anatomy = read_anatomy(core, blocks=blocks)
         cuts = _cuts_of(core, anatomy)
         every = [cuts, *(_cuts_of_plan(plan, anatomy, cuts) for plan in also)]
-        with_target = len({cut.stack for cut in cuts}) == 2
         chief, share = _process()
-        rows = read_dataset(dataset, data_collator, core, with_target=with_target, progress=progress and chief)
+        known = {  # with the decoder's side and without: a cut that ends in the encoder knows its rows by the source
+            two: read_dataset(dataset, data_collator, core, with_target=two, progress=progress and chief)
+            for two in {_two_sided(wanted) for wanted in every}
+        }
+        rows = known[_two_sided(cuts)]
         sample = _sample(rows)
         prefixes = []
         for wanted in dict.fromkeys(every):
             prefix = _find(core, anatomy, wanted, rows, sample, data_collator, precision)
-            check_rows(core, prefix, rows, sample, data_collator)
+            check_rows(core, prefix, rows, _wider_sample(rows), data_collator)
             prefixes.append(prefix)
         folder = Path(cache_dir) if cache_dir is not None else Path.home() / ".cache" / "hf_freeze" / "prefix"
         reasons: list[str] = []
@@ -224,12 +228,12 @@ class PrefixCache:
         with _one_builder(folder, chief, progress):
             for prefix in prefixes:
                 stores.append(_open_or_create(folder, core, prefix, rows, data_collator, chief, reasons))
-            _check_disk(folder, prefixes, stores, rows, max_cache_bytes)
+            jobs = [(p, s, known[_two_sided(p.cuts)]) for p, s in zip(prefixes, stores, strict=True)]
+            _check_disk(folder, [(store, of) for _, store, of in jobs], max_cache_bytes)
             before = sum(digest in stores[0] for digest in set(rows.digests))
             tokens = build_rows(
                 core,
-                list(zip(prefixes, stores, strict=True)),
-                rows,
+                jobs,
                 data_collator,
                 token_budget=token_budget,
                 share=share,
@@ -252,7 +256,7 @@ class PrefixCache:
                 f"The states of this {anatomy.model_class} were computed, but a batch does not find them again: its "
                 "rows have other lengths than their tokens."
             )
-        options = {"with_target": with_target, "token_budget": token_budget, "folder": folder, "progress": progress}
+        options = {"token_budget": token_budget, "folder": folder, "progress": progress}
         return cls(core, prefix, store, collator, report, replay, entries, replay.attach(entries), options)
 
     def add(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None = None) -> BuildReport:
@@ -275,20 +279,19 @@ class PrefixCache:
         rows = read_dataset(dataset, collator, self.model, with_target=self._options["with_target"], progress=progress)
         self._replay.detach(self._entries, self._handles)  # the check replays by itself
         try:
-            check_rows(self.model, self.prefix, rows, _sample(rows), collator)
+            check_rows(self.model, self.prefix, rows, _wider_sample(rows), collator)
         finally:
             self._handles = self._replay.attach(self._entries)
         folder = self._options["folder"]
         with _one_builder(folder, chief, progress):
             self.store.refresh()
-            _check_disk(folder, [self.prefix], [self.store], rows, None)
+            _check_disk(folder, [(self.store, rows)], None)
             before = sum(digest in self.store for digest in set(rows.digests))
             if chief:
                 _save_tables(self.model, self.prefix, self.store, rows, collator)
             tokens = build_rows(
                 self.model,
-                [(self.prefix, self.store)],
-                rows,
+                [(self.prefix, self.store, rows)],
                 collator,
                 token_budget=self._options["token_budget"],
                 share=share,
@@ -377,6 +380,11 @@ def _cuts_of(core: nn.Module, anatomy: Anatomy) -> tuple[Cut, ...]:
     return cuts
 
 
+def _two_sided(cuts: Sequence[tuple[str, int]]) -> bool:
+    """Whether a part of the decoder above an encoder is cached, so that the decoder's input counts."""
+    return len({stack for stack, _ in cuts}) == 2
+
+
 def _cuts_of_plan(plan: FreezePlan, anatomy: Anatomy, cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
     """The cuts of a shallower plan, all within those of the model as it is frozen now."""
     record = freeze_record(anatomy.model)
@@ -399,12 +407,23 @@ def _cuts_of_plan(plan: FreezePlan, anatomy: Anatomy, cuts: tuple[Cut, ...]) -> 
 
 
 def _sample(rows: Rows) -> list[int]:
-    """Three rows, short ones, of unlike length where there are: cheap to run, and one is padded."""
-    ordered = sorted(set(range(len(rows))), key=rows.tokens)
+    """Three rows for the search, short ones, of unlike length where there are: cheap to run, and one is padded."""
+    ordered = sorted(range(len(rows)), key=rows.tokens)
     shortest = ordered[0]
     longer = next((row for row in ordered if rows.tokens(row) > rows.tokens(shortest) + 1), ordered[-1])
     between = ordered[min(len(ordered) - 1, len(ordered) // 4)]
     return [shortest, longer, between]
+
+
+def _wider_sample(rows: Rows) -> list[int]:
+    """Rows for the proof: of all lengths as far as a few thousand tokens go, else of the shorter ones."""
+    ordered = sorted(
+        dict(zip(reversed(rows.digests), reversed(range(len(rows))), strict=True)).values(), key=rows.tokens
+    )
+    while len(ordered) > CHECKED_ROWS and rows.tokens(ordered[-1]) * CHECKED_ROWS > CHECKED_TOKENS:
+        ordered = ordered[: max(CHECKED_ROWS, len(ordered) * 3 // 4)]
+    step = (len(ordered) - 1) / max(1, CHECKED_ROWS - 1)
+    return list(dict.fromkeys(ordered[round(place * step)] for place in range(min(CHECKED_ROWS, len(ordered)))))
 
 
 def _find(
@@ -494,24 +513,19 @@ def _save_tables(
         store.save_tables(tables)
 
 
-def _check_disk(
-    folder: Path, prefixes: Sequence[Prefix], stores: Sequence[Store], rows: Rows, limit: int | None
-) -> None:
+def _check_disk(folder: Path, jobs: Sequence[tuple[Store, Rows]], limit: int | None) -> None:
     """Frees room under the limit, and refuses before the first byte what will not fit."""
     needed = 0
-    for store in stores:
-        seen: set[bytes] = set()
-        for row, digest in enumerate(rows.digests):
-            if digest not in store and digest not in seen:
-                seen.add(digest)
-                needed += sum(spec.token_bytes * rows.lengths[row].get(spec.side, 1) for spec in store.specs)
+    for store, rows in jobs:
+        for row in {digest: row for row, digest in enumerate(rows.digests) if digest not in store}.values():
+            needed += sum(spec.token_bytes * rows.lengths[row].get(spec.side, 1) for spec in store.specs)
     if limit is not None:
         if needed > limit:
             raise FreezeError(
                 f"The prefix cache needs {needed / 1e9:.2f} GB; max_cache_bytes allows {limit / 1e9:.2f} GB. Raise it, "
                 "or train without the cache."
             )
-        evict_caches(folder, limit, [store.folder for store in stores], needed)
+        evict_caches(folder, limit, [store.folder for store, _ in jobs], needed)
     free = shutil.disk_usage(folder).free
     if needed * 1.02 > free:
         raise FreezeError(

@@ -281,8 +281,9 @@ class Replay:
                         "now, so its states change at every step. Freeze it again, or build a cache for the new plan."
                     )
         if now != self._seen:
-            away = self.released is not None and self.released.away
-            digests = self.digests if away else self.prefix.digest()
+            # FSDP shards what `build` has seen whole, and a look at its state would gather and scatter it again.
+            unseen = (self.released is not None and self.released.away) or _is_sharded(self._watched())
+            digests = self.digests if unseen else self.prefix.digest()
             changed = [name for name in self.digests if digests.get(name) != self.digests[name]]
             if changed:
                 raise CannotCache(
@@ -325,6 +326,10 @@ class Replay:
             own = module.__dict__.get("generate")
             if isinstance(own, functools.partial) and own.func is _generate:
                 del module.__dict__["generate"]
+
+
+def _is_sharded(parameters: list[nn.Parameter]) -> bool:
+    return any(hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") for parameter in parameters)
 
 
 def _take_states(

@@ -1,0 +1,590 @@
+"""Measures what a training step costs: full, frozen, frozen with checkpointing, LoRA, from the prefix cache; the limit.
+
+    python recipes/benchmark_freezing.py
+        the embedded SmolLM2-135M, 26 of 30 blocks frozen, 8 x 128 tokens, 16 of them labelled
+    python recipes/benchmark_freezing.py --model bart-base
+        the shape of BART-base, random weights: 128 tokens -> 16, whole encoder and 4 of 6 decoder blocks frozen
+    python recipes/benchmark_freezing.py --precision bf16 --release_prefix --depths 8,16,20,26
+        bf16 autocast, the prefix's weights off the device in the cached modes; and other depths below the same suffix
+    python recipes/benchmark_freezing.py --model llama-8b --device cuda --precision bf16 --source_tokens 512 --from_disk
+        the upper quarter trained, states read from disk by workers
+
+Each mode is a process of its own, one after the other; the repetitions are interleaved, so that a machine that slows
+down does so for all. A step is one batch fetched and collated, forward, backward, AdamW (fused, as in Trainer) and
+zero_grad. All modes get the same weights, rows and seeds; those that train the same part must have the same losses.
+
+Cached modes call cache.collator on the rows of each step, so the look-up by content is paid for, and no step reads rows
+that another one has read. The store's pages are in memory, as the build left them; --from_disk drops them first and
+reads through a DataLoader with workers. The limit is the blocks above the cut, final norm and head at the labelled
+positions, called directly with states that lie on the device: no cache can be faster.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import transformers
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig, GPT2Config, LlamaConfig
+from transformers import default_data_collator as collate
+from transformers.masking_utils import create_causal_mask
+
+from hf_freeze import FreezeError, FreezePlan, PrefixCache, forecast, freeze, read_anatomy, supervised_logits_only
+from hf_freeze.embedded import embedded_model
+from hf_freeze.errors import nearest
+from hf_freeze.report import Table, count_text
+
+SAME_PART = ("frozen+checkpointing", "cached", "cached+supervised", "limit")  # train what the mode "frozen" trains
+MODES = ("full", "frozen", "lora", *SAME_PART)
+WARM_UP = 2  # steps that are not timed: they set up kernels, optimizer state and released weights
+SAME_LOSS = {"fp32": 1e-5, "bf16": 2e-2}  # relative; bf16 rounds a row alone otherwise than among others
+
+# Shapes of models on the hub: width, feed-forward, blocks, heads, key-value heads, vocabulary; what is frozen.
+SHAPES = {
+    "smollm2": (576, 1536, 30, 9, 3, 49152, -4),
+    "bart-base": (768, 3072, 6, 12, 12, 50265, -2),  # six blocks in each stack
+    "gpt2": (768, 3072, 12, 12, 12, 50257, 0.75),
+    "llama-1b": (2048, 8192, 16, 32, 8, 128256, 0.75),
+    "llama-8b": (4096, 14336, 32, 32, 8, 128256, 0.75),
+}
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.worker:
+        transformers.logging.set_verbosity_error()
+        print(json.dumps(work(args)))
+        return
+    now = datetime.now().astimezone()
+    depths = {f"depth {depth}": depth for depth in args.depths}
+    jobs = [*args.modes, *(["build"] if args.build_rows else []), *depths]
+    runs = {job: [] for job in jobs}
+    frozen = frozen_blocks(args)
+    with tempfile.TemporaryDirectory(dir=args.cache_dir, prefix="benchmark-") as folder:
+        for job in (bar := tqdm([job for _ in range(args.repetitions) for job in jobs], unit="run")):
+            bar.set_description(job)
+            given = [f"--worker={job}", f"--cache_dir={folder}"]
+            if job in depths:
+                suffix = (args.blocks or SHAPES[args.model][2]) - frozen["decoder"]
+                given = ["--worker=cached", f"--cache_dir={folder}", f"--blocks={depths[job] + suffix}",
+                         f"--freeze_decoder_blocks={depths[job]}"]  # fmt: skip
+            runs[job].append(run_worker(job, args, given))
+
+    modes = {mode: summarise(runs[mode]) for mode in args.modes}
+    add_ratios(modes, predict(args))
+    verdict = compare_losses(modes, args.precision)
+    tables = [mode_table(modes, verdict, frozen, args)]
+    if args.build_rows:
+        tables.append(build_table(runs["build"], args))
+    if depths:
+        tables.append(depth_table({depth: summarise(runs[job]) for job, depth in depths.items()}))
+    print("\n" + "\n\n".join(map(str, tables)))
+
+    output = Path(args.output or f"out/benchmark-{args.model}-{args.precision}-{now:%Y%m%d-%H%M%S}.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"date": now.isoformat(timespec="seconds"), "device": device_name(args.device), "threads": args.threads}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    facts |= {"versions": versions, "arguments": vars(args) | {"device": str(args.device)}, "same_training": verdict}
+    facts |= {"modes": modes, "tables": [table.to_dict() for table in tables], "runs": runs}
+    output.write_text(json.dumps(facts, indent=2))
+    print(f"\nEvery run: {output}")
+    if verdict.startswith("DIFFERENT"):
+        raise FreezeError(f"The modes do not train the same. {verdict}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="smollm2", help=f"{', '.join(SHAPES)}; all but the embedded smollm2 have random weights")
+    add("--modes", default=",".join(MODES), help="comma-separated, in the order of the runs")
+    add("--freeze_encoder_blocks", default="all", help="as in FreezePlan; bart-base only")
+    add(
+        "--freeze_decoder_blocks", help="by default all but 4 (smollm2), all but 2 (bart-base), three quarters (others)"
+    )
+    add("--batch_size", type=int, default=8)
+    add("--source_tokens", type=int, default=128, help="of a row; but for bart-base the labelled ones are among them")
+    add("--target_tokens", type=int, default=16, help="of a row's summary; bart-base only")
+    add("--labelled_tokens", type=int, default=16, help="of a row, at another place in each; not for bart-base")
+    add("--precision", default="fp32", choices=SAME_LOSS, help="bf16: autocast; llamas on a GPU also have bf16 weights")
+    add("--trained_weights", default="fp32", choices=SAME_LOSS, help="of such a llama, and with them AdamW's state")
+    add("--device", help="by default the accelerator if there is one, else cpu")
+    add("--threads", type=int, default=os.cpu_count(), help="by default all cores")
+    add("--steps", type=int, default=5, help="timed in each run, after a warm-up")
+    add("--repetitions", type=int, default=3, help="runs of each mode, interleaved")
+    add("--from_disk", action="store_true", help="read states from the disk itself, through a DataLoader with workers")
+    add("--workers", type=int, default=2, help="of that DataLoader")
+    add("--release_prefix", action="store_true", help="in the cached modes")
+    add("--build_rows", type=int, default=128, help="rows on which the build is timed; 0 leaves it out")
+    add("--depths", default="", help="such as 8,16,20,26: cached steps with as many frozen blocks, the same suffix")
+    add("--blocks", type=int, help="another depth of the (last) stack; random weights")
+    add("--width", type=int, help="a toy: this width, 4 heads, vocabulary 512; random weights")
+    add("--cache_dir", help="where caches lie while this runs; by default the system's temporary folder")
+    add("--output", help="the JSON file; by default out/benchmark-....json")
+    add("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.modes = args.modes.split(",")
+    args.depths = [int(depth) for depth in args.depths.split(",") if depth]
+    for option, asked, known in (("--model", args.model, SHAPES), *(("--modes", mode, MODES) for mode in args.modes)):
+        if asked not in known:
+            raise FreezeError(f"{option} {asked} was asked for; use {nearest(asked, known, len(known))}.")
+    for name in ("batch_size", "source_tokens", "target_tokens", "labelled_tokens", "threads", "steps", "repetitions"):
+        if getattr(args, name) < 1:
+            raise FreezeError(f"--{name} {getattr(args, name)} was asked for; use 1 or more.")
+    if not is_bart(args) and args.labelled_tokens >= args.source_tokens:
+        raise FreezeError(
+            f"--labelled_tokens {args.labelled_tokens} was asked for in rows of {args.source_tokens} tokens, the first "
+            f"of which nothing predicts. Use {args.source_tokens - 1} or fewer."
+        )
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        args.device = torch.device(args.device or there)
+    except RuntimeError as error:
+        raise FreezeError(f"--device {args.device} was asked for; torch knows no such device. Use {there}.") from error
+    if args.device.type not in ("cpu", there.type):
+        raise FreezeError(f"--device {args.device} was asked for; torch finds none here. Use --device {there.type}.")
+    if args.freeze_decoder_blocks is None:
+        args.freeze_decoder_blocks = SHAPES[args.model][-1]
+    return args
+
+
+# ------------------------------------------------------------------------------------------- the parent runs and tells
+
+
+def run_worker(job: str, args: argparse.Namespace, given: list[str]) -> dict:
+    """One run in a process of its own; what it printed last."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+    command = [sys.executable, __file__, *sys.argv[1:], *given]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode == -9:
+        return {"error": "killed, probably out of memory"}
+    if done.returncode:
+        raise FreezeError(f"The run of {job!r} failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summarise(runs: list[dict]) -> dict:
+    """Medians over the runs of one mode, or why it could not run."""
+    if failed := [run for run in runs if "error" in run]:
+        return {"error": failed[0]["error"]}
+    medians = {name: statistics.median(run[name] for run in runs) for name in ("peak_bytes", "import_bytes")}
+    same = {name: runs[0][name] for name in ("losses", "trained_parameters", "tokens", "note")}
+    return {"seconds": statistics.median(second for run in runs for second in run["seconds"]), **medians, **same}
+
+
+def predict(args: argparse.Namespace) -> dict[str, float]:
+    """The forecast FLOPs of a step in each mode that it knows."""
+    target = args.target_tokens if is_bart(args) else args.labelled_tokens
+    source = args.source_tokens - (0 if is_bart(args) else target)
+    sizes = {"batch_size": args.batch_size, "source_tokens": source, "target_tokens": target}
+    modes = forecast(empty_model(args), make_plan(args), dtype="float32", **sizes).modes
+    flops = {mode: modes[mode].step_flops for mode in ("full", "frozen", "lora", "cached")}
+    supervised = modes["cached"].supervised_step_flops
+    return flops | {"cached+supervised": supervised, "limit": supervised}
+
+
+def add_ratios(modes: dict[str, dict], flops: dict[str, float]) -> None:
+    """What the table compares; only where both sides ran."""
+    for mode, result in modes.items():
+        for name, above, below, key in (
+            ("full_over_it", "full", mode, "seconds"),
+            ("frozen_over_it", "frozen", mode, "seconds"),
+            ("it_over_limit", mode, "limit", "seconds"),
+            ("peak_full_over_it", "full", mode, "peak_bytes"),
+        ):
+            one, other = modes.get(above, {}).get(key), modes.get(below, {}).get(key)
+            if one and other:
+                result[name] = one / other
+        if mode in flops:
+            result["forecast_full_over_it"] = flops["full"] / flops[mode]
+
+
+def compare_losses(modes: dict[str, dict], precision: str) -> str:
+    """Whether the modes that train the same part have the same losses, in a sentence."""
+    ran = {mode: modes[mode] for mode in ("frozen", *SAME_PART) if "losses" in modes.get(mode, {})}
+    if "frozen" not in ran or len(ran) < 2:
+        return "Losses not compared: that takes the mode frozen and another that trains the same part."
+    if len(counts := {result["trained_parameters"] for result in ran.values()}) > 1:
+        return f"DIFFERENT numbers of trained parameters: {sorted(counts)}."
+    wanted = ran.pop("frozen")["losses"]
+    gaps = {
+        mode: max(abs(a - b) / abs(b) for a, b in zip(result["losses"], wanted, strict=True))
+        for mode, result in ran.items()
+    }
+    told = ", ".join(f"{mode} {gap:.0e}" for mode, gap in gaps.items())
+    same = all(gap <= SAME_LOSS[precision] for gap in gaps.values())
+    return f"{'Same' if same else 'DIFFERENT'} losses as frozen over {len(wanted)} steps, greatest gap: {told}."
+
+
+def mode_table(modes: dict[str, dict], verdict: str, frozen: dict[str, int], args: argparse.Namespace) -> Table:
+    """The modes side by side, and how they were measured."""
+    names = ("full_over_it", "frozen_over_it", "it_over_limit", "forecast_full_over_it", "peak_full_over_it")
+    rows = []
+    for mode, result in modes.items():
+        *ratios, memory = (f"{result[name]:.2f}" if name in result else "-" for name in names)
+        step, speed, peak = "-", "-", "-"
+        if "seconds" in result:
+            step, speed = seconds_text(result["seconds"]), count_text(result["tokens"] / result["seconds"])
+            peak = count_text(result["peak_bytes"], "B") if result["peak_bytes"] else "-"
+        rows.append((mode, step, speed, *ratios, peak, memory))
+    on_cpu = args.device.type == "cpu"
+    imports = count_text(max((result.get("import_bytes", 0) for result in modes.values()), default=0), "B")
+    sizes = f"-> {args.target_tokens} tokens" if is_bart(args) else f"tokens, {args.labelled_tokens} of them labelled"
+    options = [f"--{name}" for name in ("from_disk", "release_prefix") if getattr(args, name)]
+    blocks = ", ".join(f"{count} blocks of the {stack}" for stack, count in frozen.items())
+    lines = (
+        verdict,
+        f"{args.batch_size} x {args.source_tokens} {sizes}; frozen: {blocks}.",
+        f"{device_name(args.device)}, {args.threads} threads, {args.precision} {' '.join(options)}".strip()
+        + f"; medians of {args.repetitions} x {args.steps} steps.",
+        f"Peak of {'resident' if on_cpu else 'the device'} memory from the first timed step on"
+        + (f"; the imports alone take {imports}." if on_cpu else "."),
+        *(f"{mode}: {told}." for mode, result in modes.items() if (told := result.get("error") or result["note"])),
+    )
+    columns = ("mode", "step", "tokens/s", "full / it", "frozen / it", "it / limit", "forecast", "peak", "full / its")
+    title = f"A training step of {args.model}{'' if is_real(args) else ', random weights'}"
+    return Table(title, columns, tuple(rows), lines)
+
+
+def build_table(runs: list[dict], args: argparse.Namespace) -> Table:
+    """The pass that fills the cache beside a bare forward of the same prefix."""
+    if failed := [run["error"] for run in runs if "error" in run]:
+        return Table("Building the cache", ("pass",), (("-",),), (failed[0],))
+    ours, bare, checks = (statistics.median(run[n] for run in runs) for n in ("pass", "bare", "checks"))
+    row = (seconds_text(ours), seconds_text(bare), f"{ours / bare:.2f}", seconds_text(checks))
+    line = f"{args.build_rows} rows. The checks on a few rows take the same time before a pass of any length."
+    return Table("Building the cache", ("pass", "bare forward", "pass / bare", "checks"), (row,), (line,))
+
+
+def depth_table(results: dict[int, dict]) -> Table:
+    """Cached steps of models that differ only in how many blocks lie below the cut."""
+    seconds = {depth: result["seconds"] for depth, result in results.items() if "seconds" in result}
+    least = min(seconds.values(), default=1.0)
+    rows = tuple((str(depth), seconds_text(s), f"{s / least:.3f}") for depth, s in seconds.items())
+    return Table("Cached steps, the same blocks above the cut, random weights", ("frozen", "step", "it / least"), rows)
+
+
+def seconds_text(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.{1 if seconds < 0.1 else 0}f} ms"
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (names[0] if names else platform.processor()) if device.type == "cpu" else str(device)
+
+
+# ------------------------------------------------------------------------------------------------ the model and its rows
+
+
+def is_bart(args: argparse.Namespace) -> bool:
+    return args.model == "bart-base"
+
+
+def is_real(args: argparse.Namespace) -> bool:
+    return args.model == "smollm2" and not args.blocks and not args.width
+
+
+def make_config(args: argparse.Namespace) -> transformers.PretrainedConfig:
+    width, inner, blocks, heads, groups, words, _ = SHAPES[args.model]
+    if args.width:
+        width, inner, heads, groups, words = args.width, 2 * args.width, 4, 2, 512
+    last = args.blocks or blocks
+    if is_bart(args):
+        encoder = {"encoder_layers": blocks, "encoder_ffn_dim": inner, "encoder_attention_heads": heads}
+        decoder = {"decoder_layers": last, "decoder_ffn_dim": inner, "decoder_attention_heads": heads}
+        return BartConfig(vocab_size=words, d_model=width, **encoder, **decoder)
+    if args.model == "gpt2":
+        ends = {"bos_token_id": words - 1, "eos_token_id": words - 1}
+        return GPT2Config(vocab_size=words, n_embd=width, n_inner=inner, n_layer=last, n_head=heads, **ends)
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": last, "vocab_size": words}
+    turns = {"rope_type": "default", "rope_theta": 1e5 if args.model == "smollm2" else 5e5}
+    rest = {"rope_parameters": turns, "max_position_embeddings": 8192, "tie_word_embeddings": args.model != "llama-8b"}
+    return LlamaConfig(num_attention_heads=heads, num_key_value_heads=groups, **sizes, **rest)
+
+
+def empty_model(args: argparse.Namespace, device: str | torch.device = "meta", dtype: torch.dtype = torch.float32):
+    """The model with random weights, made on the device; on meta with none."""
+    auto_class = AutoModelForSeq2SeqLM if is_bart(args) else AutoModelForCausalLM
+    with torch.device(device):
+        return auto_class.from_config(make_config(args), dtype=dtype)
+
+
+def has_low_weights(args: argparse.Namespace) -> bool:
+    return args.model.startswith("llama") and args.precision == "bf16" and args.device.type != "cpu"
+
+
+def make_plan(args: argparse.Namespace) -> FreezePlan:
+    asked = [args.freeze_encoder_blocks if is_bart(args) else None, args.freeze_decoder_blocks]
+    for place, value in enumerate(asked):
+        if isinstance(value, str) and value != "all":
+            asked[place] = float(value) if "." in value else int(value)
+    return FreezePlan(encoder_blocks=asked[0], decoder_blocks=asked[1])
+
+
+def frozen_blocks(args: argparse.Namespace) -> dict[str, int]:
+    """How many of the lowest blocks of each stack the plan freezes."""
+    return make_plan(args).resolve(read_anatomy(empty_model(args))).blocks
+
+
+def make_rows(args: argparse.Namespace, count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Random rows of one length; the labelled tokens stand at another place in each."""
+    source, labelled, words = args.source_tokens, args.labelled_tokens, make_config(args).vocab_size - 1
+    random = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        ids = torch.randint(4, words, (source,), generator=random)
+        labels = torch.randint(4, words, (args.target_tokens,), generator=random)
+        if not is_bart(args):
+            start = int(torch.randint(1, source - labelled + 1, (1,), generator=random))
+            labels = torch.full_like(ids, -100)
+            labels[start : start + labelled] = ids[start : start + labelled]
+        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------- the worker measures
+
+
+def work(args: argparse.Namespace) -> dict:
+    """One run of one mode: set up, warm up, time the steps."""
+    imports = memory("VmRSS")
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    try:
+        if args.worker == "build":
+            return time_build(args)
+        set_up = set_up_limit if args.worker == "limit" else set_up_mode
+        return time_steps(*set_up(make_model(args), args), args) | {"import_bytes": imports}
+    except torch.OutOfMemoryError:
+        return {"error": f"out of memory on {device_name(args.device)}"}
+
+
+def make_model(args: argparse.Namespace):
+    if is_real(args):
+        return AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).to(args.device)
+    return empty_model(args, args.device, torch.bfloat16 if has_low_weights(args) else torch.float32)
+
+
+def set_up_mode(model, args: argparse.Namespace):
+    """What a user of the mode would write: parameters, batches, the loss of a batch, and a note."""
+    rows, collator, workers, note = make_rows(args, steps(args) * args.batch_size), collate, 0, ""
+    if args.worker == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    elif args.worker != "full":
+        freeze(model, make_plan(args))
+    if args.worker == "frozen+checkpointing":
+        model.activation_checkpointing_enable()
+    if args.worker.startswith("cached"):
+        given = {"cache_dir": args.cache_dir, "precision": args.precision, "progress": False}
+        cache = PrefixCache.build(model, rows, collate, **given)
+        collator = cache.collator
+        if args.release_prefix:
+            cache.release_prefix()
+        if args.from_disk:
+            workers = args.workers
+            drop_pages(args.cache_dir)
+    if args.worker == "cached+supervised" and not (outcome := supervised_logits_only(model)).active:
+        note = f"as cached; {outcome}"
+    model.train()
+    pinned = args.device.type == "cuda"
+    batches = DataLoader(rows, args.batch_size, collate_fn=collator, num_workers=workers, pin_memory=pinned)
+    return list(model.parameters()), batches, lambda batch: model(**batch).loss, note
+
+
+def set_up_limit(model, args: argparse.Namespace):
+    """The same of the part above the cut alone, its states on the device; the rest of the model is given up."""
+    blocks = make_plan(args).resolve(read_anatomy(model)).blocks
+    if blocks.get("encoder", 0) != getattr(model.config, "encoder_layers", 0):
+        raise FreezeError("The limit is written for a whole frozen encoder. Use --freeze_encoder_blocks all.")
+    prefix, suffix, above = split_at(model, blocks["decoder"])
+    model.requires_grad_(False).eval()
+    batches, rows = [], make_rows(args, steps(args) * args.batch_size)
+    with torch.no_grad(), autocast(args):
+        for batch in DataLoader(rows, args.batch_size, collate_fn=collate):
+            batch = move(batch, args.device)
+            targets = batch["labels"]
+            if not is_bart(args):
+                targets = functional.pad(targets[:, 1:], (0, 1), value=-100)
+            places = (targets.flatten() != -100).nonzero().flatten()
+            batches.append({"given": prefix(batch), "places": places, "targets": targets.flatten()[places]})
+    parameters = [p for p in above.train().parameters() if p is not model.get_input_embeddings().weight]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return parameters, batches, lambda batch: suffix(**batch), ""
+
+
+def split_at(model, depth: int):
+    """Plain calls of the modules below and above a cut, with nothing of hf_freeze between; and the modules above."""
+    config, core, head = model.config, model.get_decoder(), model.get_output_embeddings()
+    stack = core.h if config.model_type == "gpt2" else core.layers
+    norm = {"gpt2": "ln_f", "llama": "norm"}.get(config.model_type)
+    norm = getattr(core, norm) if norm else torch.nn.Identity()
+    upper, rotary = stack[depth:], getattr(core, "rotary_emb", None)
+
+    def run(blocks, states, source):
+        places = torch.arange(states.shape[1], device=states.device)[None]
+        given = {"attention_mask": create_causal_mask(config, states, None, None, places)}
+        if rotary is not None:
+            given |= {"position_embeddings": rotary(states, places), "position_ids": places}
+        if source is not None:
+            given["encoder_hidden_states"] = source
+        for block in blocks:
+            states = block(states, **given)
+        return states
+
+    def prefix(batch):
+        source, ids = None, batch["input_ids"]
+        if config.is_encoder_decoder:
+            source = model.get_encoder()(ids).last_hidden_state
+            ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+            states = core.layernorm_embedding(core.embed_tokens(ids) + core.embed_positions(ids))
+        elif config.model_type == "gpt2":
+            states = core.wte(ids) + core.wpe(torch.arange(ids.shape[1], device=ids.device))
+        else:
+            states = core.embed_tokens(ids)
+        return run(stack[:depth], states, source), source
+
+    def suffix(given, places, targets):
+        states = norm(run(upper, *given)).flatten(0, 1)[places]
+        return functional.cross_entropy(head(states).float(), targets)
+
+    return prefix, suffix, torch.nn.ModuleList([upper, norm, head])
+
+
+def time_steps(parameters, batches, loss_of, note: str, args: argparse.Namespace) -> dict:
+    """The steps of one run: seconds and loss of each, and the greatest memory."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if args.trained_weights == "fp32":
+        for parameter in trained:
+            parameter.data = parameter.data.float()
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=args.device.type in ("cpu", "cuda"))
+    batches, seconds, losses, can_reset = iter(batches), [], [], False
+    for step in range(steps(args)):
+        if step == WARM_UP:
+            can_reset = reset_peak(args.device)
+        torch.manual_seed(step)  # modes that train the same part then draw the same dropout
+        synchronize(args.device)
+        started = time.perf_counter()
+        batch = move(next(batches), args.device)
+        with autocast(args):
+            loss = loss_of(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize(args.device)
+        seconds.append(time.perf_counter() - started)
+        losses.append(loss.item())
+    return {
+        "seconds": seconds[WARM_UP:],
+        "losses": losses,
+        "peak_bytes": peak(args.device) if can_reset else 0,
+        "trained_parameters": sum(parameter.numel() for parameter in trained),
+        "tokens": args.batch_size * (args.source_tokens + (args.target_tokens if is_bart(args) else 0)),
+        "note": note,
+    }
+
+
+def time_build(args: argparse.Namespace) -> dict:
+    """Seconds that a cache takes for --build_rows rows more, beside those of the prefix alone for as many."""
+    model = make_model(args)
+    freeze(model, make_plan(args))
+    prefix, _, _ = split_at(model, make_plan(args).resolve(read_anatomy(model)).blocks["decoder"])
+    budget = 2048 if args.device.type == "cpu" else 32768
+    few = max(1, budget // args.source_tokens)
+    rows = make_rows(args, 3 * few + args.build_rows, seed=1)
+    given = {"cache_dir": args.cache_dir, "precision": args.precision, "progress": False, "token_budget": budget}
+    cache = PrefixCache.build(model, rows[:few], collate, **given)
+    # The checks on a few rows come before every pass, so two passes of unlike length tell what the rows take.
+    short = cache.add(rows[few : 2 * few]).seconds
+    long = cache.add(rows[2 * few :]).seconds
+    batches = [move(batch, args.device) for batch in DataLoader(rows[2 * few :], few, collate_fn=collate)]
+    model.eval()
+    with torch.no_grad(), autocast(args):
+        prefix(batches[0])  # the first one sets up kernels, and its rows are those of the short pass's number
+        synchronize(args.device)
+        started = time.perf_counter()
+        for batch in batches[1:]:
+            prefix(batch)
+        synchronize(args.device)
+    bare = time.perf_counter() - started
+    return {"pass": long - short, "bare": bare, "checks": short - (long - short) * few / args.build_rows}
+
+
+# ---------------------------------------------------------------------------------------------------------- small things
+
+
+def steps(args: argparse.Namespace) -> int:
+    return WARM_UP + args.steps
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def move(batch: dict, device: torch.device) -> dict:
+    """The batch's tensors on the device; stored states are brought there by the model's hooks."""
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def memory(field: str) -> int:
+    """A field of /proc/self/status in bytes; 0 where there is none."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Sets the high-water mark back to what is in use now; whether that can be done here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what set-up freed is not training's
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return device.type == "cpu"
+
+
+def peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory("VmHWM")
+
+
+def drop_pages(folder: str) -> None:
+    """Lets the caches in a folder be read from the disk itself the next time."""
+    for path in Path(folder).rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except FreezeError as error:
+        sys.exit(f"error: {error}")
