@@ -341,7 +341,7 @@ Use an int for a number of blocks, or "all".
 
 
 def find_cuts(anatomy: Anatomy, trainable: set[str]) -> tuple[tuple[Cut, ...], str]:
-    """What of a model is a constant of its input while only these tensors train, lowest first; () and why where nothing.
+    """What of a model is a constant of its input while only these tensors train, lowest first; () and why not.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> from hf_freeze.anatomy import read_anatomy

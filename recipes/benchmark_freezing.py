@@ -6,7 +6,7 @@
         the shape of BART-base, random weights: 128 tokens -> 16, whole encoder and 4 of 6 decoder blocks frozen
     python recipes/benchmark_freezing.py --precision bf16 --release_prefix --depths 8,16,20,26
         bf16 autocast, the prefix's weights off the device in the cached modes; and other depths below the same suffix
-    python recipes/benchmark_freezing.py --model llama-8b --device cuda --precision bf16 --source_tokens 512 --from_disk
+    python recipes/benchmark_freezing.py --model llama-8b --precision bf16 --source_tokens 512 --from_disk --steps 30
         the upper quarter trained, states read from disk by workers
 
 Each mode is a process of its own, one after the other; the repetitions are interleaved, so that a machine that slows
@@ -51,14 +51,16 @@ MODES = ("full", "frozen", "lora", *SAME_PART)
 WARM_UP = 2  # steps that are not timed: they set up kernels, optimizer state and released weights
 SAME_LOSS = {"fp32": 1e-5, "bf16": 2e-2}  # relative; bf16 rounds a row alone otherwise than among others
 
-# Shapes of models on the hub: width, feed-forward, blocks, heads, key-value heads, vocabulary; what is frozen.
+# Shapes of models on the hub: width, feed-forward, blocks (of the decoder), heads, key-value heads, vocabulary.
 SHAPES = {
-    "smollm2": (576, 1536, 30, 9, 3, 49152, -4),
-    "bart-base": (768, 3072, 6, 12, 12, 50265, -2),  # six blocks in each stack
-    "gpt2": (768, 3072, 12, 12, 12, 50257, 0.75),
-    "llama-1b": (2048, 8192, 16, 32, 8, 128256, 0.75),
-    "llama-8b": (4096, 14336, 32, 32, 8, 128256, 0.75),
+    "smollm2": (576, 1536, 30, 9, 3, 49152),
+    "bart-base": (768, 3072, 6, 12, 12, 50265),
+    "gpt2": (768, 3072, 12, 12, 12, 50257),
+    "llama-1b": (2048, 8192, 16, 32, 8, 128256),
+    "llama-8b": (4096, 14336, 32, 32, 8, 128256),
 }
+TOY = (32, 64, 6, 4, 2, 512)
+DEFAULT_FREEZE = {"smollm2": -4, "bart-base": -2, "gpt2": 0.75, "llama-1b": 0.75, "llama-8b": 0.75}
 
 
 def main() -> None:
@@ -67,40 +69,33 @@ def main() -> None:
         transformers.logging.set_verbosity_error()
         print(json.dumps(work(args)))
         return
-    now = datetime.now().astimezone()
-    depths = {f"depth {depth}": depth for depth in args.depths}
-    jobs = [*args.modes, *(["build"] if args.build_rows else []), *depths]
-    runs = {job: [] for job in jobs}
-    frozen = frozen_blocks(args)
+    started = datetime.now().astimezone()
+    frozen = make_plan(args).resolve(read_anatomy(random_model(args))).blocks
+    suffix = args.shape[2] - frozen["decoder"]
+    given = {job: [f"--worker={job}"] for job in [*args.modes, *["build"][: args.build_rows]]}
+    for depth in args.depths:
+        given[f"depth {depth}"] = ["--worker=cached", f"--blocks={depth + suffix}", f"--freeze_decoder_blocks={depth}"]
+    runs = {job: [] for job in given}
     with tempfile.TemporaryDirectory(dir=args.cache_dir, prefix="benchmark-") as folder:
-        for job in (bar := tqdm([job for _ in range(args.repetitions) for job in jobs], unit="run")):
+        for job in (bar := tqdm(list(given) * args.repetitions, unit="run")):
             bar.set_description(job)
-            given = [f"--worker={job}", f"--cache_dir={folder}"]
-            if job in depths:
-                suffix = (args.blocks or SHAPES[args.model][2]) - frozen["decoder"]
-                given = ["--worker=cached", f"--cache_dir={folder}", f"--blocks={depths[job] + suffix}",
-                         f"--freeze_decoder_blocks={depths[job]}"]  # fmt: skip
-            runs[job].append(run_worker(job, args, given))
+            runs[job].append(run_worker(job, [*given[job], f"--cache_dir={folder}"], args.threads))
 
-    modes = {mode: summarise(runs[mode]) for mode in args.modes}
-    add_ratios(modes, predict(args))
+    results = {job: summarise(runs[job]) for job in runs}
+    modes = {mode: results[mode] for mode in args.modes}
+    add_ratios(modes, args)
     verdict = compare_losses(modes, args.precision)
     tables = [mode_table(modes, verdict, frozen, args)]
     if args.build_rows:
-        tables.append(build_table(runs["build"], args))
-    if depths:
-        tables.append(depth_table({depth: summarise(runs[job]) for job, depth in depths.items()}))
+        tables.append(build_table(results["build"], args.build_rows))
+    if args.depths:
+        tables.append(depth_table({depth: results[f"depth {depth}"] for depth in args.depths}))
     print("\n" + "\n\n".join(map(str, tables)))
-
-    output = Path(args.output or f"out/benchmark-{args.model}-{args.precision}-{now:%Y%m%d-%H%M%S}.json")
+    output = Path(args.output or f"out/benchmark-{args.model}-{args.precision}-{started:%Y%m%d-%H%M%S}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"date": now.isoformat(timespec="seconds"), "device": device_name(args.device), "threads": args.threads}
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    facts |= {"versions": versions, "arguments": vars(args) | {"device": str(args.device)}, "same_training": verdict}
+    facts = {"date": started.isoformat(timespec="seconds"), "device": device_name(args.device), "losses": verdict}
+    facts |= {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    facts |= {"arguments": vars(args) | {"device": str(args.device)}, "threads": args.threads}
     facts |= {"modes": modes, "tables": [table.to_dict() for table in tables], "runs": runs}
     output.write_text(json.dumps(facts, indent=2))
     print(f"\nEvery run: {output}")
@@ -111,7 +106,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="smollm2", help=f"{', '.join(SHAPES)}; all but the embedded smollm2 have random weights")
+    add("--model", default="smollm2", choices=SHAPES, help="all but the embedded smollm2 have random weights")
     add("--modes", default=",".join(MODES), help="comma-separated, in the order of the runs")
     add("--freeze_encoder_blocks", default="all", help="as in FreezePlan; bart-base only")
     add(
@@ -127,49 +122,50 @@ def parse_arguments() -> argparse.Namespace:
     add("--threads", type=int, default=os.cpu_count(), help="by default all cores")
     add("--steps", type=int, default=5, help="timed in each run, after a warm-up")
     add("--repetitions", type=int, default=3, help="runs of each mode, interleaved")
-    add("--from_disk", action="store_true", help="read states from the disk itself, through a DataLoader with workers")
-    add("--workers", type=int, default=2, help="of that DataLoader")
+    add("--from_disk", action="store_true", help="give it more --steps than its workers read ahead, twice --workers")
+    add("--workers", type=int, default=2, help="with --from_disk")
     add("--release_prefix", action="store_true", help="in the cached modes")
     add("--build_rows", type=int, default=128, help="rows on which the build is timed; 0 leaves it out")
     add("--depths", default="", help="such as 8,16,20,26: cached steps with as many frozen blocks, the same suffix")
-    add("--blocks", type=int, help="another depth of the (last) stack; random weights")
-    add("--width", type=int, help="a toy: this width, 4 heads, vocabulary 512; random weights")
+    add("--blocks", type=int, help="another depth (of the decoder), random weights")
+    add("--toy", action="store_true", help="width 32, 6 blocks, vocabulary 512, random weights: to see that it runs")
     add("--cache_dir", help="where caches lie while this runs; by default the system's temporary folder")
     add("--output", help="the JSON file; by default out/benchmark-....json")
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.modes = args.modes.split(",")
     args.depths = [int(depth) for depth in args.depths.split(",") if depth]
-    for option, asked, known in (("--model", args.model, SHAPES), *(("--modes", mode, MODES) for mode in args.modes)):
-        if asked not in known:
-            raise FreezeError(f"{option} {asked} was asked for; use {nearest(asked, known, len(known))}.")
+    args.is_bart = args.model == "bart-base"
+    args.is_embedded = args.model == "smollm2" and not args.blocks and not args.toy
+    args.shape = list(TOY if args.toy else SHAPES[args.model])
+    args.shape[2] = args.blocks or args.shape[2]
+    if unknown := [mode for mode in args.modes if mode not in MODES]:
+        raise FreezeError(f"--modes {unknown[0]} was asked for; use {nearest(unknown[0], MODES, len(MODES))}.")
     for name in ("batch_size", "source_tokens", "target_tokens", "labelled_tokens", "threads", "steps", "repetitions"):
         if getattr(args, name) < 1:
             raise FreezeError(f"--{name} {getattr(args, name)} was asked for; use 1 or more.")
-    if not is_bart(args) and args.labelled_tokens >= args.source_tokens:
+    if not args.is_bart and args.labelled_tokens >= args.source_tokens:
         raise FreezeError(
             f"--labelled_tokens {args.labelled_tokens} was asked for in rows of {args.source_tokens} tokens, the first "
             f"of which nothing predicts. Use {args.source_tokens - 1} or fewer."
         )
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    try:
-        args.device = torch.device(args.device or there)
-    except RuntimeError as error:
-        raise FreezeError(f"--device {args.device} was asked for; torch knows no such device. Use {there}.") from error
-    if args.device.type not in ("cpu", there.type):
+    if args.device and args.device.partition(":")[0] not in ("cpu", there.type):
         raise FreezeError(f"--device {args.device} was asked for; torch finds none here. Use --device {there.type}.")
+    args.device = torch.device(args.device or there)
+    args.low_weights = args.precision == "bf16" and args.model.startswith("llama") and args.device.type != "cpu"
     if args.freeze_decoder_blocks is None:
-        args.freeze_decoder_blocks = SHAPES[args.model][-1]
+        args.freeze_decoder_blocks = DEFAULT_FREEZE[args.model]
     return args
 
 
-# ------------------------------------------------------------------------------------------- the parent runs and tells
+# -------------------------------------------------------------------------------------------- the parent runs and tells
 
 
-def run_worker(job: str, args: argparse.Namespace, given: list[str]) -> dict:
+def run_worker(job: str, given: list[str], threads: int) -> dict:
     """One run in a process of its own; what it printed last."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
     command = [sys.executable, __file__, *sys.argv[1:], *given]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode == -9:
         return {"error": "killed, probably out of memory"}
@@ -179,27 +175,23 @@ def run_worker(job: str, args: argparse.Namespace, given: list[str]) -> dict:
 
 
 def summarise(runs: list[dict]) -> dict:
-    """Medians over the runs of one mode, or why it could not run."""
-    if failed := [run for run in runs if "error" in run]:
-        return {"error": failed[0]["error"]}
-    medians = {name: statistics.median(run[name] for run in runs) for name in ("peak_bytes", "import_bytes")}
-    same = {name: runs[0][name] for name in ("losses", "trained_parameters", "tokens", "note")}
-    return {"seconds": statistics.median(second for run in runs for second in run["seconds"]), **medians, **same}
+    """Medians over the runs of one job, or why it could not run."""
+    result = dict(next((run for run in runs if "error" in run), runs[0]))
+    for name in result.keys() & {"pass", "bare", "checks", "peak_bytes", "import_bytes"}:
+        result[name] = statistics.median(run[name] for run in runs)
+    if "seconds" in result:
+        result["seconds"] = statistics.median(second for run in runs for second in run["seconds"])
+    return result
 
 
-def predict(args: argparse.Namespace) -> dict[str, float]:
-    """The forecast FLOPs of a step in each mode that it knows."""
-    target = args.target_tokens if is_bart(args) else args.labelled_tokens
-    source = args.source_tokens - (0 if is_bart(args) else target)
+def add_ratios(modes: dict[str, dict], args: argparse.Namespace) -> None:
+    """What the table compares, where both sides ran; beside it the forecast."""
+    target = args.target_tokens if args.is_bart else args.labelled_tokens
+    source = args.source_tokens - (0 if args.is_bart else target)
     sizes = {"batch_size": args.batch_size, "source_tokens": source, "target_tokens": target}
-    modes = forecast(empty_model(args), make_plan(args), dtype="float32", **sizes).modes
-    flops = {mode: modes[mode].step_flops for mode in ("full", "frozen", "lora", "cached")}
-    supervised = modes["cached"].supervised_step_flops
-    return flops | {"cached+supervised": supervised, "limit": supervised}
-
-
-def add_ratios(modes: dict[str, dict], flops: dict[str, float]) -> None:
-    """What the table compares; only where both sides ran."""
+    costs = forecast(random_model(args), make_plan(args), dtype="float32", **sizes).modes
+    flops = {mode: costs[mode].step_flops for mode in ("full", "frozen", "lora", "cached")}
+    flops |= dict.fromkeys(("cached+supervised", "limit"), costs["cached"].supervised_step_flops)
     for mode, result in modes.items():
         for name, above, below, key in (
             ("full_over_it", "full", mode, "seconds"),
@@ -222,10 +214,7 @@ def compare_losses(modes: dict[str, dict], precision: str) -> str:
     if len(counts := {result["trained_parameters"] for result in ran.values()}) > 1:
         return f"DIFFERENT numbers of trained parameters: {sorted(counts)}."
     wanted = ran.pop("frozen")["losses"]
-    gaps = {
-        mode: max(abs(a - b) / abs(b) for a, b in zip(result["losses"], wanted, strict=True))
-        for mode, result in ran.items()
-    }
+    gaps = {m: max(abs(a / b - 1) for a, b in zip(r["losses"], wanted, strict=True)) for m, r in ran.items()}
     told = ", ".join(f"{mode} {gap:.0e}" for mode, gap in gaps.items())
     same = all(gap <= SAME_LOSS[precision] for gap in gaps.values())
     return f"{'Same' if same else 'DIFFERENT'} losses as frozen over {len(wanted)} steps, greatest gap: {told}."
@@ -243,39 +232,37 @@ def mode_table(modes: dict[str, dict], verdict: str, frozen: dict[str, int], arg
             peak = count_text(result["peak_bytes"], "B") if result["peak_bytes"] else "-"
         rows.append((mode, step, speed, *ratios, peak, memory))
     on_cpu = args.device.type == "cpu"
-    imports = count_text(max((result.get("import_bytes", 0) for result in modes.values()), default=0), "B")
-    sizes = f"-> {args.target_tokens} tokens" if is_bart(args) else f"tokens, {args.labelled_tokens} of them labelled"
-    options = [f"--{name}" for name in ("from_disk", "release_prefix") if getattr(args, name)]
+    imports = count_text(max(result.get("import_bytes", 0) for result in modes.values()), "B")
+    sizes = f"-> {args.target_tokens} tokens" if args.is_bart else f"tokens, {args.labelled_tokens} of them labelled"
     blocks = ", ".join(f"{count} blocks of the {stack}" for stack, count in frozen.items())
+    options = "".join(f", --{name}" for name in ("from_disk", "release_prefix") if getattr(args, name))
     lines = (
         verdict,
-        f"{args.batch_size} x {args.source_tokens} {sizes}; frozen: {blocks}.",
-        f"{device_name(args.device)}, {args.threads} threads, {args.precision} {' '.join(options)}".strip()
-        + f"; medians of {args.repetitions} x {args.steps} steps.",
-        f"Peak of {'resident' if on_cpu else 'the device'} memory from the first timed step on"
+        f"{args.batch_size} x {args.source_tokens} {sizes}; frozen: {blocks}; {args.precision}{options}.",
+        f"{device_name(args.device)}, {args.threads} threads; medians of {args.repetitions} x {args.steps} steps.",
+        f"Forecast: FLOPs of full / it. Peak: {'resident' if on_cpu else 'device'} memory from the first timed step on"
         + (f"; the imports alone take {imports}." if on_cpu else "."),
         *(f"{mode}: {told}." for mode, result in modes.items() if (told := result.get("error") or result["note"])),
     )
     columns = ("mode", "step", "tokens/s", "full / it", "frozen / it", "it / limit", "forecast", "peak", "full / its")
-    title = f"A training step of {args.model}{'' if is_real(args) else ', random weights'}"
+    title = f"A training step of {args.model}{'' if args.is_embedded else ', random weights'}"
     return Table(title, columns, tuple(rows), lines)
 
 
-def build_table(runs: list[dict], args: argparse.Namespace) -> Table:
+def build_table(result: dict, rows: int) -> Table:
     """The pass that fills the cache beside a bare forward of the same prefix."""
-    if failed := [run["error"] for run in runs if "error" in run]:
-        return Table("Building the cache", ("pass",), (("-",),), (failed[0],))
-    ours, bare, checks = (statistics.median(run[n] for run in runs) for n in ("pass", "bare", "checks"))
-    row = (seconds_text(ours), seconds_text(bare), f"{ours / bare:.2f}", seconds_text(checks))
-    line = f"{args.build_rows} rows. The checks on a few rows take the same time before a pass of any length."
-    return Table("Building the cache", ("pass", "bare forward", "pass / bare", "checks"), (row,), (line,))
+    cells = (result["error"], "-", "-", "-")
+    if "error" not in result:
+        ratio = f"{result['pass'] / result['bare']:.2f}"
+        cells = (seconds_text(result["pass"]), seconds_text(result["bare"]), ratio, seconds_text(result["checks"]))
+    line = f"{rows} rows. The checks on a few rows take as long before a pass of any length."
+    return Table("Building the cache", ("pass", "bare forward", "pass / bare", "checks"), (cells,), (line,))
 
 
 def depth_table(results: dict[int, dict]) -> Table:
     """Cached steps of models that differ only in how many blocks lie below the cut."""
     seconds = {depth: result["seconds"] for depth, result in results.items() if "seconds" in result}
-    least = min(seconds.values(), default=1.0)
-    rows = tuple((str(depth), seconds_text(s), f"{s / least:.3f}") for depth, s in seconds.items())
+    rows = tuple((str(depth), seconds_text(s), f"{s / min(seconds.values()):.3f}") for depth, s in seconds.items())
     return Table("Cached steps, the same blocks above the cut, random weights", ("frozen", "step", "it / least"), rows)
 
 
@@ -292,68 +279,54 @@ def device_name(device: torch.device) -> str:
     return (names[0] if names else platform.processor()) if device.type == "cpu" else str(device)
 
 
-# ------------------------------------------------------------------------------------------------ the model and its rows
-
-
-def is_bart(args: argparse.Namespace) -> bool:
-    return args.model == "bart-base"
-
-
-def is_real(args: argparse.Namespace) -> bool:
-    return args.model == "smollm2" and not args.blocks and not args.width
+# ----------------------------------------------------------------------------------------------- the model and its rows
 
 
 def make_config(args: argparse.Namespace) -> transformers.PretrainedConfig:
-    width, inner, blocks, heads, groups, words, _ = SHAPES[args.model]
-    if args.width:
-        width, inner, heads, groups, words = args.width, 2 * args.width, 4, 2, 512
-    last = args.blocks or blocks
-    if is_bart(args):
-        encoder = {"encoder_layers": blocks, "encoder_ffn_dim": inner, "encoder_attention_heads": heads}
-        decoder = {"decoder_layers": last, "decoder_ffn_dim": inner, "decoder_attention_heads": heads}
+    width, inner, blocks, heads, groups, words = args.shape
+    if args.is_bart:
+        decoder = {"decoder_layers": blocks, "decoder_ffn_dim": inner, "decoder_attention_heads": heads}
+        encoder = {"encoder_layers": 6, "encoder_ffn_dim": inner, "encoder_attention_heads": heads}
         return BartConfig(vocab_size=words, d_model=width, **encoder, **decoder)
     if args.model == "gpt2":
         ends = {"bos_token_id": words - 1, "eos_token_id": words - 1}
-        return GPT2Config(vocab_size=words, n_embd=width, n_inner=inner, n_layer=last, n_head=heads, **ends)
-    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": last, "vocab_size": words}
+        return GPT2Config(vocab_size=words, n_embd=width, n_inner=inner, n_layer=blocks, n_head=heads, **ends)
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": blocks, "vocab_size": words}
     turns = {"rope_type": "default", "rope_theta": 1e5 if args.model == "smollm2" else 5e5}
     rest = {"rope_parameters": turns, "max_position_embeddings": 8192, "tie_word_embeddings": args.model != "llama-8b"}
     return LlamaConfig(num_attention_heads=heads, num_key_value_heads=groups, **sizes, **rest)
 
 
-def empty_model(args: argparse.Namespace, device: str | torch.device = "meta", dtype: torch.dtype = torch.float32):
-    """The model with random weights, made on the device; on meta with none."""
-    auto_class = AutoModelForSeq2SeqLM if is_bart(args) else AutoModelForCausalLM
+def random_model(args: argparse.Namespace, device: str | torch.device = "meta"):
+    auto_class = AutoModelForSeq2SeqLM if args.is_bart else AutoModelForCausalLM
     with torch.device(device):
-        return auto_class.from_config(make_config(args), dtype=dtype)
+        return auto_class.from_config(make_config(args), dtype=torch.bfloat16 if args.low_weights else torch.float32)
 
 
-def has_low_weights(args: argparse.Namespace) -> bool:
-    return args.model.startswith("llama") and args.precision == "bf16" and args.device.type != "cpu"
+def make_model(args: argparse.Namespace):
+    torch.manual_seed(0)
+    if args.is_embedded:
+        return AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).to(args.device)
+    return random_model(args, args.device)
 
 
 def make_plan(args: argparse.Namespace) -> FreezePlan:
-    asked = [args.freeze_encoder_blocks if is_bart(args) else None, args.freeze_decoder_blocks]
+    asked = [args.freeze_encoder_blocks if args.is_bart else None, args.freeze_decoder_blocks]
     for place, value in enumerate(asked):
         if isinstance(value, str) and value != "all":
             asked[place] = float(value) if "." in value else int(value)
     return FreezePlan(encoder_blocks=asked[0], decoder_blocks=asked[1])
 
 
-def frozen_blocks(args: argparse.Namespace) -> dict[str, int]:
-    """How many of the lowest blocks of each stack the plan freezes."""
-    return make_plan(args).resolve(read_anatomy(empty_model(args))).blocks
-
-
-def make_rows(args: argparse.Namespace, count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+def make_rows(args: argparse.Namespace, count: int) -> list[dict[str, torch.Tensor]]:
     """Random rows of one length; the labelled tokens stand at another place in each."""
     source, labelled, words = args.source_tokens, args.labelled_tokens, make_config(args).vocab_size - 1
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(0)
     rows = []
     for _ in range(count):
         ids = torch.randint(4, words, (source,), generator=random)
         labels = torch.randint(4, words, (args.target_tokens,), generator=random)
-        if not is_bart(args):
+        if not args.is_bart:
             start = int(torch.randint(1, source - labelled + 1, (1,), generator=random))
             labels = torch.full_like(ids, -100)
             labels[start : start + labelled] = ids[start : start + labelled]
@@ -365,28 +338,21 @@ def make_rows(args: argparse.Namespace, count: int, seed: int = 0) -> list[dict[
 
 
 def work(args: argparse.Namespace) -> dict:
-    """One run of one mode: set up, warm up, time the steps."""
+    """One run of one mode, or of the build."""
     imports = memory("VmRSS")
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    set_up = set_up_limit if args.worker == "limit" else set_up_mode
     try:
         if args.worker == "build":
-            return time_build(args)
-        set_up = set_up_limit if args.worker == "limit" else set_up_mode
+            return time_build(make_model(args), args)
         return time_steps(*set_up(make_model(args), args), args) | {"import_bytes": imports}
     except torch.OutOfMemoryError:
         return {"error": f"out of memory on {device_name(args.device)}"}
 
 
-def make_model(args: argparse.Namespace):
-    if is_real(args):
-        return AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).to(args.device)
-    return empty_model(args, args.device, torch.bfloat16 if has_low_weights(args) else torch.float32)
-
-
 def set_up_mode(model, args: argparse.Namespace):
     """What a user of the mode would write: parameters, batches, the loss of a batch, and a note."""
-    rows, collator, workers, note = make_rows(args, steps(args) * args.batch_size), collate, 0, ""
+    rows, collator, workers, note = make_rows(args, args.batch_size * (WARM_UP + args.steps)), collate, 0, ""
     if args.worker == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -419,12 +385,12 @@ def set_up_limit(model, args: argparse.Namespace):
         raise FreezeError("The limit is written for a whole frozen encoder. Use --freeze_encoder_blocks all.")
     prefix, suffix, above = split_at(model, blocks["decoder"])
     model.requires_grad_(False).eval()
-    batches, rows = [], make_rows(args, steps(args) * args.batch_size)
+    batches, rows = [], make_rows(args, args.batch_size * (WARM_UP + args.steps))
     with torch.no_grad(), autocast(args):
         for batch in DataLoader(rows, args.batch_size, collate_fn=collate):
             batch = move(batch, args.device)
             targets = batch["labels"]
-            if not is_bart(args):
+            if not args.is_bart:
                 targets = functional.pad(targets[:, 1:], (0, 1), value=-100)
             places = (targets.flatten() != -100).nonzero().flatten()
             batches.append({"given": prefix(batch), "places": places, "targets": targets.flatten()[places]})
@@ -473,14 +439,14 @@ def split_at(model, depth: int):
 
 
 def time_steps(parameters, batches, loss_of, note: str, args: argparse.Namespace) -> dict:
-    """The steps of one run: seconds and loss of each, and the greatest memory."""
+    """Seconds and loss of each step, and the greatest memory."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if args.trained_weights == "fp32":
         for parameter in trained:
             parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=args.device.type in ("cpu", "cuda"))
-    batches, seconds, losses, can_reset = iter(batches), [], [], False
-    for step in range(steps(args)):
+    batches, seconds, losses = iter(batches), [], []
+    for step in range(WARM_UP + args.steps):
         if step == WARM_UP:
             can_reset = reset_peak(args.device)
         torch.manual_seed(step)  # modes that train the same part then draw the same dropout
@@ -498,30 +464,28 @@ def time_steps(parameters, batches, loss_of, note: str, args: argparse.Namespace
     return {
         "seconds": seconds[WARM_UP:],
         "losses": losses,
-        "peak_bytes": peak(args.device) if can_reset else 0,
+        "peak_bytes": peak_bytes(args.device) if can_reset else 0,
         "trained_parameters": sum(parameter.numel() for parameter in trained),
-        "tokens": args.batch_size * (args.source_tokens + (args.target_tokens if is_bart(args) else 0)),
+        "tokens": args.batch_size * (args.source_tokens + (args.target_tokens if args.is_bart else 0)),
         "note": note,
     }
 
 
-def time_build(args: argparse.Namespace) -> dict:
-    """Seconds that a cache takes for --build_rows rows more, beside those of the prefix alone for as many."""
-    model = make_model(args)
-    freeze(model, make_plan(args))
-    prefix, _, _ = split_at(model, make_plan(args).resolve(read_anatomy(model)).blocks["decoder"])
+def time_build(model, args: argparse.Namespace) -> dict:
+    """Seconds that a cache takes for --build_rows more rows, beside those of the prefix alone for as many."""
+    report = freeze(model, make_plan(args))
+    prefix, _, _ = split_at(model, dict(report.cuts)["decoder"])
     budget = 2048 if args.device.type == "cpu" else 32768
     few = max(1, budget // args.source_tokens)
-    rows = make_rows(args, 3 * few + args.build_rows, seed=1)
+    rows = make_rows(args, 3 * few + args.build_rows)
     given = {"cache_dir": args.cache_dir, "precision": args.precision, "progress": False, "token_budget": budget}
     cache = PrefixCache.build(model, rows[:few], collate, **given)
-    # The checks on a few rows come before every pass, so two passes of unlike length tell what the rows take.
-    short = cache.add(rows[few : 2 * few]).seconds
-    long = cache.add(rows[2 * few :]).seconds
+    # Checks on a few rows come before every pass, so that two passes of unlike length tell what the rows take.
+    short, long = cache.add(rows[few : 2 * few]).seconds, cache.add(rows[2 * few :]).seconds
     batches = [move(batch, args.device) for batch in DataLoader(rows[2 * few :], few, collate_fn=collate)]
     model.eval()
     with torch.no_grad(), autocast(args):
-        prefix(batches[0])  # the first one sets up kernels, and its rows are those of the short pass's number
+        prefix(batches[0])  # the first one sets up kernels
         synchronize(args.device)
         started = time.perf_counter()
         for batch in batches[1:]:
@@ -529,13 +493,6 @@ def time_build(args: argparse.Namespace) -> dict:
         synchronize(args.device)
     bare = time.perf_counter() - started
     return {"pass": long - short, "bare": bare, "checks": short - (long - short) * few / args.build_rows}
-
-
-# ---------------------------------------------------------------------------------------------------------- small things
-
-
-def steps(args: argparse.Namespace) -> int:
-    return WARM_UP + args.steps
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
@@ -560,19 +517,19 @@ def memory(field: str) -> int:
 
 
 def reset_peak(device: torch.device) -> bool:
-    """Sets the high-water mark back to what is in use now; whether that can be done here."""
+    """Sets the high-water mark to what is in use now; whether that can be done here."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what set-up freed is not training's
+        ctypes.CDLL(None).malloc_trim(0)  # what set-up has freed is not training's
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
         return False
     return device.type == "cpu"
 
 
-def peak(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory("VmHWM")
 
 

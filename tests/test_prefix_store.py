@@ -284,6 +284,19 @@ def test_mending_gives_up_the_damaged_shard_and_keeps_the_others(tmp_path, monke
     assert_holds(store, {digest: tensors for digest, tensors in rows.items() if digest in store})
 
 
+@pytest.mark.parametrize("harm", ["gone", "cut short"])
+@pytest.mark.xfail(strict=True, reason="read lets the error of safetensors or of the system through")
+def test_a_shard_that_is_damaged_after_it_was_opened_is_a_clear_error(tmp_path, harm):
+    filled(tmp_path / "a", SMALL)
+    store = Store.open(tmp_path / "a", KEY)
+    if harm == "gone":
+        only_shard(tmp_path / "a").unlink()
+    else:
+        damaged(only_shard(tmp_path / "a"), harm)
+    with pytest.raises(CacheDamaged, match=r"rows-\w+\.safetensors"):
+        store.read(name_of_row(0))
+
+
 MANIFESTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda path: path.unlink(), r"has no manifest\.json\. Build it"),
     "of another format": (
@@ -547,40 +560,35 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from hf_freeze.prefix import store as store_room
-from tests.test_prefix_store import cached, damaged, frozen_model, pad_right, slow_pad_right
+from tests.test_prefix_store import cached, damaged, frozen_model
 folder, moment = Path(sys.argv[1]), sys.argv[2]
 store_room.SHARD_BYTES = 1
 real, written = store_room.save_file, 0
 
 def save_file(tensors, path, metadata=None):
     global written
-    real(tensors, path, metadata=metadata)
     written += 1
+    if written < 4 or moment != "between two shards":
+        real(tensors, path, metadata=metadata)
     if written == 4:
         if moment == "half a shard":
             damaged(Path(path), "cut short")
         os.kill(os.getpid(), signal.SIGKILL)
 
-if moment != "from outside":
-    store_room.save_file = save_file
-cached(frozen_model(), folder, collator=pad_right if moment != "from outside" else slow_pad_right)
+store_room.save_file = save_file
+cached(frozen_model(), folder)
 """
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kill -9")
-@pytest.mark.parametrize("moment", ["half a shard", "before the rename", "from outside"])
+@pytest.mark.parametrize("moment", ["between two shards", "half a shard", "before the rename"])
 def test_a_killed_build_leaves_whole_shards_only_and_the_next_goes_on(tmp_path, row_a_shard, moment):
-    process = start_python(_KILLED, tmp_path, moment)
-    if moment == "from outside":
-        while len(list(tmp_path.glob(f"*/{SHARDS}"))) < 3 and process.poll() is None:
-            time.sleep(0.002)
-        process.kill()
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGKILL, err
+    done = run_python(_KILLED, tmp_path, moment)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     (folder,) = (path.parent for path in tmp_path.glob(f"*/{MANIFEST}"))
     left = {path.name for path in folder.glob(SHARDS)}
     survived = len(Store.open(folder))
-    assert 3 <= survived == len(left) < len(pairs_of_tokens())
+    assert survived == len(left) == 3
     cache = cached(frozen_model(), tmp_path)
     assert cache.report.computed_rows == len(pairs_of_tokens()) - survived
     assert cache.report.reasons == (), "nothing was damaged"
@@ -627,7 +635,7 @@ def test_a_build_mends_a_damaged_cache_and_says_why(tmp_path, row_a_shard, harm)
     assert_trains_right(cache)
 
 
-@pytest.mark.xfail(strict=True, reason="the manifest's streams have no checksum: KeyError in the build's first add")
+@pytest.mark.xfail(strict=True, reason="the manifest's streams have no checksum: SafetensorError in the first batch")
 def test_a_build_mends_a_manifest_with_a_flipped_bit_in_a_streams_name(tmp_path):
     first = cached(frozen_model(), tmp_path)
     path = first.store.folder / MANIFEST

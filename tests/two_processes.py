@@ -61,7 +61,7 @@ def by_fsdp(kind: str, folder: Path) -> dict[str, Any]:
         gathered: list[nn.Module] = []
         for block in frozen:
             assert isinstance(block, FSDPModule)
-            block.register_forward_pre_hook(lambda module, *_: gathered.append(module))
+            block.register_forward_pre_hook(lambda module, *_, seen=gathered: seen.append(module))
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         losses = []
         model.train()

@@ -12,30 +12,30 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
 
-from hf_freeze.anatomy import Anatomy, BlocksGiven, read_anatomy, unwrap
+from hf_freeze.anatomy import BlocksGiven
 from hf_freeze.errors import CacheDamaged, CannotCache, FreezeError
-from hf_freeze.freezing import freeze_record
-from hf_freeze.plan import Cut, FreezePlan, find_cuts
+from hf_freeze.plan import Cut, FreezePlan
+from hf_freeze.prefix.break_even import BreakEven, predict_saving
 from hf_freeze.prefix.build import Rows, build_rows, capture, check_rows, move, pad_states, read_dataset
-from hf_freeze.prefix.crossing import find_prefix, run_seeded
+from hf_freeze.prefix.crossing import run_seeded
+from hf_freeze.prefix.prepare import Prepared, prepare, two_sided, wider_sample
 from hf_freeze.prefix.release import Released
-from hf_freeze.prefix.replay import ATTRIBUTE, Prefix, Replay, autocast
+from hf_freeze.prefix.replay import Prefix, Replay, autocast
 from hf_freeze.prefix.rows import PREFIX_KEY, TARGET, read_rows
-from hf_freeze.prefix.store import Store, clear_caches, evict_caches
+from hf_freeze.prefix.store import MANIFEST, Store, clear_caches, evict_caches
 
-__all__ = ["BuildReport", "PrefixCache", "PrefixCollator"]
+__all__ = ["BuildReport", "PrefixCache", "PrefixCollator", "PreparedCache"]
 
-CHECKED_ROWS, CHECKED_TOKENS = 8, 2048  # of the proof that a row's states are its own: seconds on a CPU
-PRECISIONS = (None, "fp32", "bf16", "fp16")
 # What a config says about neither the arithmetic nor the shape of a model.
 PASSING = frozenset({"_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype",
                      "output_hidden_states", "output_attentions", "return_dict", "_attn_implementation_autoset",
@@ -97,6 +97,89 @@ class PrefixCollator:
         return pad_states([self.store.read(digest) for digest in rows.digests], self.sides, rows)
 
 
+@dataclass(frozen=True)
+class PreparedCache:
+    """A cache that can be built, and has not been: `predict` what it saves, then `build` it or not."""
+
+    prepared: Prepared
+    chief: bool
+    share: tuple[int, int]
+    token_budget: int | None
+    max_cache_bytes: int | None
+    progress: bool
+    started: float
+
+    def predict(self, *, steps: int, batch_size: int, step: Callable[[dict[str, Any]], Any] | None = None) -> BreakEven:
+        """Times a few batches and the disk, and says what training takes with the cache and without.
+
+        Args:
+            steps: Forward and backward passes of the whole training, on this process.
+            batch_size: Rows of each.
+            step: Runs forward and backward of one batch; None is `model(**batch).loss.backward()`.
+        """
+        prefix = self.prepared.prefixes[0]
+        place = _folder_of(self.prepared.folder, _key(self.prepared.model, prefix))
+        try:
+            stored = Store.open(place, _key(self.prepared.model, prefix))
+        except CacheDamaged:
+            stored = None
+        return predict_saving(
+            self.prepared, stored, steps=steps, batch_size=batch_size, step=step, processes=self.share[1]
+        )
+
+    def build(self) -> PrefixCache:
+        """Computes what is missing and lets the model train from the cache. As `PrefixCache.build`."""
+        prepared = self.prepared
+        reasons: list[str] = []
+        with _one_builder(prepared.folder, self.chief, self.progress):
+            jobs = [
+                (prefix, _open_or_create(prepared, prefix, self.chief, reasons), prepared.rows_of(prefix))
+                for prefix in prepared.prefixes
+            ]
+            store, rows = jobs[0][1], jobs[0][2]
+            _check_disk(prepared.folder, [(store, rows) for _, store, rows in jobs], self.max_cache_bytes)
+            before = sum(digest in store for digest in set(rows.digests))
+            tokens = build_rows(
+                prepared.model,
+                jobs,
+                prepared.collator,
+                token_budget=self.token_budget,
+                share=self.share,
+                progress=self.progress,
+            )
+            _barrier()
+            for _, each, _ in jobs:
+                each.refresh()
+        return self._attach(store, len(set(rows.digests)) - before, tokens, tuple(reasons))
+
+    def open(self) -> PrefixCache:
+        """The cache as it is on disk. As `PrefixCache.open`."""
+        prefix = self.prepared.prefixes[0]
+        key = _key(self.prepared.model, prefix)
+        place = _folder_of(self.prepared.folder, key)
+        if not place.exists():
+            raise CacheDamaged(
+                f"No prefix cache in {self.prepared.folder} was built for this model as it is. "
+                f"{_nearest_key(self.prepared.folder, key)}Use PrefixCache.build."
+            )
+        store = Store.open(place, key)
+        rows = self.prepared.rows_of(prefix)
+        if missing := [row for row, digest in enumerate(rows.digests) if digest not in store]:
+            raise CacheDamaged(
+                f"The prefix cache {place} lacks {len(missing)} of {len(rows)} rows, e.g. row {missing[0]}: they were "
+                "added since, or tokenized otherwise. PrefixCache.build computes them."
+            )
+        return self._attach(store, 0, 0, ())
+
+    def _attach(self, store: Store, computed: int, tokens: int, reasons: tuple[str, ...]) -> PrefixCache:
+        prepared = self.prepared
+        rows = prepared.rows_of(prepared.prefixes[0])
+        seconds = time.perf_counter() - self.started
+        report = BuildReport(len(rows), computed, tokens, store.stored_bytes, seconds, reasons)
+        options = {"token_budget": self.token_budget, "folder": prepared.folder, "progress": self.progress}
+        return PrefixCache._attach(prepared, store, report, options)
+
+
 @dataclass
 class PrefixCache:
     """A frozen prefix's states on disk, and the model that is trained from them. Made by `build` or `open`.
@@ -147,7 +230,7 @@ class PrefixCache:
         max_cache_bytes: int | None = None,
         blocks: BlocksGiven | None = None,
         progress: bool = True,
-    ) -> Self:
+    ) -> PrefixCache:
         """Computes the frozen prefix of every row once, or takes it from disk, and lets the model train from it.
 
         Call it after `freeze` and before the model is wrapped by Trainer, DDP or FSDP. The model gets forward hooks
@@ -189,74 +272,76 @@ class PrefixCache:
             >>> batch["prefix_states"]["transformer.h.2:0:0"].shape, model(**batch).loss.requires_grad
             (torch.Size([2, 4, 8]), True)
         """
-        import time
+        return cls.prepare(
+            model,
+            dataset,
+            data_collator,
+            cache_dir=cache_dir,
+            precision=precision,
+            also=also,
+            token_budget=token_budget,
+            max_cache_bytes=max_cache_bytes,
+            blocks=blocks,
+            progress=progress,
+        ).build()
 
+    @classmethod
+    def open(cls, model: nn.Module, dataset: Any, *rest: Any, **named: Any) -> PrefixCache:
+        """A cache that is there already, for a run that must compute nothing. Arguments as of `build`.
+
+        Raises:
+            CacheDamaged: There is none for this model, precision and version, it is damaged, or it lacks rows of the
+                dataset; the message says which.
+        """
+        return cls.prepare(model, dataset, *rest, **named).open()
+
+    @classmethod
+    def prepare(
+        cls,
+        model: nn.Module,
+        dataset: Any,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        precision: str | None = None,
+        also: Sequence[FreezePlan] = (),
+        token_budget: int | None = None,
+        max_cache_bytes: int | None = None,
+        blocks: BlocksGiven | None = None,
+        progress: bool = True,
+    ) -> PreparedCache:
+        """The first half of `build`: everything is decided and proved, nothing is written or hooked.
+
+        Arguments and errors are those of `build`. `predict` of what it returns says whether building pays.
+        """
         started = time.perf_counter()
-        _check_precision_name(precision)
-        precision = None if precision == "fp32" else precision
-        if data_collator is None:
-            from transformers import default_data_collator
-
-            data_collator = default_data_collator
-        core: Any = unwrap(model)
-        _refuse_wrapped(core)
-        if isinstance(data_collator, PrefixCollator):
-            data_collator = data_collator.collator
-        if ATTRIBUTE in core.__dict__:
-            raise FreezeError(
-                f"PrefixCache.build was asked for a {type(core).__name__} that trains from another cache already. Call "
-                "its close() first, or add(dataset) for more rows."
-            )
-        anatomy = read_anatomy(core, blocks=blocks)
-        cuts = _cuts_of(core, anatomy)
-        every = [cuts, *(_cuts_of_plan(plan, anatomy, cuts) for plan in also)]
         chief, share = _process()
-        known = {  # with the decoder's side and without: a cut that ends in the encoder knows its rows by the source
-            two: read_dataset(dataset, data_collator, core, with_target=two, progress=progress and chief)
-            for two in {_two_sided(wanted) for wanted in every}
-        }
-        rows = known[_two_sided(cuts)]
-        sample = _sample(rows)
-        prefixes = []
-        for wanted in dict.fromkeys(every):
-            prefix = _find(core, anatomy, wanted, rows, sample, data_collator, precision)
-            check_rows(core, prefix, rows, _wider_sample(rows), data_collator)
-            prefixes.append(prefix)
-        folder = Path(cache_dir) if cache_dir is not None else Path.home() / ".cache" / "hf_freeze" / "prefix"
-        reasons: list[str] = []
-        stores = []
-        with _one_builder(folder, chief, progress):
-            for prefix in prefixes:
-                stores.append(_open_or_create(folder, core, prefix, rows, data_collator, chief, reasons))
-            jobs = [(p, s, known[_two_sided(p.cuts)]) for p, s in zip(prefixes, stores, strict=True)]
-            _check_disk(folder, [(store, of) for _, store, of in jobs], max_cache_bytes)
-            before = sum(digest in stores[0] for digest in set(rows.digests))
-            tokens = build_rows(
-                core,
-                jobs,
-                data_collator,
-                token_budget=token_budget,
-                share=share,
-                progress=progress and chief,
-            )
-            _barrier()
-            for store in stores:
-                store.refresh()
-        prefix, store = prefixes[0], stores[0]
-        unique = len(set(rows.digests))
-        report = BuildReport(
-            len(rows), unique - before, tokens, store.stored_bytes, time.perf_counter() - started, tuple(reasons)
+        progress = progress and chief
+        prepared = prepare(
+            model,
+            dataset,
+            data_collator.collator if isinstance(data_collator, PrefixCollator) else data_collator,
+            cache_dir=cache_dir,
+            precision=precision,
+            also=also,
+            blocks=blocks,
+            progress=progress,
         )
-        replay = Replay(prefix, store.load_tables(), prefix.digest())
-        entries = [core, anatomy.model, *([core.get_base_model()] if hasattr(core, "get_base_model") else [])]
-        entries = list(dict.fromkeys([*entries, *(stack.root for stack in anatomy.stacks)]))
-        collator = PrefixCollator(data_collator, store, prefix)
-        if PREFIX_KEY not in collator([rows.features[row] for row in sample]):
+        return PreparedCache(prepared, chief, share, token_budget, max_cache_bytes, progress, started)
+
+    @classmethod
+    def _attach(cls, prepared: Prepared, store: Store, report: BuildReport, options: dict[str, Any]) -> PrefixCache:
+        prefix, core = prepared.prefixes[0], prepared.model
+        collator = PrefixCollator(prepared.collator, store, prefix)
+        rows = prepared.rows_of(prefix)
+        if PREFIX_KEY not in collator([rows.features[row] for row in prepared.sample]):
             raise CannotCache(
-                f"The states of this {anatomy.model_class} were computed, but a batch does not find them again: its "
-                "rows have other lengths than their tokens."
+                f"The states of this {prepared.anatomy.model_class} were computed, but a batch does not find them "
+                "again: its rows have other lengths than their tokens."
             )
-        options = {"token_budget": token_budget, "folder": folder, "progress": progress}
+        replay = Replay(prefix, store.load_tables(), prefix.digest())
+        inner = [core.get_base_model()] if hasattr(core, "get_base_model") else []
+        entries = list(dict.fromkeys([core, *inner, *(stack.root for stack in prepared.anatomy.stacks)]))
         return cls(core, prefix, store, collator, report, replay, entries, replay.attach(entries), options)
 
     def add(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None = None) -> BuildReport:
@@ -268,18 +353,16 @@ class PrefixCache:
         Raises:
             CannotCache: As `build`; or the prefix's weights changed since.
         """
-        import time
-
         started = time.perf_counter()
         self._replay.check_weights()
         self.restore_prefix()
         collator = data_collator or self.collator.collator
         chief, share = _process()
         progress = self._options["progress"] and chief
-        rows = read_dataset(dataset, collator, self.model, with_target=self._options["with_target"], progress=progress)
+        rows = read_dataset(dataset, collator, self.model, with_target=two_sided(self.prefix.cuts), progress=progress)
         self._replay.detach(self._entries, self._handles)  # the check replays by itself
         try:
-            check_rows(self.model, self.prefix, rows, _wider_sample(rows), collator)
+            check_rows(self.model, self.prefix, rows, wider_sample(rows), collator)
         finally:
             self._handles = self._replay.attach(self._entries)
         folder = self._options["folder"]
@@ -335,111 +418,6 @@ class PrefixCache:
         return clear_caches(cache_dir)
 
 
-# ----------------------------------------------------------------------------------------------------------- refusals
-
-
-def _check_precision_name(precision: str | None) -> None:
-    if precision not in PRECISIONS:
-        raise FreezeError(
-            f"PrefixCache.build was asked for precision={precision!r}; it is one of "
-            f"{', '.join(map(repr, PRECISIONS))}: the autocast of training."
-        )
-
-
-def _refuse_wrapped(core: nn.Module) -> None:
-    if any("FSDP" in type(module).__name__ for module in core.modules()):
-        raise CannotCache(
-            f"PrefixCache.build was asked for a {type(core).__name__} that FSDP has sharded already; its blocks cannot "
-            "be stopped half way. Build the cache first, then call fully_shard."
-        )
-    if any(parameter.device.type == "meta" for parameter in core.parameters()):
-        raise CannotCache(
-            f"PrefixCache.build was asked for a {type(core).__name__} on the meta device; it has no weights to compute "
-            "with. Load them first."
-        )
-
-
-def _cuts_of(core: nn.Module, anatomy: Anatomy) -> tuple[Cut, ...]:
-    record = freeze_record(core)
-    if record is None:
-        raise CannotCache(
-            f"PrefixCache.build was asked for a {type(core).__name__} that was not frozen. Call freeze(model, plan) "
-            "first."
-        )
-    if record[1].plan.frozen_mode == "train":
-        raise CannotCache(
-            "The prefix cache was asked for with frozen_mode='train', which keeps dropout on in the frozen blocks, so "
-            "that their states change at every step. Use frozen_mode='eval'."
-        )
-    trainable = {n for n, p in anatomy.model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    cuts, why = find_cuts(anatomy, trainable)
-    if not cuts:
-        raise CannotCache(
-            f"Nothing of this {anatomy.model_class} can be cached: {why} Freeze the embeddings and at least block 0."
-        )
-    return cuts
-
-
-def _two_sided(cuts: Sequence[tuple[str, int]]) -> bool:
-    """Whether a part of the decoder above an encoder is cached, so that the decoder's input counts."""
-    return len({stack for stack, _ in cuts}) == 2
-
-
-def _cuts_of_plan(plan: FreezePlan, anatomy: Anatomy, cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
-    """The cuts of a shallower plan, all within those of the model as it is frozen now."""
-    record = freeze_record(anatomy.model)
-    ours = record[1].turned_off if record else set()
-    tensors = dict(anatomy.model.named_parameters(remove_duplicate=False))
-    trained = {
-        id(tensors[name]) for name in plan.resolve(anatomy).trained if tensors[name].requires_grad or name in ours
-    }
-    found, _ = find_cuts(anatomy, {name for name, tensor in tensors.items() if id(tensor) in trained})
-    depth = dict(cuts)
-    if not found or any(blocks > depth.get(stack, 0) for stack, blocks in found):
-        raise CannotCache(
-            f"PrefixCache.build was asked to take {plan} in the same pass; its cut {list(map(tuple, found))} is not "
-            f"within {list(map(tuple, cuts))}, what is frozen now. Freeze the deepest plan first."
-        )
-    return found
-
-
-# ------------------------------------------------------------------------------------------------------------- finding
-
-
-def _sample(rows: Rows) -> list[int]:
-    """Three rows for the search, short ones, of unlike length where there are: cheap to run, and one is padded."""
-    ordered = sorted(range(len(rows)), key=rows.tokens)
-    shortest = ordered[0]
-    longer = next((row for row in ordered if rows.tokens(row) > rows.tokens(shortest) + 1), ordered[-1])
-    between = ordered[min(len(ordered) - 1, len(ordered) // 4)]
-    return [shortest, longer, between]
-
-
-def _wider_sample(rows: Rows) -> list[int]:
-    """Rows for the proof: of all lengths as far as a few thousand tokens go, else of the shorter ones."""
-    ordered = sorted(
-        dict(zip(reversed(rows.digests), reversed(range(len(rows))), strict=True)).values(), key=rows.tokens
-    )
-    while len(ordered) > CHECKED_ROWS and rows.tokens(ordered[-1]) * CHECKED_ROWS > CHECKED_TOKENS:
-        ordered = ordered[: max(CHECKED_ROWS, len(ordered) * 3 // 4)]
-    step = (len(ordered) - 1) / max(1, CHECKED_ROWS - 1)
-    return list(dict.fromkeys(ordered[round(place * step)] for place in range(min(CHECKED_ROWS, len(ordered)))))
-
-
-def _find(
-    core: nn.Module,
-    anatomy: Anatomy,
-    cuts: tuple[Cut, ...],
-    rows: Rows,
-    sample: list[int],
-    collator: Callable[[list[Any]], Any],
-    precision: str | None,
-) -> Prefix:
-    device = next(core.parameters()).device
-    batch = move(collator([rows.features[row] for row in sample]), device)
-    return find_prefix(core, anatomy, cuts, batch, precision)
-
-
 # --------------------------------------------------------------------------------------------------------------- store
 
 
@@ -469,29 +447,33 @@ def _folder_of(folder: Path, key: dict[str, Any]) -> Path:
     return folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _open_or_create(
-    folder: Path,
-    core: nn.Module,
-    prefix: Prefix,
-    rows: Rows,
-    collator: Callable[[list[Any]], Any],
-    chief: bool,
-    reasons: list[str],
-) -> Store:
-    key = _key(core, prefix)
-    place = _folder_of(folder, key)
+def _nearest_key(folder: Path, key: dict[str, Any]) -> str:
+    """What the cache there that is most alike was built for instead."""
+    differences: list[list[str]] = []
+    for path in folder.glob(f"*/{MANIFEST}"):
+        with suppress(ValueError, KeyError, OSError):
+            other = json.loads(path.read_text(encoding="utf-8"))["key"]
+            differences.append([name for name in key if key[name] != other.get(name)])
+    if not differences:
+        return ""
+    return f"The nearest one there differs in: {', '.join(min(differences, key=len))}. "
+
+
+def _open_or_create(prepared: Prepared, prefix: Prefix, chief: bool, reasons: list[str]) -> Store:
+    """The prefix's store, mended or made anew by the first process; why, where it was not as it should be."""
+    key = _key(prepared.model, prefix)
+    place = _folder_of(prepared.folder, key)
     if chief:
-        specs = [leaf.spec() for leaf in prefix.leaves("stream").values()]
         try:
             store = Store.open(place, key, mend=reasons)
             store.load_tables()
         except CacheDamaged as damage:
             if place.exists():
                 reasons.append(str(damage))
-            store = Store.create(place, key, specs)
+            store = Store.create(place, key, [leaf.spec() for leaf in prefix.leaves("stream").values()])
         for leftover in place.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
-        _save_tables(core, prefix, store, rows, collator)
+        _save_tables(prepared.model, prefix, store, prepared.rows_of(prefix), prepared.collator)
     _barrier()
     return store if chief else Store.open(place, key)
 

@@ -1,0 +1,188 @@
+"""Decides whether a frozen prefix can be cached, and with what: cuts, rows, streams, proofs. Computes nothing else.
+
+What comes out, a `Prepared`, is what a build, a prediction and an extension of a cache start from. Every refusal of a
+cache that can be told before the first byte is here or in what this module calls.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_freeze.anatomy import Anatomy, BlocksGiven, read_anatomy, unwrap
+from hf_freeze.errors import CannotCache, FreezeError
+from hf_freeze.freezing import freeze_record
+from hf_freeze.plan import Cut, FreezePlan, find_cuts
+from hf_freeze.prefix.build import Rows, check_rows, move, read_dataset
+from hf_freeze.prefix.crossing import find_prefix
+from hf_freeze.prefix.replay import ATTRIBUTE, Prefix
+
+__all__ = ["Prepared", "prepare", "two_sided", "wider_sample"]
+
+Collator = Callable[[list[Any]], Any]
+CHECKED_ROWS, CHECKED_TOKENS = 8, 2048  # of the proof that a row's states are its own: seconds on a CPU
+PRECISIONS = (None, "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a cache is built from.
+
+    Attributes:
+        model: The unwrapped model.
+        prefixes: The model's own cut first, then those of shallower plans.
+        known: The dataset's rows as a cut with the decoder's side sees them (True) and as one without does (False).
+        sample: Three rows of unlike length.
+        folder: Where caches live.
+    """
+
+    model: Any
+    anatomy: Anatomy
+    collator: Collator
+    prefixes: tuple[Prefix, ...]
+    known: dict[bool, Rows]
+    sample: list[int]
+    folder: Path
+
+    def rows_of(self, prefix: Prefix) -> Rows:
+        """The rows as this prefix knows them."""
+        return self.known[two_sided(prefix.cuts)]
+
+
+def prepare(
+    model: nn.Module,
+    dataset: Any,
+    collator: Collator | None,
+    *,
+    cache_dir: str | os.PathLike[str] | None,
+    precision: str | None,
+    also: Sequence[FreezePlan],
+    blocks: BlocksGiven | None,
+    progress: bool,
+) -> Prepared:
+    """Everything that must be known and hold before a row is computed. Arguments as of `PrefixCache.build`."""
+    _check_precision_name(precision)
+    if collator is None:
+        from transformers import default_data_collator
+
+        collator = default_data_collator
+    core: Any = unwrap(model)
+    _refuse_wrapped(core)
+    if ATTRIBUTE in core.__dict__:
+        raise FreezeError(
+            f"A prefix cache was asked for a {type(core).__name__} that trains from another one already. Call its "
+            "close() first, or add(dataset) for more rows."
+        )
+    anatomy = read_anatomy(core, blocks=blocks)
+    cuts = _cuts_of(core, anatomy)
+    every = [cuts, *(_cuts_of_plan(plan, anatomy, cuts) for plan in also)]
+    known = {  # a cut that ends in the encoder knows its rows by the source alone
+        two: read_dataset(dataset, collator, core, with_target=two, progress=progress)
+        for two in {two_sided(wanted) for wanted in every}
+    }
+    rows = known[two_sided(cuts)]
+    sample = _sample(rows)
+    prefixes = []
+    for wanted in dict.fromkeys(every):
+        batch = move(collator([rows.features[row] for row in sample]), next(core.parameters()).device)
+        prefix = find_prefix(core, anatomy, wanted, batch, None if precision == "fp32" else precision)
+        check_rows(core, prefix, rows, wider_sample(rows), collator)
+        prefixes.append(prefix)
+    folder = Path(cache_dir) if cache_dir is not None else Path.home() / ".cache" / "hf_freeze" / "prefix"
+    return Prepared(core, anatomy, collator, tuple(prefixes), known, sample, folder)
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+def _check_precision_name(precision: str | None) -> None:
+    if precision not in PRECISIONS:
+        raise FreezeError(
+            f"PrefixCache.build was asked for precision={precision!r}; it is one of "
+            f"{', '.join(map(repr, PRECISIONS))}: the autocast of training."
+        )
+
+
+def _refuse_wrapped(core: nn.Module) -> None:
+    if any("FSDP" in type(module).__name__ for module in core.modules()):
+        raise CannotCache(
+            f"PrefixCache.build was asked for a {type(core).__name__} that FSDP has sharded already; its blocks cannot "
+            "be stopped half way. Build the cache first, then call fully_shard."
+        )
+    if any(parameter.device.type == "meta" for parameter in core.parameters()):
+        raise CannotCache(
+            f"PrefixCache.build was asked for a {type(core).__name__} on the meta device; it has no weights to compute "
+            "with. Load them first."
+        )
+
+
+def _cuts_of(core: nn.Module, anatomy: Anatomy) -> tuple[Cut, ...]:
+    record = freeze_record(core)
+    if record is None:
+        raise CannotCache(
+            f"PrefixCache.build was asked for a {type(core).__name__} that was not frozen. Call freeze(model, plan) "
+            "first."
+        )
+    if record[1].plan.frozen_mode == "train":
+        raise CannotCache(
+            "The prefix cache was asked for with frozen_mode='train', which keeps dropout on in the frozen blocks, so "
+            "that their states change at every step. Use frozen_mode='eval'."
+        )
+    trainable = {n for n, p in anatomy.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    cuts, why = find_cuts(anatomy, trainable)
+    if not cuts:
+        raise CannotCache(
+            f"Nothing of this {anatomy.model_class} can be cached: {why} Freeze the embeddings and at least block 0."
+        )
+    return cuts
+
+
+def two_sided(cuts: Sequence[tuple[str, int]]) -> bool:
+    """Whether a part of the decoder above an encoder is cached, so that the decoder's input counts."""
+    return len({stack for stack, _ in cuts}) == 2
+
+
+def _cuts_of_plan(plan: FreezePlan, anatomy: Anatomy, cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
+    """The cuts of a shallower plan, all within those of the model as it is frozen now."""
+    record = freeze_record(anatomy.model)
+    ours = record[1].turned_off if record else set()
+    tensors = dict(anatomy.model.named_parameters(remove_duplicate=False))
+    trained = {
+        id(tensors[name]) for name in plan.resolve(anatomy).trained if tensors[name].requires_grad or name in ours
+    }
+    found, _ = find_cuts(anatomy, {name for name, tensor in tensors.items() if id(tensor) in trained})
+    depth = dict(cuts)
+    if not found or any(blocks > depth.get(stack, 0) for stack, blocks in found):
+        raise CannotCache(
+            f"PrefixCache.build was asked to take {plan} in the same pass; its cut {list(map(tuple, found))} is not "
+            f"within {list(map(tuple, cuts))}, what is frozen now. Freeze the deepest plan first."
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- finding
+
+
+def _sample(rows: Rows) -> list[int]:
+    """Three rows for the search, short ones, of unlike length where there are: cheap to run, and one is padded."""
+    ordered = sorted(range(len(rows)), key=rows.tokens)
+    shortest = ordered[0]
+    longer = next((row for row in ordered if rows.tokens(row) > rows.tokens(shortest) + 1), ordered[-1])
+    between = ordered[min(len(ordered) - 1, len(ordered) // 4)]
+    return [shortest, longer, between]
+
+
+def wider_sample(rows: Rows) -> list[int]:
+    """Rows for the proof: of all lengths as far as a few thousand tokens go, else of the shorter ones."""
+    ordered = sorted(
+        dict(zip(reversed(rows.digests), reversed(range(len(rows))), strict=True)).values(), key=rows.tokens
+    )
+    while len(ordered) > CHECKED_ROWS and rows.tokens(ordered[-1]) * CHECKED_ROWS > CHECKED_TOKENS:
+        ordered = ordered[: max(CHECKED_ROWS, len(ordered) * 3 // 4)]
+    step = (len(ordered) - 1) / max(1, CHECKED_ROWS - 1)
+    return list(dict.fromkeys(ordered[round(place * step)] for place in range(min(CHECKED_ROWS, len(ordered)))))
