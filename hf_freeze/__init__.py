@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hf_freeze.anatomy import Anatomy, read_anatomy
-from hf_freeze.errors import FreezeError, FrozenWeightsChanged
+from hf_freeze.errors import CacheDamaged, CannotCache, FreezeError, FrozenWeightsChanged
 from hf_freeze.forecast import Forecast, forecast
 from hf_freeze.freezing import FreezeReport, freeze, thaw, verify_frozen
 from hf_freeze.plan import FreezePlan
@@ -20,6 +20,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Anatomy",
+    "CacheDamaged",
+    "CannotCache",
     "Forecast",
     "FreezeError",
     "FreezePlan",

@@ -1,26 +1,27 @@
-"""Measures what a training step costs: full, frozen, frozen with checkpointing, LoRA, from the prefix cache; the limit.
+"""Measures what a training step costs: full, frozen, with checkpointing, LoRA, from the prefix cache, and the limit.
 
     python recipes/benchmark_freezing.py
         the embedded SmolLM2-135M, 26 of 30 blocks frozen, 8 x 128 tokens, 16 of them labelled
     python recipes/benchmark_freezing.py --model bart-base
-        the shape of BART-base, random weights: 128 tokens -> 16, whole encoder and 4 of 6 decoder blocks frozen
+        that shape, random weights: 128 tokens -> 16, whole encoder and 4 of 6 decoder blocks frozen
     python recipes/benchmark_freezing.py --precision bf16 --release_prefix --depths 8,16,20,26
-        bf16 autocast, the prefix's weights off the device in the cached modes; and other depths below the same suffix
+        bf16 autocast, cached modes without the prefix's weights; and other depths below the same suffix
     python recipes/benchmark_freezing.py --model llama-8b --precision bf16 --source_tokens 512 --from_disk --steps 30
         the upper quarter trained, states read from disk by workers
 
-Each mode is a process of its own, one after the other; the repetitions are interleaved, so that a machine that slows
-down does so for all. A step is one batch fetched and collated, forward, backward, AdamW (fused, as in Trainer) and
-zero_grad. All modes get the same weights, rows and seeds; those that train the same part must have the same losses.
+Each mode is a process of its own, in turn; repetitions are interleaved, so that a machine that slows down does so for
+all. A step is one batch fetched and collated, forward, backward, AdamW (fused, as in Trainer) and zero_grad. All modes
+get the same weights, rows and seeds; those that train the same part must have the same losses.
 
 Cached modes call cache.collator on the rows of each step, so the look-up by content is paid for, and no step reads rows
 that another one has read. The store's pages are in memory, as the build left them; --from_disk drops them first and
-reads through a DataLoader with workers. The limit is the blocks above the cut, final norm and head at the labelled
+reads through a DataLoader with two workers. The limit is the blocks above the cut, final norm and head at the labelled
 positions, called directly with states that lie on the device: no cache can be faster.
 """
 
 import argparse
 import ctypes
+import gc
 import json
 import os
 import platform
@@ -39,7 +40,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig, GPT2Config, LlamaConfig
 from transformers import default_data_collator as collate
-from transformers.masking_utils import create_causal_mask
 
 from hf_freeze import FreezeError, FreezePlan, PrefixCache, forecast, freeze, read_anatomy, supervised_logits_only
 from hf_freeze.embedded import embedded_model
@@ -60,7 +60,7 @@ SHAPES = {
     "llama-8b": (4096, 14336, 32, 32, 8, 128256),
 }
 TOY = (32, 64, 6, 4, 2, 512)
-DEFAULT_FREEZE = {"smollm2": -4, "bart-base": -2, "gpt2": 0.75, "llama-1b": 0.75, "llama-8b": 0.75}
+DEFAULT_FREEZE = {"smollm2": "-4", "bart-base": "-2"}  # the others: three quarters
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
         print(json.dumps(work(args)))
         return
     started = datetime.now().astimezone()
-    frozen = make_plan(args).resolve(read_anatomy(random_model(args))).blocks
+    frozen = make_plan(args).resolve(read_anatomy(make_model(args, "meta"))).blocks
     suffix = args.shape[2] - frozen["decoder"]
     given = {job: [f"--worker={job}"] for job in [*args.modes, *["build"][: args.build_rows]]}
     for depth in args.depths:
@@ -85,11 +85,7 @@ def main() -> None:
     modes = {mode: results[mode] for mode in args.modes}
     add_ratios(modes, args)
     verdict = compare_losses(modes, args.precision)
-    tables = [mode_table(modes, verdict, frozen, args)]
-    if args.build_rows:
-        tables.append(build_table(results["build"], args.build_rows))
-    if args.depths:
-        tables.append(depth_table({depth: results[f"depth {depth}"] for depth in args.depths}))
+    tables = [mode_table(modes, verdict, frozen, args), *other_tables(results, args)]
     print("\n" + "\n\n".join(map(str, tables)))
     output = Path(args.output or f"out/benchmark-{args.model}-{args.precision}-{started:%Y%m%d-%H%M%S}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -109,9 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", default="smollm2", choices=SHAPES, help="all but the embedded smollm2 have random weights")
     add("--modes", default=",".join(MODES), help="comma-separated, in the order of the runs")
     add("--freeze_encoder_blocks", default="all", help="as in FreezePlan; bart-base only")
-    add(
-        "--freeze_decoder_blocks", help="by default all but 4 (smollm2), all but 2 (bart-base), three quarters (others)"
-    )
+    add("--freeze_decoder_blocks", help="by default all but 4 (smollm2) or 2 (bart-base), or three quarters")
     add("--batch_size", type=int, default=8)
     add("--source_tokens", type=int, default=128, help="of a row; but for bart-base the labelled ones are among them")
     add("--target_tokens", type=int, default=16, help="of a row's summary; bart-base only")
@@ -122,8 +116,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--threads", type=int, default=os.cpu_count(), help="by default all cores")
     add("--steps", type=int, default=5, help="timed in each run, after a warm-up")
     add("--repetitions", type=int, default=3, help="runs of each mode, interleaved")
-    add("--from_disk", action="store_true", help="give it more --steps than its workers read ahead, twice --workers")
-    add("--workers", type=int, default=2, help="with --from_disk")
+    add("--from_disk", action="store_true", help="give it many --steps: its two workers read four batches ahead")
     add("--release_prefix", action="store_true", help="in the cached modes")
     add("--build_rows", type=int, default=128, help="rows on which the build is timed; 0 leaves it out")
     add("--depths", default="", help="such as 8,16,20,26: cached steps with as many frozen blocks, the same suffix")
@@ -145,28 +138,21 @@ def parse_arguments() -> argparse.Namespace:
         if getattr(args, name) < 1:
             raise FreezeError(f"--{name} {getattr(args, name)} was asked for; use 1 or more.")
     if not args.is_bart and args.labelled_tokens >= args.source_tokens:
-        raise FreezeError(
-            f"--labelled_tokens {args.labelled_tokens} was asked for in rows of {args.source_tokens} tokens, the first "
-            f"of which nothing predicts. Use {args.source_tokens - 1} or fewer."
-        )
+        asked = f"--labelled_tokens {args.labelled_tokens} was asked for with --source_tokens {args.source_tokens}"
+        raise FreezeError(f"{asked}; nothing predicts the first of them. Use {args.source_tokens - 1} or fewer.")
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     if args.device and args.device.partition(":")[0] not in ("cpu", there.type):
         raise FreezeError(f"--device {args.device} was asked for; torch finds none here. Use --device {there.type}.")
     args.device = torch.device(args.device or there)
     args.low_weights = args.precision == "bf16" and args.model.startswith("llama") and args.device.type != "cpu"
-    if args.freeze_decoder_blocks is None:
-        args.freeze_decoder_blocks = DEFAULT_FREEZE[args.model]
+    args.freeze_decoder_blocks = args.freeze_decoder_blocks or DEFAULT_FREEZE.get(args.model, "0.75")
     return args
-
-
-# -------------------------------------------------------------------------------------------- the parent runs and tells
 
 
 def run_worker(job: str, given: list[str], threads: int) -> dict:
     """One run in a process of its own; what it printed last."""
     command = [sys.executable, __file__, *sys.argv[1:], *given]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     if done.returncode == -9:
         return {"error": "killed, probably out of memory"}
     if done.returncode:
@@ -185,25 +171,21 @@ def summarise(runs: list[dict]) -> dict:
 
 
 def add_ratios(modes: dict[str, dict], args: argparse.Namespace) -> None:
-    """What the table compares, where both sides ran; beside it the forecast."""
+    """What the table compares, None where a side is missing; beside it the forecast."""
     target = args.target_tokens if args.is_bart else args.labelled_tokens
     source = args.source_tokens - (0 if args.is_bart else target)
     sizes = {"batch_size": args.batch_size, "source_tokens": source, "target_tokens": target}
-    costs = forecast(random_model(args), make_plan(args), dtype="float32", **sizes).modes
+    costs = forecast(make_model(args, "meta"), make_plan(args), dtype="float32", **sizes).modes
     flops = {mode: costs[mode].step_flops for mode in ("full", "frozen", "lora", "cached")}
     flops |= dict.fromkeys(("cached+supervised", "limit"), costs["cached"].supervised_step_flops)
+    full, frozen, limit = (modes.get(mode, {}) for mode in ("full", "frozen", "limit"))
+    pairs = {"full_over_it": (full, None), "frozen_over_it": (frozen, None), "it_over_limit": (None, limit)}
     for mode, result in modes.items():
-        for name, above, below, key in (
-            ("full_over_it", "full", mode, "seconds"),
-            ("frozen_over_it", "frozen", mode, "seconds"),
-            ("it_over_limit", mode, "limit", "seconds"),
-            ("peak_full_over_it", "full", mode, "peak_bytes"),
-        ):
-            one, other = modes.get(above, {}).get(key), modes.get(below, {}).get(key)
-            if one and other:
-                result[name] = one / other
-        if mode in flops:
-            result["forecast_full_over_it"] = flops["full"] / flops[mode]
+        result["forecast"] = flops["full"] / flops[mode] if mode in flops else None
+        for name, pair in pairs.items():
+            for key, prefix in (("seconds", ""), ("peak_bytes", "peak_")):
+                one, other = (result.get(key) if side is None else side.get(key) for side in pair)
+                result[prefix + name] = one / other if one and other else None
 
 
 def compare_losses(modes: dict[str, dict], precision: str) -> str:
@@ -222,26 +204,24 @@ def compare_losses(modes: dict[str, dict], precision: str) -> str:
 
 def mode_table(modes: dict[str, dict], verdict: str, frozen: dict[str, int], args: argparse.Namespace) -> Table:
     """The modes side by side, and how they were measured."""
-    names = ("full_over_it", "frozen_over_it", "it_over_limit", "forecast_full_over_it", "peak_full_over_it")
+    names = ("full_over_it", "frozen_over_it", "it_over_limit", "forecast", "peak_full_over_it")
     rows = []
     for mode, result in modes.items():
-        *ratios, memory = (f"{result[name]:.2f}" if name in result else "-" for name in names)
+        *ratios, memory = (f"{result[name]:.2f}" if result[name] else "-" for name in names)
         step, speed, peak = "-", "-", "-"
         if "seconds" in result:
-            step, speed = seconds_text(result["seconds"]), count_text(result["tokens"] / result["seconds"])
+            step, speed = f"{result['seconds']:.3g} s", count_text(result["tokens"] / result["seconds"])
             peak = count_text(result["peak_bytes"], "B") if result["peak_bytes"] else "-"
         rows.append((mode, step, speed, *ratios, peak, memory))
-    on_cpu = args.device.type == "cpu"
     imports = count_text(max(result.get("import_bytes", 0) for result in modes.values()), "B")
-    sizes = f"-> {args.target_tokens} tokens" if args.is_bart else f"tokens, {args.labelled_tokens} of them labelled"
-    blocks = ", ".join(f"{count} blocks of the {stack}" for stack, count in frozen.items())
-    options = "".join(f", --{name}" for name in ("from_disk", "release_prefix") if getattr(args, name))
+    counted = f"resident memory, the imports {imports} of it" if args.device.type == "cpu" else "the device's memory"
+    tokens = "target_tokens" if args.is_bart else "labelled_tokens"
+    asked = ("batch_size", "source_tokens", tokens, "precision", "threads", "from_disk", "release_prefix")
     lines = (
         verdict,
-        f"{args.batch_size} x {args.source_tokens} {sizes}; frozen: {blocks}; {args.precision}{options}.",
-        f"{device_name(args.device)}, {args.threads} threads; medians of {args.repetitions} x {args.steps} steps.",
-        f"Forecast: FLOPs of full / it. Peak: {'resident' if on_cpu else 'device'} memory from the first timed step on"
-        + (f"; the imports alone take {imports}." if on_cpu else "."),
+        f"{device_name(args.device)}; {', '.join(f'{name} {getattr(args, name)}' for name in asked)}.",
+        f"Frozen blocks: {', '.join(f'{stack} {count}' for stack, count in frozen.items())}; medians of "
+        f"{args.repetitions} x {args.steps} steps; peak: {counted}, from the first timed step on; forecast: FLOPs.",
         *(f"{mode}: {told}." for mode, result in modes.items() if (told := result.get("error") or result["note"])),
     )
     columns = ("mode", "step", "tokens/s", "full / it", "frozen / it", "it / limit", "forecast", "peak", "full / its")
@@ -249,37 +229,27 @@ def mode_table(modes: dict[str, dict], verdict: str, frozen: dict[str, int], arg
     return Table(title, columns, tuple(rows), lines)
 
 
-def build_table(result: dict, rows: int) -> Table:
-    """The pass that fills the cache beside a bare forward of the same prefix."""
-    cells = (result["error"], "-", "-", "-")
-    if "error" not in result:
-        ratio = f"{result['pass'] / result['bare']:.2f}"
-        cells = (seconds_text(result["pass"]), seconds_text(result["bare"]), ratio, seconds_text(result["checks"]))
-    line = f"{rows} rows. The checks on a few rows take as long before a pass of any length."
-    return Table("Building the cache", ("pass", "bare forward", "pass / bare", "checks"), (cells,), (line,))
-
-
-def depth_table(results: dict[int, dict]) -> Table:
-    """Cached steps of models that differ only in how many blocks lie below the cut."""
-    seconds = {depth: result["seconds"] for depth, result in results.items() if "seconds" in result}
-    rows = tuple((str(depth), seconds_text(s), f"{s / min(seconds.values()):.3f}") for depth, s in seconds.items())
-    return Table("Cached steps, the same blocks above the cut, random weights", ("frozen", "step", "it / least"), rows)
-
-
-def seconds_text(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.{1 if seconds < 0.1 else 0}f} ms"
+def other_tables(results: dict[str, dict], args: argparse.Namespace) -> list[Table]:
+    """What the build's pass costs beside a bare forward of the prefix; cached steps of models of other depths."""
+    tables, build = [], results.get("build", {})
+    if "bare" in build:
+        cells = [f"{build[name]:.3g} s" for name in ("pass", "bare", "checks")]
+        lines = (f"{args.build_rows} rows. The checks on a few rows take as long before a pass of any length.",)
+        columns = ("pass", "bare forward of the prefix", "checks", "pass / bare")
+        tables.append(Table("Building the cache", columns, ((*cells, f"{build['pass'] / build['bare']:.2f}"),), lines))
+    steps = {depth: results[f"depth {depth}"].get("seconds") for depth in args.depths}
+    if steps and all(steps.values()):
+        rows = tuple((str(depth), f"{s:.3g} s", f"{s / min(steps.values()):.3f}") for depth, s in steps.items())
+        title = "Cached steps with the same blocks above the cut, random weights"
+        tables.append(Table(title, ("frozen blocks", "step", "it / least"), rows))
+    return tables
 
 
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (names[0] if names else platform.processor()) if device.type == "cpu" else str(device)
-
-
-# ----------------------------------------------------------------------------------------------- the model and its rows
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    return next((line.partition(": ")[2] for line in cpuinfo if line.startswith("model name")), platform.processor())
 
 
 def make_config(args: argparse.Namespace) -> transformers.PretrainedConfig:
@@ -289,52 +259,42 @@ def make_config(args: argparse.Namespace) -> transformers.PretrainedConfig:
         encoder = {"encoder_layers": 6, "encoder_ffn_dim": inner, "encoder_attention_heads": heads}
         return BartConfig(vocab_size=words, d_model=width, **encoder, **decoder)
     if args.model == "gpt2":
-        ends = {"bos_token_id": words - 1, "eos_token_id": words - 1}
-        return GPT2Config(vocab_size=words, n_embd=width, n_inner=inner, n_layer=blocks, n_head=heads, **ends)
+        return GPT2Config(vocab_size=words, n_embd=width, n_inner=inner, n_layer=blocks, n_head=heads)
     sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": blocks, "vocab_size": words}
     turns = {"rope_type": "default", "rope_theta": 1e5 if args.model == "smollm2" else 5e5}
     rest = {"rope_parameters": turns, "max_position_embeddings": 8192, "tie_word_embeddings": args.model != "llama-8b"}
     return LlamaConfig(num_attention_heads=heads, num_key_value_heads=groups, **sizes, **rest)
 
 
-def random_model(args: argparse.Namespace, device: str | torch.device = "meta"):
+def make_model(args: argparse.Namespace, device: str | torch.device):
+    """The model with the same weights in every process; without any on the device meta."""
+    torch.manual_seed(0)
+    if args.is_embedded and device != "meta":
+        return AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).to(device)
     auto_class = AutoModelForSeq2SeqLM if args.is_bart else AutoModelForCausalLM
     with torch.device(device):
         return auto_class.from_config(make_config(args), dtype=torch.bfloat16 if args.low_weights else torch.float32)
 
 
-def make_model(args: argparse.Namespace):
-    torch.manual_seed(0)
-    if args.is_embedded:
-        return AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).to(args.device)
-    return random_model(args, args.device)
-
-
 def make_plan(args: argparse.Namespace) -> FreezePlan:
-    asked = [args.freeze_encoder_blocks if args.is_bart else None, args.freeze_decoder_blocks]
-    for place, value in enumerate(asked):
-        if isinstance(value, str) and value != "all":
-            asked[place] = float(value) if "." in value else int(value)
-    return FreezePlan(encoder_blocks=asked[0], decoder_blocks=asked[1])
+    def count(text: str) -> int | float | str:
+        return text if text == "all" else float(text) if "." in text else int(text)
+
+    encoder = count(args.freeze_encoder_blocks) if args.is_bart else None
+    return FreezePlan(encoder_blocks=encoder, decoder_blocks=count(args.freeze_decoder_blocks))
 
 
 def make_rows(args: argparse.Namespace, count: int) -> list[dict[str, torch.Tensor]]:
     """Random rows of one length; the labelled tokens stand at another place in each."""
     source, labelled, words = args.source_tokens, args.labelled_tokens, make_config(args).vocab_size - 1
     random = torch.Generator().manual_seed(0)
-    rows = []
-    for _ in range(count):
-        ids = torch.randint(4, words, (source,), generator=random)
-        labels = torch.randint(4, words, (args.target_tokens,), generator=random)
-        if not args.is_bart:
-            start = int(torch.randint(1, source - labelled + 1, (1,), generator=random))
-            labels = torch.full_like(ids, -100)
-            labels[start : start + labelled] = ids[start : start + labelled]
-        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
-    return rows
-
-
-# ------------------------------------------------------------------------------------------------- the worker measures
+    ids = torch.randint(4, words, (count, source), generator=random)
+    labels = torch.randint(4, words, (count, args.target_tokens), generator=random)
+    if not args.is_bart:
+        place = torch.arange(source) - torch.randint(1, source - labelled + 1, (count, 1), generator=random)
+        labels = ids.masked_fill((place < 0) | (place >= labelled), -100)
+    rows = zip(ids, torch.ones_like(ids), labels, strict=True)
+    return [dict(zip(("input_ids", "attention_mask", "labels"), row, strict=True)) for row in rows]
 
 
 def work(args: argparse.Namespace) -> dict:
@@ -344,8 +304,8 @@ def work(args: argparse.Namespace) -> dict:
     set_up = set_up_limit if args.worker == "limit" else set_up_mode
     try:
         if args.worker == "build":
-            return time_build(make_model(args), args)
-        return time_steps(*set_up(make_model(args), args), args) | {"import_bytes": imports}
+            return time_build(make_model(args, args.device), args)
+        return time_steps(*set_up(make_model(args, args.device), args), args) | {"import_bytes": imports}
     except torch.OutOfMemoryError:
         return {"error": f"out of memory on {device_name(args.device)}"}
 
@@ -362,19 +322,21 @@ def set_up_mode(model, args: argparse.Namespace):
     if args.worker == "frozen+checkpointing":
         model.activation_checkpointing_enable()
     if args.worker.startswith("cached"):
-        given = {"cache_dir": args.cache_dir, "precision": args.precision, "progress": False}
-        cache = PrefixCache.build(model, rows, collate, **given)
+        cache = PrefixCache.build(model, rows, collate, cache_dir=args.cache_dir, precision=args.precision)
         collator = cache.collator
         if args.release_prefix:
             cache.release_prefix()
         if args.from_disk:
-            workers = args.workers
-            drop_pages(args.cache_dir)
+            workers = 2
+            for path in Path(args.cache_dir).rglob("*.safetensors"):
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if args.worker == "cached+supervised" and not (outcome := supervised_logits_only(model)).active:
         note = f"as cached; {outcome}"
     model.train()
-    pinned = args.device.type == "cuda"
-    batches = DataLoader(rows, args.batch_size, collate_fn=collator, num_workers=workers, pin_memory=pinned)
+    batches = DataLoader(
+        rows, args.batch_size, collate_fn=collator, num_workers=workers, pin_memory=args.device.type == "cuda"
+    )
     return list(model.parameters()), batches, lambda batch: model(**batch).loss, note
 
 
@@ -383,59 +345,50 @@ def set_up_limit(model, args: argparse.Namespace):
     blocks = make_plan(args).resolve(read_anatomy(model)).blocks
     if blocks.get("encoder", 0) != getattr(model.config, "encoder_layers", 0):
         raise FreezeError("The limit is written for a whole frozen encoder. Use --freeze_encoder_blocks all.")
-    prefix, suffix, above = split_at(model, blocks["decoder"])
+    core, head, embeddings = model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings()
+    upper = (core.h if args.model == "gpt2" else core.layers)[blocks["decoder"] :]
+    norm = core.ln_f if args.model == "gpt2" else getattr(core, "norm", torch.nn.Identity())
     model.requires_grad_(False).eval()
-    batches, rows = [], make_rows(args, args.batch_size * (WARM_UP + args.steps))
-    with torch.no_grad(), autocast(args):
-        for batch in DataLoader(rows, args.batch_size, collate_fn=collate):
-            batch = move(batch, args.device)
-            targets = batch["labels"]
-            if not args.is_bart:
-                targets = functional.pad(targets[:, 1:], (0, 1), value=-100)
-            places = (targets.flatten() != -100).nonzero().flatten()
-            batches.append({"given": prefix(batch), "places": places, "targets": targets.flatten()[places]})
-    parameters = [p for p in above.train().parameters() if p is not model.get_input_embeddings().weight]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    return parameters, batches, lambda batch: suffix(**batch), ""
+    batches = []
+    for batch in DataLoader(
+        make_rows(args, args.batch_size * (WARM_UP + args.steps)), args.batch_size, collate_fn=collate
+    ):
+        states, given = run_prefix(model, upper[0], batch, args)
+        targets = batch["labels"] if args.is_bart else functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        places = (targets.flatten() != -100).nonzero().flatten()
+        found = {"places": places, "targets": targets.flatten()[places]}
+        batches.append({"states": states, "given": given, **move(found, args.device)})
+
+    def loss_of(batch):
+        (states, *others), named = batch["states"], batch["given"]
+        for block in upper:
+            states = block(states, *others, **named)
+        logits = head(norm(states).flatten(0, 1)[batch["places"]])
+        return functional.cross_entropy(logits.float(), batch["targets"])
+
+    above = torch.nn.ModuleList([upper, norm, head]).train()
+    parameters = [p.requires_grad_() for p in above.parameters() if p is not embeddings.weight]
+    return parameters, batches, loss_of, ""
 
 
-def split_at(model, depth: int):
-    """Plain calls of the modules below and above a cut, with nothing of hf_freeze between; and the modules above."""
-    config, core, head = model.config, model.get_decoder(), model.get_output_embeddings()
-    stack = core.h if config.model_type == "gpt2" else core.layers
-    norm = {"gpt2": "ln_f", "llama": "norm"}.get(config.model_type)
-    norm = getattr(core, norm) if norm else torch.nn.Identity()
-    upper, rotary = stack[depth:], getattr(core, "rotary_emb", None)
+class CutReached(Exception):
+    """Carries what the first block above the cut is called with."""
 
-    def run(blocks, states, source):
-        places = torch.arange(states.shape[1], device=states.device)[None]
-        given = {"attention_mask": create_causal_mask(config, states, None, None, places)}
-        if rotary is not None:
-            given |= {"position_embeddings": rotary(states, places), "position_ids": places}
-        if source is not None:
-            given["encoder_hidden_states"] = source
-        for block in blocks:
-            states = block(states, **given)
-        return states
 
-    def prefix(batch):
-        source, ids = None, batch["input_ids"]
-        if config.is_encoder_decoder:
-            source = model.get_encoder()(ids).last_hidden_state
-            ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
-            states = core.layernorm_embedding(core.embed_tokens(ids) + core.embed_positions(ids))
-        elif config.model_type == "gpt2":
-            states = core.wte(ids) + core.wpe(torch.arange(ids.shape[1], device=ids.device))
-        else:
-            states = core.embed_tokens(ids)
-        return run(stack[:depth], states, source), source
+def run_prefix(model, block, batch: dict, args: argparse.Namespace) -> tuple:
+    """What a block is called with, by place and by name: the model is run up to it, without a graph."""
 
-    def suffix(given, places, targets):
-        states = norm(run(upper, *given)).flatten(0, 1)[places]
-        return functional.cross_entropy(head(states).float(), targets)
+    def stop(_, by_place, by_name):
+        raise CutReached(by_place, by_name)
 
-    return prefix, suffix, torch.nn.ModuleList([upper, norm, head])
+    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            model(**move(batch, args.device), use_cache=False)
+    except CutReached as reached:
+        return reached.args
+    finally:
+        handle.remove()
 
 
 def time_steps(parameters, batches, loss_of, note: str, args: argparse.Namespace) -> dict:
@@ -448,55 +401,50 @@ def time_steps(parameters, batches, loss_of, note: str, args: argparse.Namespace
     batches, seconds, losses = iter(batches), [], []
     for step in range(WARM_UP + args.steps):
         if step == WARM_UP:
-            can_reset = reset_peak(args.device)
+            gc.collect()
+            if args.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            elif sys.platform == "linux":
+                ctypes.CDLL("libc.so.6").malloc_trim(0)  # what set-up has freed is not training's
+                Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is in use now
         torch.manual_seed(step)  # modes that train the same part then draw the same dropout
-        synchronize(args.device)
         started = time.perf_counter()
         batch = move(next(batches), args.device)
-        with autocast(args):
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             loss = loss_of(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        synchronize(args.device)
+        losses.append(loss.item())  # waits for the device
         seconds.append(time.perf_counter() - started)
-        losses.append(loss.item())
-    return {
-        "seconds": seconds[WARM_UP:],
-        "losses": losses,
-        "peak_bytes": peak_bytes(args.device) if can_reset else 0,
-        "trained_parameters": sum(parameter.numel() for parameter in trained),
-        "tokens": args.batch_size * (args.source_tokens + (args.target_tokens if args.is_bart else 0)),
-        "note": note,
-    }
+    peak = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else memory("VmHWM")
+    tokens = args.batch_size * (args.source_tokens + (args.target_tokens if args.is_bart else 0))
+    told = {"seconds": seconds[WARM_UP:], "losses": losses, "peak_bytes": peak, "tokens": tokens, "note": note}
+    return told | {"trained_parameters": sum(parameter.numel() for parameter in trained)}
 
 
 def time_build(model, args: argparse.Namespace) -> dict:
     """Seconds that a cache takes for --build_rows more rows, beside those of the prefix alone for as many."""
     report = freeze(model, make_plan(args))
-    prefix, _, _ = split_at(model, dict(report.cuts)["decoder"])
-    budget = 2048 if args.device.type == "cpu" else 32768
-    few = max(1, budget // args.source_tokens)
+    block = read_anatomy(model).decoder_blocks[dict(report.cuts)["decoder"]].modules[0]
+    # As many rows at once as the build takes, by its default budget of tokens.
+    few = (2048 if args.device.type == "cpu" else 32768) // args.source_tokens or 1
     rows = make_rows(args, 3 * few + args.build_rows)
-    given = {"cache_dir": args.cache_dir, "precision": args.precision, "progress": False, "token_budget": budget}
-    cache = PrefixCache.build(model, rows[:few], collate, **given)
+    folder = tempfile.mkdtemp(dir=args.cache_dir)  # of its own: rows that are there already are not computed again
+    cache = PrefixCache.build(model, rows[:few], collate, cache_dir=folder, precision=args.precision)
     # Checks on a few rows come before every pass, so that two passes of unlike length tell what the rows take.
     short, long = cache.add(rows[few : 2 * few]).seconds, cache.add(rows[2 * few :]).seconds
-    batches = [move(batch, args.device) for batch in DataLoader(rows[2 * few :], few, collate_fn=collate)]
+    cache.close()
     model.eval()
-    with torch.no_grad(), autocast(args):
-        prefix(batches[0])  # the first one sets up kernels
-        synchronize(args.device)
+    seconds = []
+    for batch in DataLoader(rows[2 * few :], few, collate_fn=collate):
         started = time.perf_counter()
-        for batch in batches[1:]:
-            prefix(batch)
-        synchronize(args.device)
-    bare = time.perf_counter() - started
-    return {"pass": long - short, "bare": bare, "checks": short - (long - short) * few / args.build_rows}
-
-
-def autocast(args: argparse.Namespace) -> torch.autocast:
-    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16")
+        run_prefix(model, block, batch, args)
+        if args.device.type != "cpu":
+            torch.accelerator.synchronize()
+        seconds.append(time.perf_counter() - started)
+    passed, bare = long - short, sum(seconds[1:])  # the first one sets up kernels
+    return {"pass": passed, "bare": bare, "checks": short - passed * few / args.build_rows}
 
 
 def move(batch: dict, device: torch.device) -> dict:
@@ -504,40 +452,10 @@ def move(batch: dict, device: torch.device) -> dict:
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def memory(field: str) -> int:
     """A field of /proc/self/status in bytes; 0 where there is none."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
+    lines = Path("/proc/self/status").read_text().splitlines() if sys.platform == "linux" else []
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-def reset_peak(device: torch.device) -> bool:
-    """Sets the high-water mark to what is in use now; whether that can be done here."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what set-up has freed is not training's
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        return False
-    return device.type == "cpu"
-
-
-def peak_bytes(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory("VmHWM")
-
-
-def drop_pages(folder: str) -> None:
-    """Lets the caches in a folder be read from the disk itself the next time."""
-    for path in Path(folder).rglob("*.safetensors"):
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 if __name__ == "__main__":

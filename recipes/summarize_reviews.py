@@ -15,6 +15,7 @@ move, and writes model, scores, predictions and a model card into --output_dir.
 
 import math
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +31,17 @@ from transformers import (
     set_seed,
 )
 
-from hf_freeze import FreezeError, FreezePlan, compute_rouge, forecast, freeze, generate_summaries, verify_frozen
+from hf_freeze import (
+    CannotCache,
+    FreezeError,
+    FreezePlan,
+    PrefixCache,
+    compute_rouge,
+    forecast,
+    freeze,
+    generate_summaries,
+    verify_frozen,
+)
 from hf_freeze.embedded import EMBEDDED_NAME, embedded_model
 from hf_freeze.summarization import (
     SummaryCollator,
@@ -67,7 +78,15 @@ class ModelArguments:
     )
     freeze_decoder_blocks: str | None = field(default=None, metadata={"help": "The same for the decoder."})
     tied_head: str = field(default="freeze", metadata={"help": "freeze, train or untie a head tied to the embeddings."})
-    cache_prefix: str = field(default="auto", metadata={"help": "auto or off; the prefix cache is not built yet."})
+    cache_prefix: str = field(
+        default="auto", metadata={"help": "auto computes the frozen part once where that pays; on always; off never."}
+    )
+    prefix_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where its states are kept; none: ~/.cache/hf_freeze/prefix."}
+    )
+    release_prefix: bool = field(
+        default=False, metadata={"help": "Let the frozen weights leave the device while training runs from the cache."}
+    )
 
     def plan(self) -> FreezePlan:
         counts = [_count(value) for value in (self.freeze_encoder_blocks, self.freeze_decoder_blocks)]
@@ -160,7 +179,6 @@ def main() -> None:
             rows=len(rows["train"]),
         )
     )
-    say("note: this version has no prefix cache; the row 'cached' says what one would take")
     say(f"Precision {args.chosen_precision}")
     for note in (*prompt.notes, *encoded["train"].notes):
         say(f"note: {note}")
@@ -191,10 +209,16 @@ def main() -> None:
         processing_class=tokenizer,
     )
     say(f"note: supervised logits only: {trainer.supervised_logits} ({trainer.supervised_logits_reason})")
+    cache, saving, cache_seconds = build_cache(model_args, args, model, trainer, encoded, say)
     say(f"\nTraining {report.trainable_parameters:,} of {report.total_parameters:,} parameters:")
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     losses = loss_table(trainer.state.log_history)
     say(f"\n{losses}")
+    if saving is not None:
+        say(saving.measured(trainer.batch_seconds, cache.report.seconds if cache else None))
+    if cache is not None:
+        say(f"{cache.batches_used} batches ran from the cache, {cache.batches_unused} training batches did not.")
+        cache.close()
 
     # Prove it held.
     proof = verify_frozen(model, report)
@@ -229,6 +253,9 @@ def main() -> None:
         "frozen_tensors": proof.tensors,
         "train_seconds": result.metrics["train_runtime"],
         "train_loss": result.training_loss,
+        "batch_seconds": trainer.batch_seconds,
+        "prefix_cached": cache is not None,
+        "cache_seconds": cache_seconds,
         "train_rows": len(rows["train"]),
         "test_rows": len(test_reviews),
         "trainable_parameters": report.trainable_parameters,
@@ -267,10 +294,8 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, RunArguments]:
         parsed = parser.parse_json_file(sys.argv[1])
     else:
         parsed = parser.parse_args_into_dataclasses()
-    if parsed[0].cache_prefix not in ("auto", "off"):
-        raise FreezeError(
-            f"--cache_prefix {parsed[0].cache_prefix} was asked for; this version has no prefix cache. Use auto or off."
-        )
+    if parsed[0].cache_prefix not in ("auto", "on", "off"):
+        raise FreezeError(f"--cache_prefix {parsed[0].cache_prefix} was asked for; it is auto, on or off.")
     return parsed
 
 
@@ -316,6 +341,48 @@ def load_model(model_args: ModelArguments):
             f"Give a hub id, a folder with config.json, or {EMBEDDED_NAME!r}."
         ) from error
     return model, tokenizer
+
+
+def build_cache(model_args: ModelArguments, args: RunArguments, model, trainer: SummaryTrainer, encoded: dict, say):
+    """The cache of the frozen prefix, given to the trainer where it pays; the prediction; seconds of all of it."""
+    started = time.perf_counter()
+    if model_args.cache_prefix == "off":
+        return None, None, 0.0
+    rows = encoded["train"].dataset
+    precision = "bf16" if args.bf16 else "fp32"
+    places = {"cache_dir": model_args.prefix_cache_dir, "precision": precision, "progress": not args.disable_tqdm}
+    try:
+        prepared = PrefixCache.prepare(model, rows, trainer.data_collator, **places)
+    except CannotCache as reason:
+        if model_args.cache_prefix == "on":
+            raise
+        say(f"note: no prefix cache: {reason}")
+        return None, None, time.perf_counter() - started
+    batches = math.ceil(len(rows) / (args.train_batch_size * args.world_size))
+    steps = math.ceil(args.num_train_epochs * batches)
+    if args.max_steps > 0:
+        steps = args.max_steps * args.gradient_accumulation_steps
+    saving = prepared.predict(
+        steps=steps,
+        batch_size=args.train_batch_size,
+        step=lambda batch: trainer.compute_loss(model, batch).backward(),
+    )
+    say(saving)
+    decision = [model_args.cache_prefix == "on" or saving.pays]
+    if args.world_size > 1:
+        broadcast_object_list(decision)  # timings differ between processes
+    if not decision[0]:
+        return None, saving, time.perf_counter() - started
+    cache = prepared.build()
+    say(cache.report)
+    build_report = cache.report
+    if args.eval_strategy != "no" and args.num_train_epochs > 1:
+        say(f"Validation rows: {cache.add(encoded['validation'].dataset)}")
+        cache.report = build_report
+    if model_args.release_prefix:
+        say(f"{cache.release_prefix() / 1e6:,.0f} MB of frozen weights are away while training runs from the cache")
+    trainer.data_collator = cache.collator
+    return cache, saving, time.perf_counter() - started
 
 
 def mean_lengths(dataset, prompt) -> dict[str, int]:

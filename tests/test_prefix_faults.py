@@ -448,7 +448,9 @@ def _half(model: Any) -> None:
 
 
 def _another_block(model: Any) -> None:
-    model.model.layers[1] = copy.deepcopy(model.model.layers[2])
+    other = copy.deepcopy(model.model.layers[1])
+    nn.init.zeros_(other.mlp.up_proj.weight)
+    model.model.layers[1] = other
 
 
 def _noise(model: Any) -> None:

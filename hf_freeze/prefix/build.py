@@ -207,7 +207,8 @@ def pad_states(
             continue
         padded = sample.new_zeros((len(rows), rows.widths[side], *sample.shape[1:]))
         if noise:
-            padded.normal_(std=float(sample.float().std().nan_to_num(1.0)))
+            generator = torch.Generator(padded.device).manual_seed(0)  # the global one belongs to the training
+            padded.normal_(std=float(sample.float().std().nan_to_num(1.0)), generator=generator)
         for row, (start, stop) in enumerate(rows.spans[side]):
             if len(pieces[row][name]) != stop - start:
                 return None

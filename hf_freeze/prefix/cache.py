@@ -50,7 +50,7 @@ class BuildReport:
         rows: Rows of the dataset that are in the store, `computed_rows` of them computed by this call.
         tokens: Tokens that this call computed, in all processes' shares of this one.
         stored_bytes: Bytes of the store on disk.
-        seconds: Wall clock of the call.
+        seconds: Wall clock of computing and writing, without the checks before.
         reasons: Why something that was there already was not used.
     """
 
@@ -107,7 +107,6 @@ class PreparedCache:
     token_budget: int | None
     max_cache_bytes: int | None
     progress: bool
-    started: float
 
     def predict(self, *, steps: int, batch_size: int, step: Callable[[dict[str, Any]], Any] | None = None) -> BreakEven:
         """Times a few batches and the disk, and says what training takes with the cache and without.
@@ -129,6 +128,7 @@ class PreparedCache:
 
     def build(self) -> PrefixCache:
         """Computes what is missing and lets the model train from the cache. As `PrefixCache.build`."""
+        started = time.perf_counter()
         prepared = self.prepared
         reasons: list[str] = []
         with _one_builder(prepared.folder, self.chief, self.progress):
@@ -150,7 +150,8 @@ class PreparedCache:
             _barrier()
             for _, each, _ in jobs:
                 each.refresh()
-        return self._attach(store, len(set(rows.digests)) - before, tokens, tuple(reasons))
+        seconds = time.perf_counter() - started
+        return self._attach(store, len(set(rows.digests)) - before, tokens, seconds, tuple(reasons))
 
     def open(self) -> PrefixCache:
         """The cache as it is on disk. As `PrefixCache.open`."""
@@ -169,12 +170,13 @@ class PreparedCache:
                 f"The prefix cache {place} lacks {len(missing)} of {len(rows)} rows, e.g. row {missing[0]}: they were "
                 "added since, or tokenized otherwise. PrefixCache.build computes them."
             )
-        return self._attach(store, 0, 0, ())
+        return self._attach(store, 0, 0, 0.0, ())
 
-    def _attach(self, store: Store, computed: int, tokens: int, reasons: tuple[str, ...]) -> PrefixCache:
+    def _attach(
+        self, store: Store, computed: int, tokens: int, seconds: float, reasons: tuple[str, ...]
+    ) -> PrefixCache:
         prepared = self.prepared
         rows = prepared.rows_of(prepared.prefixes[0])
-        seconds = time.perf_counter() - self.started
         report = BuildReport(len(rows), computed, tokens, store.stored_bytes, seconds, reasons)
         options = {"token_budget": self.token_budget, "folder": prepared.folder, "progress": self.progress}
         return PrefixCache._attach(prepared, store, report, options)
@@ -314,7 +316,6 @@ class PrefixCache:
 
         Arguments and errors are those of `build`. `predict` of what it returns says whether building pays.
         """
-        started = time.perf_counter()
         chief, share = _process()
         progress = progress and chief
         prepared = prepare(
@@ -327,7 +328,7 @@ class PrefixCache:
             blocks=blocks,
             progress=progress,
         )
-        return PreparedCache(prepared, chief, share, token_budget, max_cache_bytes, progress, started)
+        return PreparedCache(prepared, chief, share, token_budget, max_cache_bytes, progress)
 
     @classmethod
     def _attach(cls, prepared: Prepared, store: Store, report: BuildReport, options: dict[str, Any]) -> PrefixCache:
@@ -456,7 +457,8 @@ def _nearest_key(folder: Path, key: dict[str, Any]) -> str:
             differences.append([name for name in key if key[name] != other.get(name)])
     if not differences:
         return ""
-    return f"The nearest one there differs in: {', '.join(min(differences, key=len))}. "
+    nearest = sorted(differences, key=len)[0]
+    return f"The nearest one there differs in: {', '.join(nearest)}. "
 
 
 def _open_or_create(prepared: Prepared, prefix: Prefix, chief: bool, reasons: list[str]) -> Store:

@@ -10,6 +10,7 @@ that is not finite stops the run before the optimizer sees it.
 
 import inspect
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,6 +243,7 @@ class SummaryTrainer(Seq2SeqTrainer):
         self.supervised_logits, self.supervised_logits_reason = can_keep_supervised_logits(model)
         # Keys and values of past tokens are kept for generation only; models keep them in training too unless told.
         self.extra_inputs: dict[str, Any] = {}
+        self.batch_seconds = 0.0  # of forward and backward, over all training batches of this process
         if "use_cache" in inspect.signature(unwrap(model).forward).parameters:
             self.extra_inputs["use_cache"] = False
 
@@ -259,11 +261,14 @@ class SummaryTrainer(Seq2SeqTrainer):
         )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        started = time.perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
         finite = torch.isfinite(loss).to(torch.int32)
         if self.args.world_size > 1:  # every rank stops, or the others would step on and save over a good checkpoint
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
-        if not finite:
+        healthy = bool(finite)  # waits for the device
+        self.batch_seconds += time.perf_counter() - started
+        if not healthy:
             folder = self.args.output_dir
             checkpoint = get_last_checkpoint(folder) if folder and Path(folder).is_dir() else None  # type: ignore[no-untyped-call]
             kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been saved yet."
