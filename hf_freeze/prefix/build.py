@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -235,7 +235,7 @@ def check_rows(model: nn.Module, prefix: Prefix, rows: Rows, sample: list[int], 
     batch = _collate(collator, [rows.features[row] for row in sample])
     together = read_rows(batch, with_target=TARGET in prefix.sides)
     moved = move(batch, device)
-    exact = Prefix(prefix.cuts, prefix.replaced, None, prefix.attention, prefix.sides)
+    exact = replace(prefix, precision=None)
     alone: list[dict[str, torch.Tensor]] = []
     with _full_precision(model), run_seeded(model, training=True):
         in_training = capture(model, exact, moved)
@@ -336,6 +336,12 @@ def build_rows(
         for batch_rows in batches:
             batch = _collate(collator, [rows.features[row] for row in batch_rows])
             found = read_rows(batch, with_target=with_target)
+            for place, row in enumerate(batch_rows):
+                if found.digests[place] != rows.digests[row]:
+                    raise CannotCache(
+                        "The prefix cache was asked for a collator or dataset that gave two different answers for row "
+                        f"{row} (random masking, augmentation or truncation), or pads it without an attention_mask."
+                    )
             states = capture(model, merged, move(batch, device))
             for prefix, store, known in prefixes:
                 leaves = prefix.leaves("stream")
@@ -367,7 +373,7 @@ def _merge(prefixes: Sequence[Prefix]) -> Prefix:
             outputs = tuple(_either(a, b) for a, b in zip(mine.outputs, part.outputs, strict=True))
             parts[part.name] = type(part)(part.name, part.module, part.slots, outputs)
     sides = tuple(side for side in (SOURCE, TARGET) if any(side in prefix.sides for prefix in prefixes))
-    return Prefix(deepest.cuts, tuple(parts.values()), deepest.precision, deepest.attention, sides)
+    return replace(deepest, replaced=tuple(parts.values()), sides=sides)
 
 
 def _either(one: Any, other: Any) -> Any:

@@ -32,7 +32,7 @@ from hf_freeze.prefix.prepare import Prepared, prepare, two_sided, wider_sample
 from hf_freeze.prefix.release import Released
 from hf_freeze.prefix.replay import Prefix, Replay, autocast
 from hf_freeze.prefix.rows import PREFIX_KEY, TARGET, read_rows
-from hf_freeze.prefix.store import MANIFEST, Store, clear_caches, evict_caches
+from hf_freeze.prefix.store import MANIFEST, SHARDS, Store, clear_caches, evict_caches
 
 __all__ = ["BuildReport", "PrefixCache", "PrefixCollator", "PreparedCache"]
 
@@ -245,7 +245,7 @@ class PrefixCache:
             dataset: Rows with __len__ and __getitem__, as Trainer takes them.
             data_collator: The one that training uses; None is transformers' default_data_collator.
             cache_dir: Where the store lives, in a folder of its own for each prefix; None is
-                `~/.cache/hf_freeze/prefix`. On several machines it must be on a shared disk.
+                `~/.cache/hf_freeze/prefix`, moved by HF_FREEZE_CACHE. On several machines it must be on a shared disk.
             precision: Of training: "bf16" or "fp16" for autocast (Trainer's `bf16=True`), "fp32" or None for none.
             also: Plans that freeze less of the same model: their states are taken in the same pass, for a later
                 `build` under such a plan (gradual unfreezing, a sweep of depths).
@@ -412,6 +412,7 @@ class PrefixCache:
             self._released = None
         self._replay.detach(self._entries, self._handles)
         self._handles = []
+        self.store.close()
 
     @staticmethod
     def clear(cache_dir: str | os.PathLike[str]) -> int:
@@ -473,7 +474,7 @@ def _open_or_create(prepared: Prepared, prefix: Prefix, chief: bool, reasons: li
             if place.exists():
                 reasons.append(str(damage))
             store = Store.create(place, key, [leaf.spec() for leaf in prefix.leaves("stream").values()])
-        for leftover in place.glob("*.tmp"):
+        for leftover in place.glob(f"{SHARDS}.tmp"):  # of a build that was killed; this one holds the lock
             leftover.unlink(missing_ok=True)
         _save_tables(prepared.model, prefix, store, prepared.rows_of(prefix), prepared.collator)
     _barrier()
@@ -504,7 +505,8 @@ def _check_disk(folder: Path, jobs: Sequence[tuple[Store, Rows]], limit: int | N
         for row in {digest: row for row, digest in enumerate(rows.digests) if digest not in store}.values():
             needed += sum(spec.token_bytes * rows.lengths[row].get(spec.side, 1) for spec in store.specs)
     if limit is not None:
-        if needed > limit:
+        there = sum(store.stored_bytes for store, _ in jobs)
+        if needed + there > limit:
             raise FreezeError(
                 f"The prefix cache needs {needed / 1e9:.2f} GB; max_cache_bytes allows {limit / 1e9:.2f} GB. Raise it, "
                 "or train without the cache."

@@ -434,7 +434,19 @@ class _Search:
             replaced.append(replace(part, outputs=tuple(outputs)))
         attention = str(getattr(getattr(self.anatomy.model, "config", None), "_attn_implementation", "") or "")
         sides = (SOURCE, TARGET)[: len({cut.stack for cut in self.cuts})]
-        return Prefix(tuple(self.cuts), tuple(replaced), self.precision, attention, sides)
+        return Prefix(tuple(self.cuts), tuple(replaced), self.precision, attention, sides, self._beside())
+
+    def _beside(self) -> tuple[tuple[str, torch.Tensor], ...]:
+        """Tensors below the cuts that no replaced module holds."""
+        model = self.anatomy.model
+        found: list[tuple[str, torch.Tensor]] = []
+        for stack in (self.anatomy.stack(cut.stack) for cut in self.cuts):
+            found += [(name, model.get_parameter(name)) for name in stack.input_parameters]
+            for name in stack.inputs:
+                inside = model.get_submodule(name).named_parameters()
+                found += [(f"{name}.{leaf}", parameter) for leaf, parameter in inside]
+        replaced = {id(parameter) for part in self.parts for parameter in part.module.parameters()}
+        return tuple((name, tensor) for name, tensor in found if id(tensor) not in replaced)
 
     def _differs(self, handed_on: set[str]) -> str:
         """What differs from the plain results when only these leaves are handed on."""

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from hf_freeze.anatomy import Anatomy, BlocksGiven, read_anatomy, unwrap
+from hf_freeze.embedded import cache_folder
 from hf_freeze.errors import CannotCache, FreezeError
 from hf_freeze.freezing import freeze_record
 from hf_freeze.plan import Cut, FreezePlan, find_cuts
@@ -93,7 +94,7 @@ def prepare(
         prefix = find_prefix(core, anatomy, wanted, batch, None if precision == "fp32" else precision)
         check_rows(core, prefix, rows, wider_sample(rows), collator)
         prefixes.append(prefix)
-    folder = Path(cache_dir) if cache_dir is not None else Path.home() / ".cache" / "hf_freeze" / "prefix"
+    folder = Path(cache_dir) if cache_dir is not None else cache_folder() / "prefix"
     return Prepared(core, anatomy, collator, tuple(prefixes), known, sample, folder)
 
 

@@ -91,13 +91,19 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What of a model is replaced, for which cuts, and in which precision its states are computed."""
+    """What of a model is replaced, for which cuts, and in which precision its states are computed.
+
+    Attributes:
+        beside: Frozen tensors that the states depend on and that stay in use, by name: a learnt scale before the first
+            block, an embedding that is also called above the cut.
+    """
 
     cuts: tuple[tuple[str, int], ...]
     replaced: tuple[Replaced, ...]
     precision: str | None
     attention: str
     sides: tuple[str, ...]
+    beside: tuple[tuple[str, torch.Tensor], ...] = field(default=(), repr=False, compare=False)
 
     def leaves(self, kind: str) -> dict[str, Leaf]:
         """The leaves of a kind by name, in the order in which the model makes them."""
@@ -112,7 +118,7 @@ class Prefix:
         return found
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Parameters and persistent buffers of the replaced modules by name, each once."""
+        """What the states depend on: parameters and persistent buffers of the replaced modules and beside them."""
         found: dict[str, torch.Tensor] = {}
         seen: set[int] = set()
         for part in self.replaced:
@@ -120,7 +126,7 @@ class Prefix:
                 if isinstance(tensor, torch.Tensor) and id(tensor) not in seen:
                     seen.add(id(tensor))
                     found[f"{part.name}.{name}"] = tensor
-        return found
+        return found | {name: tensor for name, tensor in self.beside if id(tensor) not in seen}
 
     def digest(self) -> dict[str, str]:
         """Digest of every tensor of the prefix."""
@@ -265,7 +271,15 @@ class Replay:
 
         Every tensor's version counter is looked at each time; where one moved, the digests decide.
         """
-        now = tuple((id(p), p._version, p.requires_grad) for p in self._watched())
+        for part in self.prefix.replaced:
+            if any(parent._modules.get(key) is not part.module for parent, key in part.slots):
+                raise CannotCache(
+                    f"A batch was trained from the prefix cache; {part.name} below its cut is another module now. Call "
+                    "PrefixCache.build again."
+                )
+            if hasattr(part.module, "neftune_noise_alpha"):
+                self._seen = ()
+        now = self._state()
         if now == self._seen and self.used % FULL_CHECK_EVERY:
             return
         for part in self.prefix.replaced:
@@ -290,14 +304,15 @@ class Replay:
                     f"A batch was trained from the prefix cache; {len(changed)} tensors below its cut changed since it "
                     f"was built, e.g. {changed[0]}. Call PrefixCache.build again."
                 )
-            self._seen = tuple((id(p), p._version, p.requires_grad) for p in self._watched())
+            self._seen = self._state()
 
-    def _watched(self) -> list[nn.Parameter]:
-        return [p for part in self.prefix.replaced for p in part.module.parameters()]
+    def _state(self) -> tuple[Any, ...]:
+        """What moves when a tensor of the prefix is written to, replaced or thawed."""
+        return tuple((id(t), t._version, t.requires_grad, t.shape, t.dtype) for t in self._watched())
 
-    def forget(self) -> None:
-        """Lets the next forward look at the digests again."""
-        self._seen = ()
+    def _watched(self) -> list[torch.Tensor]:
+        inside = [t for part in self.prefix.replaced for t in (*part.module.parameters(), *part.module.buffers())]
+        return [*inside, *(tensor for _, tensor in self.prefix.beside)]
 
     # -------------------------------------------------------------------------------------------------------- hooks
 
@@ -328,8 +343,8 @@ class Replay:
                 del module.__dict__["generate"]
 
 
-def _is_sharded(parameters: list[nn.Parameter]) -> bool:
-    return any(hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") for parameter in parameters)
+def _is_sharded(tensors: list[torch.Tensor]) -> bool:
+    return any(hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id") for tensor in tensors)
 
 
 def _take_states(

@@ -11,8 +11,11 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
+import sys
 import uuid
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,21 +80,25 @@ class Store:
         self._maps: dict[int, dict[str, torch.Tensor]] = {}
         self._waiting: list[tuple[bytes, dict[str, torch.Tensor]]] = []
         self._waiting_bytes = 0
+        self._release: Any = None
 
     # -------------------------------------------------------------------------------------------------- make and open
 
     @classmethod
     def create(cls, folder: Path, key: dict[str, Any], specs: Sequence[StreamSpec]) -> Store:
         """An empty store; a folder of that name is emptied first."""
-        if folder.exists():
-            shutil.rmtree(folder)
         try:
+            if folder.exists():
+                shutil.rmtree(folder)
             folder.mkdir(parents=True)
             manifest = {"format": FORMAT, "key": key, "streams": [asdict(spec) for spec in specs]}
+            manifest["checksum"] = _manifest_checksum(manifest)
             _write_whole(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
         except OSError as error:
             raise _disk_error(error, folder) from error
-        return cls(folder, key, specs)
+        store = cls(folder, key, specs)
+        store._hold()
+        return store
 
     @classmethod
     def open(cls, folder: Path, key: dict[str, Any] | None = None, *, mend: list[str] | None = None) -> Store:
@@ -121,7 +128,10 @@ class Store:
             differing = [name for name in {*key, *stored_key} if key.get(name) != stored_key.get(name)]
             told = "; ".join(f"{n} was {stored_key.get(n)!r}, is {key.get(n)!r}" for n in sorted(differing))
             raise CacheDamaged(f"{folder} was built for something else: {told}. Build the cache again.")
+        if manifest.get("checksum") != _manifest_checksum(manifest):
+            raise CacheDamaged(f"{folder / MANIFEST} does not hold what was written. Build the cache again.")
         store = cls(folder, stored_key, specs)
+        store._hold()
         for path in sorted(folder.glob(SHARDS)):
             try:
                 store._adopt(path)
@@ -133,6 +143,17 @@ class Store:
         with contextlib.suppress(OSError):
             os.utime(folder / MANIFEST)  # when it was last used, for eviction
         return store
+
+    def _hold(self) -> None:
+        """Keeps the store from being evicted while this object lives."""
+        descriptor = _lease(self.folder, shared=True)
+        if descriptor is not None:
+            self._release = weakref.finalize(self, os.close, descriptor)
+
+    def close(self) -> None:
+        """Lets the store be evicted again; it can still be read."""
+        if self._release is not None:
+            self._release()
 
     def refresh(self) -> None:
         """Takes in the shards that other processes have finished since."""
@@ -163,7 +184,7 @@ class Store:
             self._place.setdefault(digests[row].tobytes(), (shard, row))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}, "_waiting": [], "_waiting_bytes": 0}
+        return {**self.__dict__, "_release": None, "_maps": {}, "_waiting": [], "_waiting_bytes": 0}
 
     # ----------------------------------------------------------------------------------------------------------- rows
 
@@ -195,8 +216,14 @@ class Store:
         """
         shard, row = self._place[digest]
         if shard not in self._maps:
-            with safe_open(self.folder / self._shards[shard], framework="pt") as file:
-                self._maps[shard] = {spec.name: file.get_tensor(spec.name) for spec in self.specs}
+            path = self.folder / self._shards[shard]
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self._maps[shard] = {spec.name: file.get_tensor(spec.name) for spec in self.specs}
+            except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+                raise CacheDamaged(
+                    f"{path} was whole when it was opened and is not now ({error}). Build the cache again."
+                ) from error
         starts, lengths = self._starts[shard][row], self._lengths[shard][row]
         return {
             spec.name: self._maps[shard][spec.name][int(starts[i]) : int(starts[i] + lengths[i])]
@@ -284,6 +311,11 @@ def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     return state.hexdigest()
 
 
+def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    content = json.dumps([manifest["key"], manifest["streams"]], sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(content.encode())
+
+
 def _write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
@@ -307,8 +339,26 @@ def _caches(cache_dir: Path) -> list[Path]:
     """The stores in a folder, least recently used first; nothing that is not one."""
     if not cache_dir.is_dir():
         return []
-    found = [path.parent for path in cache_dir.glob(f"*/{MANIFEST}")]
+    found = [path.parent for path in cache_dir.glob(f"*/{MANIFEST}") if re.fullmatch("[0-9a-f]{24}", path.parent.name)]
     return sorted(found, key=lambda folder: (folder / MANIFEST).stat().st_mtime)
+
+
+def _lease(folder: Path, *, shared: bool) -> int | None:
+    """A lock on a store's manifest, held until its descriptor is closed; None where others hold it, or without locks.
+
+    Whoever trains from a store shares one, so that no other process's eviction takes the rows away from under it.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    descriptor = os.open(folder / MANIFEST, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _folder_bytes(folder: Path) -> int:
@@ -333,8 +383,9 @@ def evict_caches(cache_dir: Path, limit_bytes: int, keep: Iterable[Path], needed
     for folder, size in sizes.items():
         if total <= limit_bytes:
             break
-        if folder.resolve() not in kept:
+        if folder.resolve() not in kept and (descriptor := _lease(folder, shared=False)) is not None:
             shutil.rmtree(folder)
+            os.close(descriptor)
             gone.append(folder)
             total -= size
     return gone
