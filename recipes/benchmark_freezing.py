@@ -5,7 +5,7 @@
     python recipes/benchmark_freezing.py --model bart-base
         that shape, random weights: 128 tokens -> 16, whole encoder and 4 of 6 decoder blocks frozen
     python recipes/benchmark_freezing.py --precision bf16 --release_prefix --depths 8,16,20,26
-        bf16 autocast, cached modes without the prefix's weights; and other depths below the same suffix
+        bf16 autocast, no prefix weights in cached modes; other depths below the same suffix
     python recipes/benchmark_freezing.py --model llama-8b --precision bf16 --source_tokens 512 --from_disk --steps 30
         the upper quarter trained, states read from disk by workers
 
@@ -80,7 +80,6 @@ def main() -> None:
         for job in (bar := tqdm(list(given) * args.repetitions, unit="run")):
             bar.set_description(job)
             runs[job].append(run_worker(job, [*given[job], f"--cache_dir={folder}"], args.threads))
-
     results = {job: summarise(runs[job]) for job in runs}
     modes = {mode: results[mode] for mode in args.modes}
     add_ratios(modes, args)
@@ -128,6 +127,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.modes = args.modes.split(",")
     args.depths = [int(depth) for depth in args.depths.split(",") if depth]
+    args.train_rows = args.batch_size * (WARM_UP + args.steps)
     args.is_bart = args.model == "bart-base"
     args.is_embedded = args.model == "smollm2" and not args.blocks and not args.toy
     args.shape = list(TOY if args.toy else SHAPES[args.model])
@@ -208,11 +208,9 @@ def mode_table(modes: dict[str, dict], verdict: str, frozen: dict[str, int], arg
     rows = []
     for mode, result in modes.items():
         *ratios, memory = (f"{result[name]:.2f}" if result[name] else "-" for name in names)
-        step, speed, peak = "-", "-", "-"
-        if "seconds" in result:
-            step, speed = f"{result['seconds']:.3g} s", count_text(result["tokens"] / result["seconds"])
-            peak = count_text(result["peak_bytes"], "B") if result["peak_bytes"] else "-"
-        rows.append((mode, step, speed, *ratios, peak, memory))
+        seconds, peak = result.get("seconds"), result.get("peak_bytes")
+        step = (f"{seconds:.3g} s", count_text(result["tokens"] / seconds)) if seconds else ("-", "-")
+        rows.append((mode, *step, *ratios, count_text(peak, "B") if peak else "-", memory))
     imports = count_text(max(result.get("import_bytes", 0) for result in modes.values()), "B")
     counted = f"resident memory, the imports {imports} of it" if args.device.type == "cpu" else "the device's memory"
     tokens = "target_tokens" if args.is_bart else "labelled_tokens"
@@ -312,7 +310,7 @@ def work(args: argparse.Namespace) -> dict:
 
 def set_up_mode(model, args: argparse.Namespace):
     """What a user of the mode would write: parameters, batches, the loss of a batch, and a note."""
-    rows, collator, workers, note = make_rows(args, args.batch_size * (WARM_UP + args.steps)), collate, 0, ""
+    rows, collator, workers, note = make_rows(args, args.train_rows), collate, 0, ""
     if args.worker == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -334,9 +332,8 @@ def set_up_mode(model, args: argparse.Namespace):
     if args.worker == "cached+supervised" and not (outcome := supervised_logits_only(model)).active:
         note = f"as cached; {outcome}"
     model.train()
-    batches = DataLoader(
-        rows, args.batch_size, collate_fn=collator, num_workers=workers, pin_memory=args.device.type == "cuda"
-    )
+    given = {"num_workers": workers, "pin_memory": args.device.type == "cuda"}
+    batches = DataLoader(rows, args.batch_size, collate_fn=collator, **given)
     return list(model.parameters()), batches, lambda batch: model(**batch).loss, note
 
 
@@ -345,29 +342,27 @@ def set_up_limit(model, args: argparse.Namespace):
     blocks = make_plan(args).resolve(read_anatomy(model)).blocks
     if blocks.get("encoder", 0) != getattr(model.config, "encoder_layers", 0):
         raise FreezeError("The limit is written for a whole frozen encoder. Use --freeze_encoder_blocks all.")
-    core, head, embeddings = model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings()
+    core, head, tied = model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings().weight
     upper = (core.h if args.model == "gpt2" else core.layers)[blocks["decoder"] :]
     norm = core.ln_f if args.model == "gpt2" else getattr(core, "norm", torch.nn.Identity())
     model.requires_grad_(False).eval()
     batches = []
-    for batch in DataLoader(
-        make_rows(args, args.batch_size * (WARM_UP + args.steps)), args.batch_size, collate_fn=collate
-    ):
-        states, given = run_prefix(model, upper[0], batch, args)
+    for batch in DataLoader(make_rows(args, args.train_rows), args.batch_size, collate_fn=collate):
+        given = run_prefix(model, upper[0], batch, args)
         targets = batch["labels"] if args.is_bart else functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
         places = (targets.flatten() != -100).nonzero().flatten()
-        found = {"places": places, "targets": targets.flatten()[places]}
-        batches.append({"states": states, "given": given, **move(found, args.device)})
+        wanted = {"places": places, "targets": targets.flatten()[places]}
+        batches.append({"given": given, **move(wanted, args.device)})
 
     def loss_of(batch):
-        (states, *others), named = batch["states"], batch["given"]
+        (states, *others), named = batch["given"]
         for block in upper:
             states = block(states, *others, **named)
         logits = head(norm(states).flatten(0, 1)[batch["places"]])
         return functional.cross_entropy(logits.float(), batch["targets"])
 
     above = torch.nn.ModuleList([upper, norm, head]).train()
-    parameters = [p.requires_grad_() for p in above.parameters() if p is not embeddings.weight]
+    parameters = [p.requires_grad_() for p in above.parameters() if p is not tied]
     return parameters, batches, loss_of, ""
 
 
@@ -427,8 +422,7 @@ def time_build(model, args: argparse.Namespace) -> dict:
     """Seconds that a cache takes for --build_rows more rows, beside those of the prefix alone for as many."""
     report = freeze(model, make_plan(args))
     block = read_anatomy(model).decoder_blocks[dict(report.cuts)["decoder"]].modules[0]
-    # As many rows at once as the build takes, by its default budget of tokens.
-    few = (2048 if args.device.type == "cpu" else 32768) // args.source_tokens or 1
+    few = (2048 if args.device.type == "cpu" else 32768) // args.source_tokens or 1  # as the build takes at once
     rows = make_rows(args, 3 * few + args.build_rows)
     folder = tempfile.mkdtemp(dir=args.cache_dir)  # of its own: rows that are there already are not computed again
     cache = PrefixCache.build(model, rows[:few], collate, cache_dir=folder, precision=args.precision)
@@ -439,9 +433,8 @@ def time_build(model, args: argparse.Namespace) -> dict:
     seconds = []
     for batch in DataLoader(rows[2 * few :], few, collate_fn=collate):
         started = time.perf_counter()
-        run_prefix(model, block, batch, args)
-        if args.device.type != "cpu":
-            torch.accelerator.synchronize()
+        (states, *_), _ = run_prefix(model, block, batch, args)
+        states.flatten()[0].item()  # waits for the device
         seconds.append(time.perf_counter() - started)
     passed, bare = long - short, sum(seconds[1:])  # the first one sets up kernels
     return {"pass": passed, "bare": bare, "checks": short - passed * few / args.build_rows}
