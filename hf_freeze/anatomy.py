@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from hf_freeze.errors import AnatomyError, nearest
+from hf_freeze.trial import on_trial
 
 __all__ = ["Anatomy", "Block", "Part", "Stack", "Tie", "read_anatomy", "unwrap"]
 
@@ -586,7 +587,7 @@ def _run_on_two_tokens(module: nn.Module, handles: list[RemovableHandle]) -> Exc
     try:
         for arguments in attempts:
             try:
-                with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                with torch.no_grad(), on_trial(module, training=None), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     module(**arguments)
                 return None

@@ -11,8 +11,7 @@ import inspect
 import textwrap
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_freeze.anatomy import unwrap
+from hf_freeze.top_block import reduce_top_block, whole_top_block
+from hf_freeze.trial import on_trial
 
 __all__ = [
     "SupervisedLogits",
@@ -112,6 +113,9 @@ def supervised_logits_only(model: nn.Module) -> SupervisedLogits:
             core.register_forward_hook(_drop_logits, always_call=True),
         ),
     )
+    if names := reduce_top_block(core):  # after the hook that brings the mask
+        outcome = SupervisedLogits(True, f"{outcome.reason}; of the top block too: {', '.join(names)}")
+        setattr(core, _OUTCOME, outcome)
     head = getattr(core, "get_output_embeddings", lambda: None)()
     if isinstance(head, nn.Module) and _HANDLES not in head.__dict__:
         setattr(head, _HANDLES, (head.register_forward_pre_hook(_notice_bypass),))
@@ -130,6 +134,7 @@ def all_logits(model: nn.Module) -> bool:
         for handle in handles:
             handle.remove()
         module.__dict__.pop(_OUTCOME, None)
+        whole_top_block(module)
         found |= bool(handles)
     return found
 
@@ -155,7 +160,7 @@ def can_keep_supervised_logits(model: nn.Module) -> tuple[bool, str]:
     try:
         ids = _token_ids(inner, 2, 4)
         mask = torch.tensor([[False, True, False, True], [True, False, False, False]], device=ids.device)
-        with _tried_out(core):
+        with on_trial(core, training=False), torch.no_grad():
             every = _run(core, input_ids=ids).logits[mask]
             kept = _run(core, input_ids=ids, logits_to_keep=mask).logits
     except Exception as error:  # a foreign forward may raise anything: then it is left as it is
@@ -185,7 +190,7 @@ def _loss_objection(core: nn.Module) -> str:
     try:
         ids = _token_ids(inner, 3, 5)
         labelled = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 0, 0, 1], [1, 0, 0, 0, 0]], device=ids.device).bool()
-        with _tried_out(core):
+        with on_trial(core, training=False), torch.no_grad():
             logits = _run(core, input_ids=ids).logits
             labels = torch.cat([ids[:, :1], logits[:, :-1].argmax(-1).to(ids.device)], dim=1)
             labels = labels.masked_fill(~labelled, -100)
@@ -208,29 +213,6 @@ def _token_ids(inner: Any, rows: int, tokens: int) -> torch.Tensor:
     vocabulary: int = inner.config.get_text_config().vocab_size
     device = next(inner.parameters()).device
     return ((torch.arange(rows * tokens, device=device) + 3) % vocabulary).reshape(rows, tokens)
-
-
-@contextmanager
-def _tried_out(core: nn.Module) -> Iterator[None]:
-    """Eval mode and no graph; afterwards modes, random state and modules are what they were.
-
-    BigBird trades its attention for another class at its first short row, and notes so in a string.
-    """
-    device = next(core.parameters()).device
-    training = [module for module in core.modules() if module.training]
-    children = {module: dict(module._modules) for module in core.modules()}
-    notes = {m: {k: v for k, v in m.__dict__.items() if isinstance(v, str)} for m in children}
-    with torch.random.fork_rng(devices=[] if device.type in ("cpu", "meta") else [device]), torch.no_grad():
-        try:
-            for module in training:  # not by eval(): a module that freeze() holds, or a user's, may have its own
-                module.training = False
-            yield
-        finally:
-            for module in children:
-                module._modules.update(children[module])
-                module.__dict__.update(notes[module])
-            for module in training:
-                module.training = True
 
 
 def _run(core: nn.Module, **inputs: Any) -> Any:

@@ -39,10 +39,14 @@ def results(folder: Path) -> dict:
 def test_a_model_goes_through_the_whole_recipe(kind: str, tmp_path: Path) -> None:
     model = tiny_folder(kind, tmp_path)
     output = tmp_path / "out"
-    done = run(RECIPE, "--model_name_or_path", str(model), "--output_dir", str(output), *SMALL)
+    cached = ["--cache_prefix=on", "--prefix_cache_dir", str(tmp_path / "prefix"), "--release_prefix=true"]
+    done = run(RECIPE, "--model_name_or_path", str(model), "--output_dir", str(output), *SMALL, *cached)
     assert done.returncode == 0, done.stderr[-3000:]
 
     found = results(output)
+    assert found["prefix_cached"] is True
+    assert found["batch_seconds"] > 0
+    assert ", 0 training batches did not" in done.stdout
     for metric in ("rouge1", "rouge2", "rougeL", "rougeLsum"):
         for prefix in ("test_", "zero_shot_", "baseline_"):
             assert 0.0 <= found[f"{prefix}{metric}"] <= 100.0
@@ -61,8 +65,10 @@ def test_a_model_goes_through_the_whole_recipe(kind: str, tmp_path: Path) -> Non
     screen = done.stdout
     order = [
         "frozen and trained",
+        "Prefix cache, predicted:",
         "Training ",
         "Loss per token",
+        "With the prefix cache:",
         "unchanged",
         "ROUGE-Lsum",
         "reference:",
@@ -80,6 +86,26 @@ def test_a_model_goes_through_the_whole_recipe(kind: str, tmp_path: Path) -> Non
         assert [json.loads(line)["id"] for line in summaries.read_text().splitlines()] == ["7", "8"]
 
 
+@pytest.mark.parametrize("kind", ["bart", "gpt2"])
+def test_the_cache_changes_no_loss_and_a_plan_without_a_prefix_is_told(kind: str, tmp_path: Path) -> None:
+    model = tiny_folder(kind, tmp_path)
+    losses = {}
+    for choice in ("off", "on"):
+        output = tmp_path / choice
+        given = [f"--cache_prefix={choice}", "--prefix_cache_dir", str(tmp_path / "prefix")]
+        given += ["--freeze_encoder_blocks=all"] if kind == "bart" else []
+        done = run(RECIPE, "--model_name_or_path", str(model), "--output_dir", str(output), *SMALL, *given)
+        assert done.returncode == 0, done.stderr[-3000:]
+        log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        losses[choice] = [row.get("loss", row.get("eval_loss")) for row in log if "loss" in row or "eval_loss" in row]
+    assert losses["on"] == pytest.approx(losses["off"], rel=1e-4)
+
+    given = ["--freeze_embeddings=false", "--tied_head=train", "--output_dir", str(tmp_path / "none")]
+    done = run(RECIPE, "--model_name_or_path", str(model), *given, *[o for o in SMALL if "tied" not in o])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "note: no prefix cache: Nothing of this" in done.stdout
+
+
 def test_fewer_rows_than_one_batch_train_with_a_warning(tmp_path: Path) -> None:
     model = tiny_folder("llama", tmp_path)
     done = run(
@@ -92,9 +118,11 @@ def test_fewer_rows_than_one_batch_train_with_a_warning(tmp_path: Path) -> None:
 def test_two_processes_form_one_world_and_gather_in_order(tmp_path: Path) -> None:
     model = tiny_folder("llama", tmp_path)
     output = tmp_path / "out"
-    done = run(RECIPE, "--model_name_or_path", str(model), "--output_dir", str(output), *SMALL, processes=2)
+    cached = ["--cache_prefix=on", "--prefix_cache_dir", str(tmp_path / "prefix")]
+    done = run(RECIPE, "--model_name_or_path", str(model), "--output_dir", str(output), *SMALL, *cached, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert results(output)["world_size"] == 2
+    assert results(output)["prefix_cached"] is True
     predictions = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
     assert [row["review"] for row in predictions] == shipped_reviews()["test"].dataset["review"][:4]
     assert done.stdout.count("Loss per token") == 1
@@ -107,7 +135,7 @@ def test_two_processes_form_one_world_and_gather_in_order(tmp_path: Path) -> Non
         (["--train_file", "{reviews}", "--text_column", "txt"], "txt"),
         (["--model_name_or_path", "no/such-model"], "no/such-model"),
         (["--output_dir", "{used}"], "another run"),
-        (["--cache_prefix", "on"], "no prefix cache"),
+        (["--cache_prefix", "maybe"], "auto, on or off"),
         (["--test_file", "{reviews}"], "without --train_file"),
     ],
 )

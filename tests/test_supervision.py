@@ -241,7 +241,10 @@ def test_all_logits_undoes_it_and_asking_twice_installs_once() -> None:
 
 def test_the_outcome_is_one_printable_line() -> None:
     yes = supervised_logits_only(build("llama"))
-    assert str(yes) == "logits at supervised positions only: the loss of LlamaForCausalLM is the same"
+    assert str(yes) == (
+        "logits at supervised positions only: the loss of LlamaForCausalLM is the same; of the top block too: "
+        "model.layers.3.self_attn.q_proj, model.layers.3.self_attn.o_proj, model.layers.3.mlp"
+    )
     no = supervised_logits_only(build("bart"))
     assert str(no) == "logits at every position: an encoder-decoder has logits for the summary's tokens only"
 

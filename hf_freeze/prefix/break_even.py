@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from hf_freeze.prefix.build import capture, move, pad_states, split_rows
-from hf_freeze.prefix.crossing import run_seeded
 from hf_freeze.prefix.prepare import Prepared
 from hf_freeze.prefix.replay import Replay, autocast
 from hf_freeze.prefix.rows import PREFIX_KEY, read_rows
 from hf_freeze.prefix.store import Store
+from hf_freeze.trial import on_trial
 
 __all__ = ["BreakEven", "predict_saving"]
 
@@ -108,7 +108,7 @@ def predict_saving(
     run = step or (lambda batch: model(**batch).loss.backward())
     spread = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     plain, cached, passes, collate = [], [], [], []
-    with run_seeded(model, training=True), autocast(prefix.precision, device):
+    with on_trial(model, training=True), autocast(prefix.precision, device):
         for place in range(BATCHES + 1):  # the first one warms up
             chosen = [spread[(place * batch_size + row) % len(spread)] for row in range(batch_size)]
             batch = prepared.collator([rows.features[row] for row in chosen])

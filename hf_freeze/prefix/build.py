@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from hf_freeze.errors import CannotCache
-from hf_freeze.prefix.crossing import run_seeded, same_results
+from hf_freeze.prefix.crossing import same_results
 from hf_freeze.prefix.replay import Leaf, Prefix, Replay, autocast, map_tree
 from hf_freeze.prefix.rows import PREFIX_KEY, SOURCE, TARGET, BatchRows, read_rows
 from hf_freeze.prefix.store import Store
+from hf_freeze.trial import on_trial
 
 __all__ = ["Rows", "build_rows", "capture", "check_rows", "pad_states", "read_dataset"]
 
@@ -237,9 +238,9 @@ def check_rows(model: nn.Module, prefix: Prefix, rows: Rows, sample: list[int], 
     moved = move(batch, device)
     exact = replace(prefix, precision=None)
     alone: list[dict[str, torch.Tensor]] = []
-    with _full_precision(model), run_seeded(model, training=True):
+    with _full_precision(model), on_trial(model, training=True):
         in_training = capture(model, exact, moved)
-    with _full_precision(model), run_seeded(model, training=False):
+    with _full_precision(model), on_trial(model, training=False):
         taken = capture(model, exact, moved)
         if moving := [name for name in taken if not _close(in_training[name], taken[name], BLIND_TO_PADDING)]:
             raise CannotCache(
@@ -268,13 +269,13 @@ def check_rows(model: nn.Module, prefix: Prefix, rows: Rows, sample: list[int], 
         raise CannotCache("The frozen prefix gives rows states of unlike shapes; they cannot be one batch.")
     replay = Replay(exact, tables, {})
     with _full_precision(model), torch.no_grad():
-        with run_seeded(model, training=True):
+        with on_trial(model, training=True):
             plain = model(**moved)
         handles = replay.attach([model])
         try:
-            with run_seeded(model, training=True):
+            with on_trial(model, training=True):
                 replayed = model(**moved, **{PREFIX_KEY: zeros})
-            with run_seeded(model, training=True):
+            with on_trial(model, training=True):
                 disturbed = model(**moved, **{PREFIX_KEY: noise})
         finally:
             replay.detach([model], handles)
@@ -332,7 +333,7 @@ def build_rows(
     total = sum(rows.tokens(row) for batch in batches for row in batch)
     bar = _bar(None, "computing the frozen prefix", "token", progress, total=total)
     stored = 0
-    with run_seeded(model, training=False), autocast(merged.precision, device):
+    with on_trial(model, training=False), autocast(merged.precision, device):
         for batch_rows in batches:
             batch = _collate(collator, [rows.features[row] for row in batch_rows])
             found = read_rows(batch, with_target=with_target)

@@ -27,12 +27,12 @@ from hf_freeze.errors import CacheDamaged, CannotCache, FreezeError
 from hf_freeze.plan import Cut, FreezePlan
 from hf_freeze.prefix.break_even import BreakEven, predict_saving
 from hf_freeze.prefix.build import Rows, build_rows, capture, check_rows, move, pad_states, read_dataset
-from hf_freeze.prefix.crossing import run_seeded
 from hf_freeze.prefix.prepare import Prepared, prepare, two_sided, wider_sample
 from hf_freeze.prefix.release import Released
 from hf_freeze.prefix.replay import Prefix, Replay, autocast
 from hf_freeze.prefix.rows import PREFIX_KEY, TARGET, read_rows
 from hf_freeze.prefix.store import MANIFEST, SHARDS, Store, clear_caches, evict_caches
+from hf_freeze.trial import on_trial
 
 __all__ = ["BuildReport", "PrefixCache", "PrefixCollator", "PreparedCache"]
 
@@ -490,7 +490,7 @@ def _save_tables(
         return
     widest = [max(range(len(rows)), key=lambda row: rows.lengths[row].get(side, 0)) for side in prefix.sides]
     batch = move(collator([rows.features[row] for row in widest]), next(core.parameters()).device)
-    with run_seeded(core, training=False), autocast(prefix.precision, next(core.parameters()).device):
+    with on_trial(core, training=False), autocast(prefix.precision, next(core.parameters()).device):
         found = capture(core, prefix, batch)
     there = store.load_tables()
     tables = {name: found[name].cpu() for name in leaves}

@@ -9,13 +9,11 @@ declined with the reason. Nothing here writes to disk.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -24,8 +22,9 @@ from hf_freeze.errors import CannotCache
 from hf_freeze.plan import Cut
 from hf_freeze.prefix.replay import Leaf, Prefix, Replaced, Replay, autocast, map_tree
 from hf_freeze.prefix.rows import PREFIX_KEY, SOURCE, TARGET, BatchRows
+from hf_freeze.trial import on_trial
 
-__all__ = ["Call", "find_prefix", "record_calls", "run_seeded", "same_results", "superfluous_modules"]
+__all__ = ["Call", "find_prefix", "record_calls", "same_results", "superfluous_modules"]
 
 Sizes = dict[str, tuple[int, int]]  # a name for a size -> that size in two batches
 
@@ -84,30 +83,6 @@ def _slots(module: nn.Module, root: nn.Module) -> tuple[tuple[nn.Module, str], .
 
 
 # -------------------------------------------------------------------------------------------------------- two forwards
-
-
-@contextmanager
-def run_seeded(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Modes as in training or evaluation, a fixed seed; modes, generators and buffers are put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    python, numpy_state = random.getstate(), np.random.get_state()
-    devices = [p.device for p in model.parameters() if p.device.type != "cpu"][:1]
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            model.train(training)
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        random.setstate(python)
-        np.random.set_state(numpy_state)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
 
 def record_calls(model: nn.Module, parts: Iterable[Replaced], batch: Mapping[str, Any], calls: list[Call]) -> Any:
@@ -212,14 +187,14 @@ def find_prefix(
     parts = superfluous_modules(anatomy, cuts)
     device = next(model.parameters()).device
     calls: list[Call] = []
-    with torch.no_grad(), run_seeded(model, training=True), autocast(precision, device):
+    with torch.no_grad(), on_trial(model, training=True), autocast(precision, device):
         plain = record_calls(model, parts, batch, calls)
     _refuse_train_mode(anatomy, parts)
     order = [(call.name, call.number) for call in calls]
     for attempt in (_shorten(batch, anatomy), _shorten(batch, anatomy, tokens=False)):
         short_calls: list[Call] = []
         # A foreign forward may raise anything on a cut batch; what counts is that its prefix ran.
-        with suppress(Exception), torch.no_grad(), run_seeded(model, training=True), autocast(precision, device):
+        with suppress(Exception), torch.no_grad(), on_trial(model, training=True), autocast(precision, device):
             record_calls(model, parts, attempt, short_calls)
         if [(call.name, call.number) for call in short_calls] == order:
             break
@@ -459,7 +434,7 @@ class _Search:
         entries = [self.model]
         handles = replay.attach(entries)
         try:
-            with torch.no_grad(), run_seeded(self.model, training=True), autocast(self.precision, _device(self.model)):
+            with torch.no_grad(), on_trial(self.model, training=True), autocast(self.precision, _device(self.model)):
                 result = self.model(**self.batch, **{PREFIX_KEY: states})
         except CannotCache:
             raise

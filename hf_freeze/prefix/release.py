@@ -7,6 +7,7 @@ prefix, `state_dict`, `load_state_dict`, `verify_frozen`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Released:
     """
 
     def __init__(self, model: nn.Module, prefix: Prefix, replay: Replay, folder: Path) -> None:
+        self.model = model
         self.replay = replay
         self.away = False
         self.kept: dict[str, torch.Tensor] = {}
@@ -71,7 +73,15 @@ class Released:
         for parameter in self.parameters.values():
             nothing = torch.full((1,), float("nan"), dtype=parameter.dtype, device=parameter.device)
             parameter.data = nothing.expand(parameter.shape)
+        self._leave_the_checkpoint()
         self.away = True
+
+    def _leave_the_checkpoint(self) -> None:
+        """Copies what stays out of a memory-mapped checkpoint file, whose pages would else stay with it."""
+        mapped = _mapped_files()
+        for tensor in [*self.model.parameters(), *self.model.buffers()] if mapped else []:
+            if any(start <= tensor.data_ptr() < stop for start, stop in mapped):
+                tensor.data = tensor.detach().clone()
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> Path:
         path = self.folder / f"prefix-{os.getpid()}-{id(self):x}.weights"
@@ -128,6 +138,18 @@ class Released:
         if self.file is not None:
             self.file.unlink(missing_ok=True)
             self.file = None
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Address ranges of this process where files of weights are mapped; () where the system does not tell."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            span, _, _, _, _, *name = line.split(maxsplit=5)
+            if name and name[0].endswith((".safetensors", ".bin", ".weights")):
+                start, stop = span.split("-")
+                found.append((int(start, 16), int(stop, 16)))
+    return found
 
 
 def _bring_back(module: nn.Module, *_: Any) -> None:

@@ -26,6 +26,7 @@ from hf_freeze.errors import FreezeError, TrainingDiverged
 from hf_freeze.precision import Precision, choose_precision
 from hf_freeze.report import Table
 from hf_freeze.supervision import can_keep_supervised_logits, supervised_positions
+from hf_freeze.top_block import reduce_top_block
 
 __all__ = ["LengthSampler", "SummaryTrainer", "SummaryTrainingArguments", "TokenLoss", "loss_table"]
 
@@ -241,6 +242,8 @@ class SummaryTrainer(Seq2SeqTrainer):
         )
         super().__init__(model=model, **arguments)
         self.supervised_logits, self.supervised_logits_reason = can_keep_supervised_logits(model)
+        if self.supervised_logits and (names := reduce_top_block(unwrap(model))):
+            self.supervised_logits_reason += f"; of the top block too: {', '.join(names)}"
         # Keys and values of past tokens are kept for generation only; models keep them in training too unless told.
         self.extra_inputs: dict[str, Any] = {}
         self.batch_seconds = 0.0  # of forward and backward, over all training batches of this process

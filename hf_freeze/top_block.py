@@ -1,0 +1,237 @@
+"""The top block only where there is a label: its feed-forward part is needed at few places, its keys and values at all.
+
+Above the top block nothing mixes tokens, so that whatever in it works on each token by itself (the feed-forward part,
+the projections of queries and of the attention's output) may skip the tokens that predict no label. Which modules
+those are is tried on a few tokens, not assumed. This module acts only on calls that keep supervised logits by a mask;
+who asks for those is `supervision`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_freeze.anatomy import read_anatomy
+from hf_freeze.errors import FreezeError
+from hf_freeze.trial import on_trial
+
+__all__ = ["reduce_top_block", "whole_top_block"]
+
+_PLACES = "_hf_freeze_places"  # on the reduced modules: a list that holds the current call's places, or nothing
+_HANDLES = "_hf_freeze_top_block_handles"
+SAME = 1e-4  # relative: a product of few rows is rounded otherwise than one of many
+
+
+def reduce_top_block(core: nn.Module) -> tuple[str, ...]:
+    """Lets the token-wise modules of the top block run only at the places that `logits_to_keep` masks, in training.
+
+    Args:
+        core: The model whose call gets `logits_to_keep` [batch, tokens] as a mask; it gets hooks. Its weights, modes
+            and random state stay.
+
+    Returns:
+        Names of the modules that run at few places; () where none can, or where that would change the loss, a gradient
+        or the random numbers of a dropout.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+        ...     num_attention_heads=2, num_key_value_heads=2, vocab_size=16))
+        >>> reduce_top_block(model)
+        ('model.layers.1.self_attn.q_proj', 'model.layers.1.self_attn.o_proj', 'model.layers.1.mlp')
+    """
+    if _HANDLES in core.__dict__:
+        return tuple(core.__dict__[_HANDLES][0])
+    try:
+        block = read_anatomy(core).stacks[-1].blocks[-1]
+    except FreezeError:
+        return ()
+    if len(block.modules) != 1 or not any(p.requires_grad for p in block.modules[0].parameters()):
+        return ()
+    top = block.modules[0]
+    found: dict[str, nn.Module] = {}
+    with (
+        suppress(Exception),
+        on_trial(core, training=True),
+    ):  # a foreign forward may raise anything: then it stays whole
+        found = _try_out(core, top)
+    if not found:
+        return ()
+    prefix = block.names[0]
+    names = [f"{prefix}.{name}" for name in found]
+    places: list[torch.Tensor] = []
+    handles = [handle for module in found.values() for handle in _hook(module, places)]
+    core.__dict__[_PLACES] = places
+    handles.append(core.register_forward_pre_hook(_set_places, with_kwargs=True))
+    handles.append(core.register_forward_hook(_clear_places, always_call=True))
+    core.__dict__[_HANDLES] = (names, handles, top)
+    return tuple(names)
+
+
+def whole_top_block(core: nn.Module) -> None:
+    """Undoes `reduce_top_block`."""
+    if _HANDLES not in core.__dict__:
+        return
+    for handle in core.__dict__.pop(_HANDLES)[1]:
+        handle.remove()
+    for module in core.modules():
+        module.__dict__.pop(_PLACES, None)
+
+
+# ---------------------------------------------------------------------------------------------------------- the hooks
+
+
+def _hook(module: nn.Module, places: list[torch.Tensor]) -> list[Any]:
+    module.__dict__[_PLACES] = places
+    return [module.register_forward_pre_hook(_gather), module.register_forward_hook(_scatter)]
+
+
+def _set_places(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a call of the model: where its labels are predicted; a wish for all hidden states stays whole."""
+    places: list[torch.Tensor] = module.__dict__[_PLACES]
+    places.clear()
+    mask = kwargs.get("logits_to_keep")
+    config = getattr(module, "config", None)
+    every_state = kwargs.get("output_hidden_states") or getattr(config, "output_hidden_states", False)
+    if not (module.training and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.dim() == 2):
+        return
+    # A block that is run again in the backward pass would then find no places.
+    checkpointed = getattr(module.__dict__[_HANDLES][2], "gradient_checkpointing", False)
+    if every_state or checkpointed or torch.compiler.is_compiling():
+        return
+    places += [mask.flatten().nonzero().squeeze(1), torch.tensor(mask.shape)]
+
+
+def _clear_places(module: nn.Module, *_: Any) -> None:
+    module.__dict__[_PLACES].clear()
+
+
+def _gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Before a token-wise module: its input at the places only."""
+    places = module.__dict__[_PLACES]
+    if not places:
+        return None
+    states = args[0]
+    return (states.flatten(0, 1).index_select(0, places[0]), *args[1:])
+
+
+def _scatter(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+    """After it: zeros elsewhere."""
+    places = module.__dict__[_PLACES]
+    if not places:
+        return None
+    rows, tokens = places[1].tolist()
+    whole = output.new_zeros((rows * tokens, *output.shape[1:]))
+    return whole.index_copy(0, places[0], output).view(rows, tokens, *output.shape[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------- the trial
+
+
+class _TopReached(Exception):
+    """Carries what the top block is called with."""
+
+
+def _try_out(core: Any, top: nn.Module) -> dict[str, nn.Module]:
+    """The largest modules of the top block that may run at few places, by name in the block."""
+    device = next(core.parameters()).device
+    vocabulary = core.config.get_text_config().vocab_size
+    ids = ((torch.arange(18, device=device) * 5 + 3) % vocabulary).reshape(3, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1]], device=device).bool()
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _TopReached(args, kwargs)
+
+    handle = top.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            core(input_ids=ids)
+        return {}
+    except _TopReached as reached:
+        args, kwargs = reached.args
+    finally:
+        handle.remove()
+    kwargs = {key: value for key, value in kwargs.items() if "cache" not in key and key != "past_key_values"}
+
+    def run_block() -> tuple[list[torch.Tensor], torch.Tensor]:
+        torch.manual_seed(0)
+        output = top(*args, **kwargs)
+        states = output[0] if isinstance(output, tuple) else output
+        kept = states[mask]
+        towards = torch.linspace(-1, 1, kept.numel(), device=device).reshape(kept.shape)
+        return _gradients(top, (kept.float() * towards).sum(), kept), torch.get_rng_state()
+
+    places = [mask.flatten().nonzero().squeeze(1), torch.tensor(mask.shape)]
+    plain, random_after = run_block()
+    accepted: dict[str, nn.Module] = {}
+
+    def holds(candidates: dict[str, nn.Module], run: Callable[[], Any], wanted: list[torch.Tensor]) -> bool:
+        called: set[nn.Module] = set()
+        handles = [handle for module in candidates.values() for handle in _hook(module, places)]
+        handles += [m.register_forward_hook(lambda m, *_: called.add(m)) for m in candidates.values()]
+        try:
+            got, random_now = run()
+        except Exception:  # it takes no fewer tokens, such as attention itself
+            return False
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in candidates.values():
+                del module.__dict__[_PLACES]
+        every_called = called == set(candidates.values())  # else its weight is used past its call, and nothing is saved
+        return every_called and torch.equal(random_now, random_after) and _same(got, wanted)
+
+    def look(module: nn.Module, path: str) -> None:
+        for name, child in module.named_children():
+            where = f"{path}.{name}".strip(".")
+            if not any(parameter.dim() > 1 for parameter in child.parameters()):
+                continue
+            if holds({where: child}, run_block, plain):
+                accepted[where] = child
+            else:
+                look(child, where)
+
+    look(top, "")
+    if not accepted or not holds(accepted, run_block, plain):
+        return {}
+
+    labels = torch.full_like(ids, -100)
+    labels[:, 1:][mask[:, :-1]] = ids[:, 1:][mask[:, :-1]]
+    kept = torch.zeros_like(mask)
+    kept[:, :-1] = labels[:, 1:] != -100
+    places[0] = kept.flatten().nonzero().squeeze(1)
+
+    def run_model() -> tuple[list[torch.Tensor], torch.Tensor]:
+        torch.manual_seed(0)
+        output = core(input_ids=ids, logits_to_keep=kept)
+        loss = nn.functional.cross_entropy(output.logits.float(), labels[:, 1:][kept[:, :-1]])
+        if getattr(output, "aux_loss", None) is not None:  # of experts that are balanced over all tokens
+            loss = loss + output.aux_loss
+        return _gradients(core, loss, loss.reshape(1)), torch.get_rng_state()
+
+    wanted, random_after = run_model()
+    return accepted if holds(accepted, run_model, wanted) else {}
+
+
+def _gradients(module: nn.Module, loss: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    """A value and the gradients of what trains; those on the parameters stay as they are."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(loss, trained, allow_unused=True)
+    return [value.detach(), *(torch.zeros(()) if gradient is None else gradient for gradient in found)]
+
+
+def _same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    """Whether all agree within the rounding of their precision, measured by the largest."""
+    scale = max(float(t.float().norm()) for t in theirs[1:])
+    for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        if one.shape != other.shape or not torch.isfinite(other).all():
+            return False
+        grain = SAME if one.dtype == torch.float32 else 16 * torch.finfo(one.dtype).eps
+        size = float(other.float().norm()) if place == 0 else max(float(other.float().norm()), 1e-2 * scale)
+        if not float((one.float() - other.float()).norm()) <= grain * size:
+            return False
+    return True

@@ -1,0 +1,57 @@
+"""Runs a model on trial: modes and seed as asked, and everything a forward may leave behind put back afterwards."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+__all__ = ["on_trial"]
+
+
+@contextmanager
+def on_trial(model: nn.Module, *, training: bool | None) -> Iterator[None]:
+    """Modes as in training, in evaluation or as they are (None), and a fixed seed; afterwards the model is as it was.
+
+    Put back are modes, the random states of torch, numpy and Python, buffers, and modules that a model trades for
+    others (BigBird its attention at its first short row, noted in a string).
+
+    Example:
+        >>> model = nn.Dropout()
+        >>> with on_trial(model, training=False):
+        ...     model.training, torch.initial_seed()
+        (False, 0)
+        >>> model.training
+        True
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    children = {module: dict(module._modules) for module in model.modules()}
+    notes = {module: {k: v for k, v in module.__dict__.items() if isinstance(v, str)} for module in children}
+    python, numpy_state = random.getstate(), np.random.get_state()
+    devices = [p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")][:1]
+    with torch.random.fork_rng(devices=devices):
+        try:
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
+            if training:
+                model.train()
+            elif training is False:
+                for module in children:  # not by eval(): a module that freeze() holds, or a user's, may have its own
+                    module.training = False
+            yield
+        finally:
+            for module, mode in modes:
+                module._modules.update(children[module])
+                module.__dict__.update(notes[module])
+                module.training = mode
+            random.setstate(python)
+            np.random.set_state(numpy_state)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
