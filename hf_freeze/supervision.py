@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_freeze.anatomy import unwrap
 from hf_freeze.top_block import reduce_top_block, whole_top_block
-from hf_freeze.trial import on_trial
+from hf_freeze.trial import on_trial, seed_all
 
 __all__ = [
     "SupervisedLogits",
@@ -217,7 +217,7 @@ def _token_ids(inner: Any, rows: int, tokens: int) -> torch.Tensor:
 
 def _run(core: nn.Module, **inputs: Any) -> Any:
     """One forward pass, seeded: a class may draw random numbers in eval mode too."""
-    torch.manual_seed(0)
+    seed_all(core)
     return core(**inputs)
 
 

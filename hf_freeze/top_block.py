@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_freeze.anatomy import read_anatomy
 from hf_freeze.errors import FreezeError
-from hf_freeze.trial import on_trial
+from hf_freeze.trial import on_trial, seed_all
 
 __all__ = ["reduce_top_block", "whole_top_block"]
 
@@ -101,7 +101,8 @@ def _set_places(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return
     # A block that is run again in the backward pass would then find no places.
     checkpointed = getattr(module.__dict__[_HANDLES][2], "gradient_checkpointing", False)
-    if every_state or checkpointed or torch.compiler.is_compiling():
+    replicated = module.__dict__.get("_is_replica")  # DataParallel's threads would share the places
+    if every_state or checkpointed or replicated or torch.compiler.is_compiling():
         return
     places += [mask.flatten().nonzero().squeeze(1), torch.tensor(mask.shape)]
 
@@ -158,7 +159,7 @@ def _try_out(core: Any, top: nn.Module) -> dict[str, nn.Module]:
     kwargs = {key: value for key, value in kwargs.items() if "cache" not in key and key != "past_key_values"}
 
     def run_block() -> tuple[list[torch.Tensor], torch.Tensor]:
-        torch.manual_seed(0)
+        seed_all(top)
         output = top(*args, **kwargs)
         states = output[0] if isinstance(output, tuple) else output
         kept = states[mask]
@@ -206,7 +207,7 @@ def _try_out(core: Any, top: nn.Module) -> dict[str, nn.Module]:
     places[0] = kept.flatten().nonzero().squeeze(1)
 
     def run_model() -> tuple[list[torch.Tensor], torch.Tensor]:
-        torch.manual_seed(0)
+        seed_all(core)
         output = core(input_ids=ids, logits_to_keep=kept)
         loss = nn.functional.cross_entropy(output.logits.float(), labels[:, 1:][kept[:, :-1]])
         if getattr(output, "aux_loss", None) is not None:  # of experts that are balanced over all tokens

@@ -1,4 +1,7 @@
-"""Runs a model on trial: modes and seed as asked, and everything a forward may leave behind put back afterwards."""
+"""Runs a model on trial: modes and seed as asked, and everything a forward may leave behind put back afterwards.
+
+It runs nothing itself and knows nothing of what is tried; weights and gradients are the caller's to leave alone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["on_trial"]
+__all__ = ["on_trial", "seed_all"]
 
 
 @contextmanager
@@ -33,10 +36,10 @@ def on_trial(model: nn.Module, *, training: bool | None) -> Iterator[None]:
     children = {module: dict(module._modules) for module in model.modules()}
     notes = {module: {k: v for k, v in module.__dict__.items() if isinstance(v, str)} for module in children}
     python, numpy_state = random.getstate(), np.random.get_state()
-    devices = [p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")][:1]
+    devices = _accelerators(model)
     with torch.random.fork_rng(devices=devices):
         try:
-            torch.manual_seed(0)
+            seed_all(model)
             random.seed(0)
             np.random.seed(0)
             if training:
@@ -55,3 +58,17 @@ def on_trial(model: nn.Module, *, training: bool | None) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
+
+
+def seed_all(model: nn.Module) -> None:
+    """Seeds the CPU's generator and those of the model's devices; not every device, as torch.manual_seed does."""
+    torch.default_generator.manual_seed(0)
+    for device in _accelerators(model):
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(0)
+        else:
+            torch.get_device_module(device).manual_seed(0)
+
+
+def _accelerators(model: nn.Module) -> list[torch.device]:
+    return list({p.device: None for p in model.parameters() if p.device.type not in ("cpu", "meta")})

@@ -32,7 +32,6 @@ from transformers import (
 )
 
 from hf_freeze import (
-    CannotCache,
     FreezeError,
     FreezePlan,
     PrefixCache,
@@ -351,31 +350,32 @@ def build_cache(model_args: ModelArguments, args: RunArguments, model, trainer: 
     rows = encoded["train"].dataset
     precision = "bf16" if args.bf16 else "fp32"
     places = {"cache_dir": model_args.prefix_cache_dir, "precision": precision, "progress": not args.disable_tqdm}
-    try:
-        prepared = PrefixCache.prepare(model, rows, trainer.data_collator, **places)
-    except CannotCache as reason:
-        if model_args.cache_prefix == "on":
-            raise
-        say(f"note: no prefix cache: {reason}")
-        return None, None, time.perf_counter() - started
     batches = math.ceil(len(rows) / (args.train_batch_size * args.world_size))
     steps = math.ceil(args.num_train_epochs * batches)
     if args.max_steps > 0:
         steps = args.max_steps * args.gradient_accumulation_steps
-    saving = prepared.predict(
-        steps=steps,
-        batch_size=args.train_batch_size,
-        step=lambda batch: trainer.compute_loss(model, batch).backward(),
-    )
-    say(saving)
-    decision = [model_args.cache_prefix == "on" or saving.pays]
-    if args.world_size > 1:
-        broadcast_object_list(decision)  # timings differ between processes
-    if not decision[0]:
+    saving = None
+    try:
+        prepared = PrefixCache.prepare(model, rows, trainer.data_collator, **places)
+        saving = prepared.predict(
+            steps=steps,
+            batch_size=args.train_batch_size,
+            step=lambda batch: trainer.compute_loss(model, batch).backward(),
+        )
+        say(saving)
+        decision = [model_args.cache_prefix == "on" or saving.pays]
+        if args.world_size > 1:
+            broadcast_object_list(decision)  # timings differ between processes
+        if not decision[0]:
+            return None, saving, time.perf_counter() - started
+        cache = prepared.build()
+    except FreezeError as reason:  # it cannot be exact, or the disk is full: training goes on without
+        if model_args.cache_prefix == "on":
+            raise
+        say(f"note: no prefix cache: {reason}")
         return None, saving, time.perf_counter() - started
-    cache = prepared.build()
-    say(cache.report)
     build_report = cache.report
+    say(build_report)
     if args.eval_strategy != "no" and args.num_train_epochs > 1:
         say(f"Validation rows: {cache.add(encoded['validation'].dataset)}")
         cache.report = build_report

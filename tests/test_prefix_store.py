@@ -607,10 +607,10 @@ HARMS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "a shard cut short": (lambda f: damaged(next(f.glob(SHARDS)), "cut short"), 1, r"rows-\w+\.safetensors is damaged"),
     "a bit flipped": (lambda f: damaged(next(f.glob(SHARDS)), "bit flipped"), 1, "does not hold the bytes that were"),
     "a shard gone": (lambda f: next(f.glob(SHARDS)).unlink(), 1, ""),
-    **{f"a manifest {what}": (lambda f, harm=harm: harm(f / MANIFEST), 8, reason)
+    **{f"a manifest {what}": (lambda f, harm=harm: harm(f / MANIFEST), 0, reason)
        for what, (harm, reason) in MANIFESTS.items()},
     "a manifest of another key": (
-        lambda f: (f / MANIFEST).write_text((f / MANIFEST).read_text().replace(torch.__version__, "1.0")), 8,
+        lambda f: (f / MANIFEST).write_text((f / MANIFEST).read_text().replace(torch.__version__, "1.0")), 0,
         r"built for something else: torch was '1\.0', is "),
 }  # fmt: skip
 
@@ -627,6 +627,18 @@ def test_a_build_mends_a_damaged_cache_and_says_why(tmp_path, row_a_shard, harm)
     if reason:
         assert re.search(reason, cache.report.reasons[0])
         assert "rebuilt: " in str(cache.report)
+    assert_trains_right(cache)
+
+
+def test_whole_shards_of_something_else_are_not_taken_for_ones_own(tmp_path, row_a_shard):
+    first = cached(frozen_model(), tmp_path)
+    other = cached(frozen_model(1), tmp_path)
+    for path in other.store.folder.glob(SHARDS):
+        shutil.copy(path, first.store.folder)
+    cache = cached(frozen_model(), tmp_path)
+    assert cache.report.computed_rows == 0
+    assert len(cache.report.reasons) == 8
+    assert "was built for something else" in cache.report.reasons[0]
     assert_trains_right(cache)
 
 

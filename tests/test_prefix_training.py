@@ -25,6 +25,7 @@ from tests.prefix_cases import (
     review_rows,
     trainer_losses,
 )
+from tests.tiny import tiny_model
 
 KINDS = ["llama", "gpt2", "bart", "t5"]
 
@@ -206,8 +207,7 @@ def test_adapters_on_the_upper_blocks_train_the_same(order: str, tmp_path: Path)
     rows = review_rows("llama")
 
     def adapted() -> nn.Module:
-        model = frozen_model("llama", dropout=False) if order == "before" else __import__("tests.tiny").tiny.tiny_model(
-            "llama")  # fmt: skip
+        model = frozen_model("llama", dropout=False) if order == "before" else tiny_model("llama")
         torch.manual_seed(3)
         peft = get_peft_model(
             model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=[3], lora_dropout=0.1)
@@ -281,6 +281,81 @@ def test_a_forward_that_fails_leaves_the_model_whole(tmp_path: Path) -> None:
     handle.remove()
     plain = collator_for("llama", model)(rows[:2])
     assert torch.equal(model(**plain).logits, frozen_model("llama").eval()(**plain).logits)
+
+
+@pytest.mark.parametrize("then", ["a state dict", "a plain batch", "a cached batch"])
+def test_an_interrupt_from_the_keyboard_leaves_the_model_whole(then: str, tmp_path: Path) -> None:
+    rows = review_rows("llama")
+    model = frozen_model("llama").eval()
+    cache = built(model, rows, collator_for("llama", model), tmp_path)
+    names = set(model.state_dict())
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.lm_head.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**cache.collator(rows[:2]))
+    handle.remove()
+    plain = collator_for("llama", model)(rows[4:6])
+    if then == "a state dict":
+        assert set(model.state_dict()) == names
+    batch = cache.collator(rows[4:6]) if then == "a cached batch" else plain
+    torch.testing.assert_close(model(**batch).loss, frozen_model("llama").eval()(**plain).loss, rtol=1e-6, atol=0)
+    assert set(model.state_dict()) == names
+
+
+def test_no_key_value_cache_is_filled_from_a_cached_batch(tmp_path: Path) -> None:
+    rows = review_rows("llama")
+    model = frozen_model("llama").eval()
+    assert model.config.use_cache
+    cache = built(model, rows, collator_for("llama", model), tmp_path)
+    assert model(**cache.collator(rows[:2])).past_key_values is None
+    assert model(**collator_for("llama", model)(rows[:2])).past_key_values is not None
+
+
+def test_training_that_finds_no_row_in_the_cache_warns(tmp_path: Path) -> None:
+    rows = review_rows("llama")
+    model = frozen_model("llama").train()
+    cache = built(model, rows, collator_for("llama", model), tmp_path)
+    strange = review_rows("llama", seed=8)[:2]
+    with pytest.warns(UserWarning, match="The first 10 training batches hold rows that are not in the prefix cache"):
+        for _ in range(12):
+            model(**cache.collator(strange))
+    assert (cache.batches_used, cache.batches_unused) == (0, 12)
+
+
+def test_positions_that_follow_the_longest_row_of_a_batch_are_declined(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    rows = review_rows("llama")
+    for limit, fits in ((64, True), (12, False)):
+        model = tiny_model("llama", rope_parameters=rope, max_position_embeddings=limit)
+        freeze(model, default_plan("llama"))
+        if fits:
+            built(model, rows, collator_for("llama", model), tmp_path).close()
+        else:
+            with pytest.raises(
+                CannotCache, match="rotary positions .* change for whole batches that hold more than 12"
+            ):
+                built(model, rows, collator_for("llama", model), tmp_path)
+
+
+def test_another_scaling_of_a_frozen_adapter_is_another_cache(tmp_path: Path) -> None:
+    rows = review_rows("llama")
+    folders = []
+    for alpha in (4, 8):
+        torch.manual_seed(0)
+        model = get_peft_model(
+            tiny_model("llama"),
+            LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"], init_lora_weights=False),
+        )
+        freeze(model, default_plan("llama"))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("layers.3" in name and "lora" in name)
+        cache = built(model, rows, collator_for("llama", model), tmp_path)
+        assert cache.report.computed_rows == len(rows)
+        folders.append(cache.store.folder)
+    assert folders[0] != folders[1]
 
 
 def test_one_pass_serves_shallower_plans(tmp_path: Path) -> None:

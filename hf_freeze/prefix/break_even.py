@@ -11,11 +11,13 @@ import statistics
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from hf_freeze.errors import FreezeError
 from hf_freeze.prefix.build import capture, move, pad_states, split_rows
 from hf_freeze.prefix.prepare import Prepared
 from hf_freeze.prefix.replay import Replay, autocast
@@ -34,7 +36,8 @@ class BreakEven:
     """What a training takes plainly and from the cache, predicted from a few batches.
 
     Attributes:
-        plain_step_seconds, cached_step_seconds: Forward and backward of a batch; the cached one reads its states.
+        plain_step_seconds, cached_step_seconds: Forward and backward of a batch.
+        reading_seconds: To read the states of a batch.
         steps: Of the whole training.
         build_seconds: To compute and write what the cache lacks; 0 where it is all there.
         cache_bytes: On disk when built.
@@ -45,6 +48,7 @@ class BreakEven:
     steps: int
     build_seconds: float
     cache_bytes: int
+    reading_seconds: float = 0.0
 
     @property
     def plain_seconds(self) -> float:
@@ -54,7 +58,7 @@ class BreakEven:
     @property
     def cached_seconds(self) -> float:
         """The whole training with the cache, building it included."""
-        return self.build_seconds + self.steps * self.cached_step_seconds
+        return self.build_seconds + self.steps * (self.cached_step_seconds + self.reading_seconds)
 
     @property
     def pays(self) -> bool:
@@ -79,9 +83,10 @@ class BreakEven:
         if build_seconds is None:
             return f"Without a prefix cache: {seconds:,.1f} s of batches, {self.plain_seconds:,.1f} s predicted."
         return (
-            f"With the prefix cache: {build_seconds + seconds:,.1f} s, {self.cached_seconds:,.1f} s predicted (building"
+            f"With the prefix cache: {build_seconds + seconds:,.1f} s, "
+            f"{self.build_seconds + self.steps * self.cached_step_seconds:,.1f} s predicted (building"
             f" {build_seconds:,.1f} s, {self.build_seconds:,.1f} s predicted; batches {seconds:,.1f} s, "
-            f"{self.cached_seconds - self.build_seconds:,.1f} s predicted)."
+            f"{self.steps * self.cached_step_seconds:,.1f} s predicted)."
         )
 
 
@@ -144,7 +149,8 @@ def predict_saving(
     reading = statistics.median(collate[1:]) + batch_size * statistics.fmean(row_bytes) / read
     return BreakEven(
         plain_step_seconds=statistics.median(plain[1:]),
-        cached_step_seconds=statistics.median(cached[1:]) + reading,
+        cached_step_seconds=statistics.median(cached[1:]),
+        reading_seconds=reading,
         steps=steps,
         build_seconds=build,
         cache_bytes=sum(row_bytes[row] for row in missing) + (store.stored_bytes if store else 0),
@@ -170,10 +176,10 @@ def _timed(run: Callable[[dict[str, Any]], Any], batch: dict[str, Any], model: A
 
 def _disk_speed(prepared: Prepared) -> tuple[float, float]:
     """Bytes a second, written to the disk and read back (most likely from memory, as in training)."""
-    prepared.folder.mkdir(parents=True, exist_ok=True)
     path = prepared.folder / f"{uuid.uuid4().hex}.tmp"
     content = os.urandom(1 << 20) * (DISK_BYTES >> 20)
     try:
+        prepared.folder.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
         with open(path, "wb") as file:
             file.write(content)
@@ -182,5 +188,11 @@ def _disk_speed(prepared: Prepared) -> tuple[float, float]:
         written = time.perf_counter()
         path.read_bytes()
         return DISK_BYTES / (written - started), DISK_BYTES / (time.perf_counter() - written)
+    except OSError as error:
+        raise FreezeError(
+            f"The prefix cache was to be kept in {prepared.folder}; it cannot be written: {error}. Give another "
+            "cache_dir."
+        ) from error
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)

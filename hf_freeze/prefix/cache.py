@@ -31,7 +31,7 @@ from hf_freeze.prefix.prepare import Prepared, prepare, two_sided, wider_sample
 from hf_freeze.prefix.release import Released
 from hf_freeze.prefix.replay import Prefix, Replay, autocast
 from hf_freeze.prefix.rows import PREFIX_KEY, TARGET, read_rows
-from hf_freeze.prefix.store import MANIFEST, SHARDS, Store, clear_caches, evict_caches
+from hf_freeze.prefix.store import MANIFEST, Store, clear_caches, evict_caches, remove_leftovers
 from hf_freeze.trial import on_trial
 
 __all__ = ["BuildReport", "PrefixCache", "PrefixCollator", "PreparedCache"]
@@ -47,10 +47,10 @@ class BuildReport:
     """What `build` did.
 
     Attributes:
-        rows: Rows of the dataset that are in the store, `computed_rows` of them computed by this call.
-        tokens: Tokens that this call computed, in all processes' shares of this one.
+        rows: Rows of the dataset, all in the store now; `computed_rows` of them computed by this call.
+        tokens: Tokens that this process computed.
         stored_bytes: Bytes of the store on disk.
-        seconds: Wall clock of computing and writing, without the checks before.
+        seconds: Wall clock of the call; of `build` without what `prepare` takes.
         reasons: Why something that was there already was not used.
     """
 
@@ -109,7 +109,7 @@ class PreparedCache:
     progress: bool
 
     def predict(self, *, steps: int, batch_size: int, step: Callable[[dict[str, Any]], Any] | None = None) -> BreakEven:
-        """Times a few batches and the disk, and says what training takes with the cache and without.
+        """Times a few batches and the disk (32 MB are written and removed), and says what training takes either way.
 
         Args:
             steps: Forward and backward passes of the whole training, on this process.
@@ -137,7 +137,8 @@ class PreparedCache:
                 for prefix in prepared.prefixes
             ]
             store, rows = jobs[0][1], jobs[0][2]
-            _check_disk(prepared.folder, [(store, rows) for _, store, rows in jobs], self.max_cache_bytes)
+            if self.chief:
+                _check_disk(prepared.folder, [(store, rows) for _, store, rows in jobs], self.max_cache_bytes)
             before = sum(digest in store for digest in set(rows.digests))
             tokens = build_rows(
                 prepared.model,
@@ -179,6 +180,7 @@ class PreparedCache:
         rows = prepared.rows_of(prepared.prefixes[0])
         report = BuildReport(len(rows), computed, tokens, store.stored_bytes, seconds, reasons)
         options = {"token_budget": self.token_budget, "folder": prepared.folder, "progress": self.progress}
+        options["max_cache_bytes"] = self.max_cache_bytes
         return PrefixCache._attach(prepared, store, report, options)
 
 
@@ -369,7 +371,8 @@ class PrefixCache:
         folder = self._options["folder"]
         with _one_builder(folder, chief, progress):
             self.store.refresh()
-            _check_disk(folder, [(self.store, rows)], None)
+            if chief:
+                _check_disk(folder, [(self.store, rows)], self._options["max_cache_bytes"])
             before = sum(digest in self.store for digest in set(rows.digests))
             if chief:
                 _save_tables(self.model, self.prefix, self.store, rows, collator)
@@ -433,8 +436,10 @@ def _key(core: Any, prefix: Prefix) -> dict[str, Any]:
     told = {name: value for name, value in values.items() if name not in PASSING}
     streams = [[leaf.name, leaf.kind, list(leaf.dims), str(leaf.dtype)] for kind in ("stream", "table")
                for leaf in prefix.leaves(kind).values()]  # fmt: skip
+    settings = [_plain_attributes(part.module) for part in prefix.replaced]
     return {
         "weights": weights[:32],
+        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32],
         "config": hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32],
         "cuts": [list(cut) for cut in prefix.cuts],
         "precision": prefix.precision,
@@ -443,6 +448,21 @@ def _key(core: Any, prefix: Prefix) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _plain_attributes(module: nn.Module) -> list[dict[str, Any]]:
+    """What the modules of the prefix keep as plain values and no config tells, such as an adapter's scaling."""
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, dict):
+            return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
+        return isinstance(value, bool | int | float | str)
+
+    passing = ("training", "gradient_checkpointing")
+    return [
+        {k: v for k, v in each.__dict__.items() if not k.startswith("_") and k not in passing and is_plain(v)}
+        for each in module.modules()
+    ]
 
 
 def _folder_of(folder: Path, key: dict[str, Any]) -> Path:
@@ -467,15 +487,17 @@ def _open_or_create(prepared: Prepared, prefix: Prefix, chief: bool, reasons: li
     key = _key(prepared.model, prefix)
     place = _folder_of(prepared.folder, key)
     if chief:
+        remove_leftovers(place)
+        opened: Store | None = None
         try:
-            store = Store.open(place, key, mend=reasons)
+            opened = store = Store.open(place, key, mend=reasons)
             store.load_tables()
         except CacheDamaged as damage:
             if place.exists():
                 reasons.append(str(damage))
+            if opened is not None:
+                opened.close()
             store = Store.create(place, key, [leaf.spec() for leaf in prefix.leaves("stream").values()])
-        for leftover in place.glob(f"{SHARDS}.tmp"):  # of a build that was killed; this one holds the lock
-            leftover.unlink(missing_ok=True)
         _save_tables(prepared.model, prefix, store, prepared.rows_of(prefix), prepared.collator)
     _barrier()
     return store if chief else Store.open(place, key)
@@ -494,7 +516,15 @@ def _save_tables(
         found = capture(core, prefix, batch)
     there = store.load_tables()
     tables = {name: found[name].cpu() for name in leaves}
-    if not there or any(tables[name].numel() > there[name].numel() for name in tables):
+    for name, old in there.items():
+        if all(have >= new for have, new in zip(old.shape, tables[name].shape, strict=True)):
+            tables[name] = old
+        elif any(have > new for have, new in zip(old.shape, tables[name].shape, strict=True)):
+            raise CannotCache(
+                f"The prefix cache holds {name} for lengths {list(old.shape)} and was asked for "
+                f"{list(tables[name].shape)}, wider and narrower at once. Build it from all rows in one call."
+            )
+    if not there or any(tables[name] is not there[name] for name in tables):
         store.save_tables(tables)
 
 

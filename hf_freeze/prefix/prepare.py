@@ -27,6 +27,7 @@ __all__ = ["Prepared", "prepare", "two_sided", "wider_sample"]
 
 Collator = Callable[[list[Any]], Any]
 CHECKED_ROWS, CHECKED_TOKENS = 8, 2048  # of the proof that a row's states are its own: seconds on a CPU
+MOVING_ROPES = ("dynamic", "longrope")  # transformers' names of positions that follow the batch
 PRECISIONS = (None, "fp32", "bf16", "fp16")
 
 
@@ -87,6 +88,7 @@ def prepare(
         for two in {two_sided(wanted) for wanted in every}
     }
     rows = known[two_sided(cuts)]
+    _refuse_moving_positions(core, rows)
     sample = _sample(rows)
     prefixes = []
     for wanted in dict.fromkeys(every):
@@ -120,6 +122,24 @@ def _refuse_wrapped(core: nn.Module) -> None:
             f"PrefixCache.build was asked for a {type(core).__name__} on the meta device; it has no weights to compute "
             "with. Load them first."
         )
+
+
+def _refuse_moving_positions(core: Any, rows: Rows) -> None:
+    """Rotary frequencies that follow the longest row of a batch give a row other states among longer ones."""
+    config: Any = getattr(core, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    ropes = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    ropes = [ropes, *ropes.values()] if isinstance(ropes, dict) else []
+    kinds = [rope for rope in ropes if isinstance(rope, dict) and rope.get("rope_type") in MOVING_ROPES]
+    longest = max(max(lengths.values(), default=0) for lengths in rows.lengths)
+    for rope in kinds:
+        limit = int(rope.get("original_max_position_embeddings") or text.max_position_embeddings)
+        if longest > limit:
+            raise CannotCache(
+                f"The prefix cache was asked for rows of up to {longest} tokens; the rotary positions of this "
+                f"{type(core).__name__} ({rope['rope_type']}) change for whole batches that hold more than {limit}, so "
+                f"that a row's states depend on its neighbours. Cut rows to {limit} tokens, or train without the cache."
+            )
 
 
 def _cuts_of(core: nn.Module, anatomy: Anatomy) -> tuple[Cut, ...]:

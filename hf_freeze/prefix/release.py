@@ -105,27 +105,27 @@ class Released:
         """
         if not self.away:
             return
-        self.away = False
+        digests = self.replay.digests
         try:
             if self.file is not None:
                 with safe_open(self.file, framework="pt") as file:
-                    for name, parameter in self.parameters.items():
-                        parameter.data = file.get_tensor(name).clone()
+                    tensors = {name: file.get_tensor(name).clone() for name in self.parameters}
             else:
-                for name, parameter in self.parameters.items():
-                    parameter.data = self.kept[name].to(parameter.device)
+                tensors = self.kept
         except Exception as error:
             raise CacheDamaged(
                 f"The released prefix could not be read back from {self.file}: {error}. Load the model again."
             ) from error
-        self.kept = {}
-        digests = self.replay.digests
-        changed = [n for n, p in self.parameters.items() if n in digests and tensor_digest(p) != digests[n]]
+        changed = [n for n, tensor in tensors.items() if n in digests and tensor_digest(tensor) != digests[n]]
         if changed:
             raise CacheDamaged(
                 f"The released prefix came back changed, e.g. {changed[0]}: {self.file} was damaged meanwhile. Load "
                 "the model again."
             )
+        for name, parameter in self.parameters.items():
+            parameter.data = tensors[name].to(parameter.device)
+        self.kept = {}
+        self.away = False
 
     def close(self) -> None:
         """Brings them back and removes every trace."""

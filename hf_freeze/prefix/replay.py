@@ -9,6 +9,7 @@ of the model replays as well. The model's `forward` is never assigned. What to s
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from hf_freeze.prefix.store import StreamSpec
 __all__ = ["Leaf", "Prefix", "Replaced", "Replay", "autocast", "map_tree"]
 
 ATTRIBUTE = "_hf_freeze_replay"
+MISSES = 10  # training batches without states before a warning
 FULL_CHECK_EVERY = 64  # forwards between two looks at every module of the prefix; its known tensors are seen each time
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -205,6 +207,16 @@ class Replay:
             for parent, key in part.slots:
                 parent._modules[key] = placeholder
 
+    def miss(self) -> None:
+        """Counts a training forward without states; warns where the first ones are all such."""
+        self.unused += 1
+        if self.unused == MISSES and not self.used:
+            warnings.warn(
+                f"The first {MISSES} training batches hold rows that are not in the prefix cache, and run the whole "
+                "model. Give the trainer cache.collator, and the cache the rows and collator that it trains on.",
+                stacklevel=1,
+            )
+
     def leave(self) -> None:
         """Puts the real modules back."""
         for part, _ in self._placeholders:
@@ -217,7 +229,12 @@ class Replay:
         """What a replaced module returns at this call."""
         call = self._calls.get(part.name, 0)
         self._calls[part.name] = call + 1
-        output = part.outputs[min(call, len(part.outputs) - 1)]
+        if call >= len(part.outputs):
+            raise CannotCache(
+                f"A batch was trained from the prefix cache; it calls {part.name} {call + 1} times, those of "
+                f"the build {len(part.outputs)} times. Train without the cache."
+            )
+        output = part.outputs[call]
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
         device = first.device if first is not None else next(iter(self._states.values())).device
 
@@ -328,6 +345,7 @@ class Replay:
             module.__dict__[ATTRIBUTE] = self
             handles.append(module.register_forward_pre_hook(_take_states, with_kwargs=True))
             handles.append(module.register_forward_hook(_put_back, always_call=True))
+            handles.append(module.register_state_dict_pre_hook(_put_back))  # type: ignore[no-untyped-call]
             if callable(getattr(module, "generate", None)) and "generate" not in module.__dict__:
                 module.__dict__["generate"] = functools.partial(_generate, module)
         return handles
@@ -352,12 +370,16 @@ def _take_states(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Before a forward: takes the states out of the call and puts the placeholders in."""
     replay: Replay = module.__dict__[ATTRIBUTE]
+    if replay.active and (module is replay.outermost or module is replay._owner):
+        replay.leave()  # an interrupt from the keyboard has ended the last forward without its hooks
     if PREFIX_KEY not in kwargs:
         if not replay.active and module.training and module is replay.outermost:
-            replay.unused += 1
+            replay.miss()
         return None
     kwargs = dict(kwargs)
     states = kwargs.pop(PREFIX_KEY)
+    if module.__dict__.get("_is_replica"):  # DataParallel's threads would take each other's places
+        return args, kwargs
     config = getattr(module, "config", None)
     every_state = any(
         kwargs.get(name) or getattr(config, name, False) for name in ("output_hidden_states", "output_attentions")
@@ -373,9 +395,9 @@ def _take_states(
 
 
 def _put_back(module: nn.Module, *_: Any) -> None:
-    """After a forward, and after one that failed."""
-    replay: Replay = module.__dict__[ATTRIBUTE]
-    if replay._owner is module:
+    """After a forward and after one that failed; before a state dict, where an interrupt left placeholders."""
+    replay: Replay | None = module.__dict__.get(ATTRIBUTE)
+    if replay is not None and replay._owner is module:
         replay.leave()
 
 

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from hf_freeze.errors import CacheDamaged, FreezeError
 
-__all__ = ["Store", "StreamSpec", "clear_caches", "evict_caches"]
+__all__ = ["Store", "StreamSpec", "clear_caches", "evict_caches", "remove_leftovers"]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -86,19 +86,16 @@ class Store:
 
     @classmethod
     def create(cls, folder: Path, key: dict[str, Any], specs: Sequence[StreamSpec]) -> Store:
-        """An empty store; a folder of that name is emptied first."""
+        """A store with a new manifest. Whole shards that lie in its folder stay: others may be training from them."""
         try:
-            if folder.exists():
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / TABLES).unlink(missing_ok=True)
             manifest = {"format": FORMAT, "key": key, "streams": [asdict(spec) for spec in specs]}
             manifest["checksum"] = _manifest_checksum(manifest)
             _write_whole(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
         except OSError as error:
             raise _disk_error(error, folder) from error
-        store = cls(folder, key, specs)
-        store._hold()
-        return store
+        return cls.open(folder, key, mend=[])
 
     @classmethod
     def open(cls, folder: Path, key: dict[str, Any] | None = None, *, mend: list[str] | None = None) -> Store:
@@ -172,6 +169,12 @@ class Store:
             raise CacheDamaged(f"{path} is damaged or cut short ({error}). Build the cache again.") from error
         if metadata.get("checksum") != _checksum(tensors):
             raise CacheDamaged(f"{path} does not hold the bytes that were written. Build the cache again.")
+        if metadata.get("key") != _digest_of(self.key):
+            raise CacheDamaged(f"{path} was built for something else. Build the cache again.")
+        for spec in self.specs:
+            found = tensors.get(spec.name)
+            if found is None or str(found.dtype) != f"torch.{spec.dtype}" or tuple(found.shape[1:]) != spec.shape:
+                raise CacheDamaged(f"{path} holds other streams than the manifest names. Build the cache again.")
         lengths = tensors[_LENGTHS].numpy().copy()
         self._register(path.name, tensors[_DIGESTS].numpy(), lengths)
 
@@ -252,7 +255,7 @@ class Store:
         name = SHARDS.replace("*", uuid.uuid4().hex)
         temporary = self.folder / f"{name}.tmp"
         try:
-            save_file(tensors, temporary, metadata={"checksum": _checksum(tensors)})
+            save_file(tensors, temporary, metadata={"checksum": _checksum(tensors), "key": _digest_of(self.key)})
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, self.folder / name)
@@ -312,8 +315,12 @@ def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    content = json.dumps([manifest["key"], manifest["streams"]], sort_keys=True)
-    return xxhash.xxh3_128_hexdigest(content.encode())
+    return _digest_of([manifest["key"], manifest["streams"]])
+
+
+def _digest_of(value: Any) -> str:
+    """Digest of JSON-ready values."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 def _write_whole(path: Path, content: bytes) -> None:
@@ -366,12 +373,33 @@ def _folder_bytes(folder: Path) -> int:
 
 
 def clear_caches(cache_dir: str | os.PathLike[str]) -> int:
-    """Removes every prefix cache in a folder, and nothing else; returns the bytes freed."""
+    """Removes every prefix cache in a folder that nobody trains from, and nothing else; returns the bytes freed."""
     freed = 0
     for folder in _caches(Path(cache_dir)):
-        freed += _folder_bytes(folder)
-        shutil.rmtree(folder)
+        size = _folder_bytes(folder)
+        freed += size if _remove(folder) else 0
     return freed
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed runs have left in a store, where nobody trains from it."""
+    if (folder / MANIFEST).exists() and (descriptor := _lease(folder, shared=False)) is not None:
+        for leftover in (*folder.glob("*.tmp"), *folder.glob("*.weights")):
+            leftover.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> bool:
+    """Removes a store, or a file in its place, unless somebody trains from it."""
+    if not (folder / MANIFEST).exists():
+        shutil.rmtree(folder)
+        return True
+    descriptor = _lease(folder, shared=False)
+    if descriptor is None:
+        return sys.platform == "win32" and not shutil.rmtree(folder)
+    shutil.rmtree(folder)
+    os.close(descriptor)
+    return True
 
 
 def evict_caches(cache_dir: Path, limit_bytes: int, keep: Iterable[Path], needed_bytes: int = 0) -> list[Path]:
@@ -383,9 +411,7 @@ def evict_caches(cache_dir: Path, limit_bytes: int, keep: Iterable[Path], needed
     for folder, size in sizes.items():
         if total <= limit_bytes:
             break
-        if folder.resolve() not in kept and (descriptor := _lease(folder, shared=False)) is not None:
-            shutil.rmtree(folder)
-            os.close(descriptor)
+        if folder.resolve() not in kept and _remove(folder):
             gone.append(folder)
             total -= size
     return gone

@@ -132,6 +132,9 @@ class SummaryTrainingArguments(Seq2SeqTrainingArguments):
         default="auto",
         metadata={"help": "auto (bf16 where the device runs it faster, else fp32), fp32 or bf16."},
     )
+    supervised_logits: bool = field(
+        default=True, metadata={"help": "Run the head only where there is a label; false is for comparisons."}
+    )
     cpu_threads: int | None = field(
         default=None,
         metadata={
@@ -241,7 +244,9 @@ class SummaryTrainer(Seq2SeqTrainer):
             ),
         )
         super().__init__(model=model, **arguments)
-        self.supervised_logits, self.supervised_logits_reason = can_keep_supervised_logits(model)
+        self.supervised_logits, self.supervised_logits_reason = False, "--supervised_logits false"
+        if getattr(args, "supervised_logits", True):
+            self.supervised_logits, self.supervised_logits_reason = can_keep_supervised_logits(model)
         if self.supervised_logits and (names := reduce_top_block(unwrap(model))):
             self.supervised_logits_reason += f"; of the top block too: {', '.join(names)}"
         # Keys and values of past tokens are kept for generation only; models keep them in training too unless told.
