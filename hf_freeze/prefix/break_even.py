@@ -27,7 +27,7 @@ from hf_freeze.trial import on_trial
 
 __all__ = ["BreakEven", "predict_saving"]
 
-BATCHES = 3  # each is timed both ways in turn; their medians are taken
+BATCHES = 2  # each is timed both ways in turn; their medians are taken
 DISK_BYTES = 32 << 20
 
 

@@ -1,8 +1,7 @@
 """Computes the prefix's states of a dataset in one pass: sorted by length, batched under a token budget.
 
-Runs the user's own collator and the model up to its last needed output, nothing above. Also proves on a few rows that
-a row's states are its own: the same alone and among others, and that training from them gives the plain loss. Where to
-keep the states is the store's business.
+Runs the user's own collator and the model up to its last needed output, nothing above. Whether the states are right is
+`proof`'s business, where to keep them the store's.
 """
 
 from __future__ import annotations
@@ -17,22 +16,16 @@ import torch
 from torch import nn
 
 from hf_freeze.errors import CannotCache
-from hf_freeze.prefix.crossing import same_results
-from hf_freeze.prefix.replay import Leaf, Prefix, Replay, autocast, map_tree
-from hf_freeze.prefix.rows import PREFIX_KEY, SOURCE, TARGET, BatchRows, read_rows
+from hf_freeze.prefix.replay import Leaf, Prefix, autocast, map_tree
+from hf_freeze.prefix.rows import SOURCE, TARGET, BatchRows, read_rows
 from hf_freeze.prefix.store import Store
 from hf_freeze.trial import on_trial
 
-__all__ = ["Rows", "build_rows", "capture", "check_rows", "pad_states", "read_dataset"]
+__all__ = ["Collator", "Rows", "build_rows", "capture", "collate", "move", "pad_states", "read_dataset", "split_rows"]
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 SAMPLE = 16  # rows that are collated twice; fewer can miss a random mask
 TOKENS_CPU, TOKENS_ACCELERATOR = 2048, 32768  # of one batch: the CPU's caches gain nothing by more
-INDEPENDENT = 2e-3  # how far a row's states may move with its neighbours: rounding does 1e-6, a shifted position 1e-1
-INDEPENDENT_LOW = 0.05  # the same where the weights themselves are in 16 bits
-SAME_LOSS, SAME_LOSS_LOW = 1e-4, 2e-2
-SAME_GRADIENT, SAME_GRADIENT_LOW = 1e-3, 1e-1  # of the largest tensor's
-BLIND_TO_PADDING = 1e-6  # the same arithmetic on the same real tokens: nothing but padding can move it
 
 
 @dataclass(frozen=True)
@@ -89,7 +82,7 @@ def read_dataset(dataset: Any, collator: Collator, model: nn.Module, *, with_tar
     digests: list[bytes] = []
     lengths: list[dict[str, int]] = []
     for row in _bar(range(len(dataset)), "reading rows", "row", progress):
-        rows = read_rows(_collate(collator, [features[row]]), with_target=with_target)
+        rows = read_rows(collate(collator, [features[row]]), with_target=with_target)
         digests.append(rows.digests[0])
         lengths.append({side: stop - start for side, ((start, stop),) in rows.spans.items()})
     found = Rows(features, tuple(digests), tuple(lengths))
@@ -97,7 +90,12 @@ def read_dataset(dataset: Any, collator: Collator, model: nn.Module, *, with_tar
     return found
 
 
-def _collate(collator: Collator, features: list[Any]) -> Mapping[str, Any]:
+def collate(collator: Collator, features: list[Any]) -> Mapping[str, Any]:
+    """A batch of the user's collator, as a mapping.
+
+    Raises:
+        CannotCache: It returns something else.
+    """
     batch = collator(features)
     if not isinstance(batch, Mapping) and not hasattr(batch, "keys"):
         raise CannotCache(
@@ -112,14 +110,14 @@ def _check_collator(rows: Rows, collator: Collator, with_target: bool) -> None:
     step = max(1, len(rows) // SAMPLE)
     sample = list(range(0, len(rows), step))[:SAMPLE]
     for row in sample:
-        again = read_rows(_collate(collator, [rows.features[row]]), with_target=with_target)
+        again = read_rows(collate(collator, [rows.features[row]]), with_target=with_target)
         if again.digests[0] != rows.digests[row]:
             raise CannotCache(
                 f"The prefix cache was asked for a collator or dataset that gave two different answers for row {row} "
                 "(random masking, augmentation or truncation); its states would change at every epoch. Fix the "
                 "randomness before the cache, or train without it."
             )
-    together = read_rows(_collate(collator, [rows.features[row] for row in sample]), with_target=with_target)
+    together = read_rows(collate(collator, [rows.features[row] for row in sample]), with_target=with_target)
     for place, row in enumerate(sample):
         if together.digests[place] != rows.digests[row]:
             raise CannotCache(
@@ -219,120 +217,6 @@ def pad_states(
     return batch
 
 
-# ------------------------------------------------------------------------------------------------------------- checks
-
-
-def check_rows(model: nn.Module, prefix: Prefix, rows: Rows, sample: list[int], collator: Collator) -> None:
-    """Proves on a few rows of different length that their states are their own, and that they give the plain loss.
-
-    In fp32 where the weights are, whatever the training's precision: rounding would hide a shifted position.
-
-    Raises:
-        CannotCache: A row's states change with its neighbours or its padding, or the loss from them is another one.
-    """
-    device = next(model.parameters()).device
-    leaves = prefix.leaves("stream")
-    sides = {name: leaf.side for name, leaf in leaves.items()}
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    low = dtypes != {torch.float32}
-    batch = _collate(collator, [rows.features[row] for row in sample])
-    together = read_rows(batch, with_target=TARGET in prefix.sides)
-    moved = move(batch, device)
-    exact = prefix if len(dtypes) > 1 else replace(prefix, precision=None)  # mixed weights may need the autocast
-    alone: list[dict[str, torch.Tensor]] = []
-    with autocast(exact.precision, device), on_trial(model, training=True):
-        in_training = capture(model, exact, moved)
-    with autocast(exact.precision, device), on_trial(model, training=False):
-        taken = capture(model, exact, moved)
-        if moving := [name for name in taken if not _close(in_training[name], taken[name], BLIND_TO_PADDING)]:
-            raise CannotCache(
-                f"The frozen prefix gives other states in training than in evaluation ({moving[0].split(':')[0]}): a "
-                "dropout that stands outside of its modules is on, so its states change at every step. Set that "
-                "dropout in model.config to 0, or train without the cache."
-            )
-        for place, among in enumerate(split_rows(taken, leaves, together)):
-            single = _collate(collator, [rows.features[sample[place]]])
-            states = capture(model, exact, move(single, device))
-            mine = next(split_rows(states, leaves, read_rows(single, with_target=TARGET in prefix.sides)))
-            alone.append(mine)
-            for name, tensor in mine.items():
-                if tensor.shape != among[name].shape:
-                    raise CannotCache("The frozen prefix gives a row another number of states alone than among others.")
-                if not _close(among[name], tensor, INDEPENDENT_LOW if low else INDEPENDENT):
-                    raise CannotCache(
-                        f"The frozen prefix gives row {sample[place]} other states among longer rows than alone "
-                        f"({name.split(':')[0]}). A model with absolute positions needs padding on the right, or "
-                        "position_ids; experts with a capacity and batch norms look at the whole batch and cannot be "
-                        "cached."
-                    )
-    tables = {name: taken[name] for name in prefix.leaves("table")}
-    zeros, noise = pad_states(alone, sides, together), pad_states(alone, sides, together, noise=True)
-    if zeros is None or noise is None:
-        raise CannotCache("The frozen prefix gives rows states of unlike shapes; they cannot be one batch.")
-    replay = Replay(exact, tables, {})
-    with autocast(exact.precision, device), torch.no_grad():
-        with on_trial(model, training=True):
-            plain = model(**moved)
-        handles = replay.attach([model])
-        try:
-            with on_trial(model, training=True):
-                replayed = model(**moved, **{PREFIX_KEY: zeros})
-            with on_trial(model, training=True):
-                disturbed = model(**moved, **{PREFIX_KEY: noise})
-        finally:
-            replay.detach([model], handles)
-        gradients = [
-            _gradients(model, moved, None), _gradients(model, moved | {PREFIX_KEY: zeros}, replay)
-        ]  # fmt: skip
-    if differs := same_results(replayed, disturbed, BLIND_TO_PADDING, together):
-        raise CannotCache(
-            f"What stands above the cut looks at padding: {differs} when the padding's states change. Experts with a "
-            "capacity and balancing losses over all tokens do so; rows stored without padding cannot replay them."
-        )
-    if differs := same_results(plain, replayed, SAME_LOSS_LOW if low else SAME_LOSS, together):
-        raise CannotCache(
-            f"Training from the stored states gives another result than the plain forward: {differs}. What stands "
-            "above the cut looks at more of the prefix than its states."
-        )
-    worst = max((float((a - b).norm()) for a, b in zip(*gradients, strict=True)), default=0.0)
-    if not worst <= (SAME_GRADIENT_LOW if low else SAME_GRADIENT) * max(
-        (float(a.norm()) for a in gradients[0]), default=0.0
-    ):
-        raise CannotCache(
-            "Training from the stored states gives other gradients than the plain forward. What stands above the cut "
-            "looks at more of the prefix than its states. Train without the cache."
-        )
-
-
-def _gradients(model: nn.Module, batch: Mapping[str, Any], replay: Replay | None) -> list[torch.Tensor]:
-    """Gradients of what trains, in fp32; [] where a batch gives no loss. Those on the parameters stay as they are."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = replay.attach([model]) if replay is not None else []
-    try:
-        with torch.enable_grad(), on_trial(model, training=True):
-            loss = getattr(model(**batch), "loss", None)
-            if loss is None or not loss.requires_grad:
-                return []
-            found = torch.autograd.grad(loss, trained, allow_unused=True)
-    finally:
-        if replay is not None:
-            replay.detach([model], handles)
-    return [torch.zeros(()) if gradient is None else gradient.float() for gradient in found]
-
-
-def _close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
-    """Whether two tensors differ by at most that part of their size, and half of their tokens do: a few tokens are
-    larger than all others by far and would hide the rest.
-    """
-    one, other = one.double(), other.double()
-    gap, size = (one - other).norm(), other.norm().clamp(min=1e-30)
-    if one.dim() > 1:
-        gaps, sizes = (one - other).flatten(1).norm(dim=1), other.flatten(1).norm(dim=1).clamp(min=1e-30)
-        if not (gaps / sizes).median() <= tolerance:
-            return False
-    return bool(gap <= tolerance * size)
-
-
 # --------------------------------------------------------------------------------------------------------------- pass
 
 
@@ -366,7 +250,7 @@ def build_rows(
     stored = 0
     with on_trial(model, training=False), autocast(merged.precision, device):
         for batch_rows in batches:
-            batch = _collate(collator, [rows.features[row] for row in batch_rows])
+            batch = collate(collator, [rows.features[row] for row in batch_rows])
             found = read_rows(batch, with_target=with_target)
             for place, row in enumerate(batch_rows):
                 if found.digests[place] != rows.digests[row]:

@@ -26,8 +26,9 @@ from hf_freeze.anatomy import BlocksGiven
 from hf_freeze.errors import CacheDamaged, CannotCache, FreezeError
 from hf_freeze.plan import Cut, FreezePlan
 from hf_freeze.prefix.break_even import BreakEven, predict_saving
-from hf_freeze.prefix.build import Rows, build_rows, capture, check_rows, move, pad_states, read_dataset
-from hf_freeze.prefix.prepare import Prepared, prepare, two_sided, wider_sample
+from hf_freeze.prefix.build import Rows, build_rows, capture, move, pad_states, read_dataset
+from hf_freeze.prefix.prepare import Prepared, prepare, refuse_moving_positions, two_sided, wider_sample
+from hf_freeze.prefix.proof import check_states
 from hf_freeze.prefix.release import Released
 from hf_freeze.prefix.replay import Prefix, Replay, autocast
 from hf_freeze.prefix.rows import PREFIX_KEY, TARGET, read_rows
@@ -363,11 +364,8 @@ class PrefixCache:
         chief, share = _process()
         progress = self._options["progress"] and chief
         rows = read_dataset(dataset, collator, self.model, with_target=two_sided(self.prefix.cuts), progress=progress)
-        self._replay.detach(self._entries, self._handles)  # the check replays by itself
-        try:
-            check_rows(self.model, self.prefix, rows, wider_sample(rows), collator)
-        finally:
-            self._handles = self._replay.attach(self._entries)
+        refuse_moving_positions(self.model, rows)
+        check_states(self.model, self.prefix, rows, wider_sample(rows), collator)
         folder = self._options["folder"]
         with _one_builder(folder, chief, progress):
             self.store.refresh()

@@ -7,7 +7,7 @@ cache that can be told before the first byte is here or in what this module call
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ from hf_freeze.embedded import cache_folder
 from hf_freeze.errors import CannotCache, FreezeError
 from hf_freeze.freezing import freeze_record
 from hf_freeze.plan import Cut, FreezePlan, find_cuts
-from hf_freeze.prefix.build import Rows, check_rows, move, read_dataset
+from hf_freeze.prefix.build import Collator, Rows, move, read_dataset
 from hf_freeze.prefix.crossing import find_prefix
+from hf_freeze.prefix.proof import check_states, check_training
 from hf_freeze.prefix.replay import ATTRIBUTE, Prefix
 
-__all__ = ["Prepared", "prepare", "two_sided", "wider_sample"]
+__all__ = ["Prepared", "prepare", "refuse_moving_positions", "two_sided", "wider_sample"]
 
-Collator = Callable[[list[Any]], Any]
-CHECKED_ROWS, CHECKED_TOKENS = 8, 2048  # of the proof that a row's states are its own: seconds on a CPU
+CHECKED_ROWS, CHECKED_TOKENS = 8, 1024  # of the proof that a row's states are its own: seconds on a CPU
 MOVING_ROPES = ("dynamic", "longrope")  # transformers' names of positions that follow the batch
 PRECISIONS = (None, "fp32", "bf16", "fp16")
 
@@ -88,13 +88,14 @@ def prepare(
         for two in {two_sided(wanted) for wanted in every}
     }
     rows = known[two_sided(cuts)]
-    _refuse_moving_positions(core, rows)
+    refuse_moving_positions(core, rows)
     sample = _sample(rows)
     prefixes = []
     for wanted in dict.fromkeys(every):
         batch = move(collator([rows.features[row] for row in sample]), next(core.parameters()).device)
         prefix = find_prefix(core, anatomy, wanted, batch, None if precision == "fp32" else precision)
-        check_rows(core, prefix, rows, wider_sample(rows), collator)
+        check_states(core, prefix, rows, wider_sample(rows), collator)
+        check_training(core, prefix, rows, sample, collator)
         prefixes.append(prefix)
     folder = Path(cache_dir) if cache_dir is not None else cache_folder() / "prefix"
     return Prepared(core, anatomy, collator, tuple(prefixes), known, sample, folder)
@@ -124,7 +125,7 @@ def _refuse_wrapped(core: nn.Module) -> None:
         )
 
 
-def _refuse_moving_positions(core: Any, rows: Rows) -> None:
+def refuse_moving_positions(core: Any, rows: Rows) -> None:
     """Rotary frequencies that follow the longest row of a batch give a row other states among longer ones."""
     config: Any = getattr(core, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
