@@ -27,6 +27,7 @@ __all__ = [
     "SupervisedLogits",
     "all_logits",
     "can_keep_supervised_logits",
+    "rounded_positions",
     "supervised_logits_only",
     "supervised_positions",
 ]
@@ -59,6 +60,23 @@ def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
     mask = torch.zeros_like(labels, dtype=torch.bool)
     mask[:, :-1] = labels[:, 1:] != -100
     return mask
+
+
+def rounded_positions(labels: torch.Tensor, multiple: int = 32) -> torch.Tensor:
+    """`supervised_positions` and a few more places, so that their number is a multiple.
+
+    A CPU keeps kernels and scratch memory for every shape that it has seen; places without a label cost little and
+    change no loss, where the loss looks at labels.
+
+    >>> mask = rounded_positions(torch.tensor([[-100, -100, 7, 8, -100]]), multiple=4)
+    >>> mask.tolist()
+    [[True, True, True, True, False]]
+    """
+    mask = supervised_positions(labels)
+    flat = mask.flatten()
+    spare = (~flat).nonzero().squeeze(1)[: int(-flat.sum() % multiple)]
+    flat[spare] = True
+    return flat.view_as(mask)
 
 
 def supervised_logits_only(model: nn.Module) -> SupervisedLogits:

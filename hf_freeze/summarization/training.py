@@ -25,7 +25,8 @@ from hf_freeze.anatomy import unwrap
 from hf_freeze.errors import FreezeError, TrainingDiverged
 from hf_freeze.precision import Precision, choose_precision
 from hf_freeze.report import Table
-from hf_freeze.supervision import can_keep_supervised_logits, supervised_positions
+from hf_freeze.summarization.collation import IGNORED_LABEL
+from hf_freeze.supervision import can_keep_supervised_logits, rounded_positions
 from hf_freeze.top_block import reduce_top_block
 
 __all__ = ["LengthSampler", "SummaryTrainer", "SummaryTrainingArguments", "TokenLoss", "loss_table"]
@@ -58,16 +59,17 @@ class TokenLoss:
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         logits = outputs.logits
-        if self.shifts:
-            labels = labels[:, 1:]
-        labelled = labels != -100
-        if logits.dim() == 3:  # else the model was asked for the supervised positions only
-            logits = (logits[:, :-1] if self.shifts else logits)[labelled]
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL) if self.shifts else labels
+        kept = targets != IGNORED_LABEL
+        count = kept.sum()
+        if logits.dim() == 2:  # the model was asked for these places only
+            kept = rounded_positions(labels)
+        else:
+            logits = logits[kept]
         chosen = logits.float()  # after the choice: a cast of all would double the largest tensor of a step
         total = nn.functional.cross_entropy(
-            chosen, labels[labelled], reduction="sum", label_smoothing=self.label_smoothing
+            chosen, targets[kept], reduction="sum", label_smoothing=self.label_smoothing, ignore_index=IGNORED_LABEL
         )
-        count = labelled.sum()
         items = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss = total / items
         aux = getattr(outputs, "aux_loss", None)
@@ -258,7 +260,7 @@ class SummaryTrainer(Seq2SeqTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
         inputs = {**inputs, **self.extra_inputs}
         if self.supervised_logits and "labels" in inputs:
-            inputs = {**inputs, "logits_to_keep": supervised_positions(inputs["labels"])}
+            inputs = {**inputs, "logits_to_keep": rounded_positions(inputs["labels"])}
         return super().compute_loss(model, inputs, *rest, **named)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
