@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -148,11 +149,15 @@ def test_a_frozen_model_trains_alike(model_type: str) -> None:
 def test_under_autocast_as_accelerate_wraps_it_logits_are_none_and_the_loss_is_the_same() -> None:
     model = build("llama").train()
     assert supervised_logits_only(model).active
-    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
-    output = prepared(**ragged())
-    assert output.logits is None
-    all_logits(prepared)
-    torch.testing.assert_close(output.loss, prepared(**ragged()).loss, rtol=1e-3, atol=0)
+    AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer of another test may have left one in fp32
+    try:
+        prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+        output = prepared(**ragged())
+        assert output.logits is None
+        all_logits(prepared)
+        torch.testing.assert_close(output.loss, prepared(**ragged()).loss, rtol=1e-3, atol=0)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_the_router_loss_of_experts_is_kept() -> None:
