@@ -118,9 +118,9 @@ class PreparedCache:
             step: Runs forward and backward of one batch; None is `model(**batch).loss.backward()`.
         """
         prefix = self.prepared.prefixes[0]
-        place = _folder_of(self.prepared.folder, _key(self.prepared.model, prefix))
+        key = _key(self.prepared.model, prefix)  # a digest of the whole prefix
         try:
-            stored = Store.open(place, _key(self.prepared.model, prefix))
+            stored = Store.open(_folder_of(self.prepared.folder, key), key)
         except CacheDamaged:
             stored = None
         return predict_saving(

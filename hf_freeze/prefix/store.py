@@ -390,15 +390,13 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> bool:
-    """Removes a store, or a file in its place, unless somebody trains from it."""
-    if not (folder / MANIFEST).exists():
-        shutil.rmtree(folder)
-        return True
+    """Removes a store, unless somebody trains from it."""
     descriptor = _lease(folder, shared=False)
-    if descriptor is None:
-        return sys.platform == "win32" and not shutil.rmtree(folder)
+    if descriptor is None and sys.platform != "win32":
+        return False
     shutil.rmtree(folder)
-    os.close(descriptor)
+    if descriptor is not None:
+        os.close(descriptor)
     return True
 
 
