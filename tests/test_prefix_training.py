@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer
 
 from hf_freeze import FreezePlan, PrefixCache, freeze, supervised_logits_only, thaw, verify_frozen
-from hf_freeze.errors import CannotCache
+from hf_freeze.errors import CacheDamaged, CannotCache
 from hf_freeze.prefix.rows import PREFIX_KEY
 from tests.prefix_cases import (
     TWO_STACKS,
@@ -312,6 +312,23 @@ def test_no_key_value_cache_is_filled_from_a_cached_batch(tmp_path: Path) -> Non
     cache = built(model, rows, collator_for("llama", model), tmp_path)
     assert model(**cache.collator(rows[:2])).past_key_values is None
     assert model(**collator_for("llama", model)(rows[:2])).past_key_values is not None
+
+
+def test_open_takes_a_cache_that_is_there_and_says_what_is_not(tmp_path: Path) -> None:
+    rows = review_rows("llama")
+    model = frozen_model("llama").eval()
+    given: dict[str, Any] = {"cache_dir": tmp_path / "cache", "progress": False}
+    with pytest.raises(CacheDamaged, match=r"No prefix cache in .* was built for this model as it is\. Use"):
+        PrefixCache.open(model, rows, collator_for("llama", model), **given)
+    built(model, rows, collator_for("llama", model), tmp_path).close()
+    with pytest.raises(CacheDamaged, match="The nearest one there differs in: precision"):
+        PrefixCache.open(model, rows, collator_for("llama", model), precision="bf16", **given)
+    with pytest.raises(CacheDamaged, match=r"lacks 2 of 26 rows, e\.g\. row 24"):
+        PrefixCache.open(model, rows + review_rows("llama", 2, seed=4), collator_for("llama", model), **given)
+    cache = PrefixCache.open(model, rows, collator_for("llama", model), **given)
+    assert (cache.report.computed_rows, len(cache.store)) == (0, len(rows))
+    plain = collator_for("llama", model)(rows[:3])
+    torch.testing.assert_close(model(**cache.collator(rows[:3])).loss, model(**plain).loss, rtol=1e-5, atol=0)
 
 
 def test_training_that_finds_no_row_in_the_cache_warns(tmp_path: Path) -> None:
