@@ -282,6 +282,7 @@ def main() -> None:
         f"Summarise a new file with it:\n"
         f"  python recipes/summarize_file.py {args.output_dir} reviews.csv -o summaries.jsonl"
     )
+    trainer.accelerator.end_training()
 
 
 def parse_arguments() -> tuple[ModelArguments, DataArguments, RunArguments]:
