@@ -11,7 +11,12 @@ from hf_freeze.freezing import FreezeReport, freeze, thaw, verify_frozen
 from hf_freeze.plan import FreezePlan
 
 if TYPE_CHECKING:
+    from hf_freeze.adapters import adapt_upper
+    from hf_freeze.checkpoints import DeltaCheckpoints, guard_checkpoints, resume_from
+    from hf_freeze.delta import load_delta, merge_delta, save_delta
+    from hf_freeze.monitor import FreezeMonitor
     from hf_freeze.prefix import PrefixCache
+    from hf_freeze.stages import Stage, gradual, load_stages, save_stages, train_in_stages
     from hf_freeze.summarization.generation import generate_summaries
     from hf_freeze.summarization.rouge import compute_rouge
     from hf_freeze.supervision import SupervisedLogits, all_logits, supervised_logits_only
@@ -22,21 +27,34 @@ __all__ = [
     "Anatomy",
     "CacheDamaged",
     "CannotCache",
+    "DeltaCheckpoints",
     "Forecast",
     "FreezeError",
+    "FreezeMonitor",
     "FreezePlan",
     "FreezeReport",
     "FrozenWeightsChanged",
     "PrefixCache",
+    "Stage",
     "SupervisedLogits",
+    "adapt_upper",
     "all_logits",
     "compute_rouge",
     "forecast",
     "freeze",
     "generate_summaries",
+    "gradual",
+    "guard_checkpoints",
+    "load_delta",
+    "load_stages",
+    "merge_delta",
     "read_anatomy",
+    "resume_from",
+    "save_delta",
+    "save_stages",
     "supervised_logits_only",
     "thaw",
+    "train_in_stages",
     "verify_frozen",
 ]
 
@@ -45,6 +63,19 @@ _LATER = {  # heavier rooms, imported when they are asked for
     "SupervisedLogits": "hf_freeze.supervision",
     "all_logits": "hf_freeze.supervision",
     "supervised_logits_only": "hf_freeze.supervision",
+    "adapt_upper": "hf_freeze.adapters",
+    "DeltaCheckpoints": "hf_freeze.checkpoints",
+    "guard_checkpoints": "hf_freeze.checkpoints",
+    "resume_from": "hf_freeze.checkpoints",
+    "load_delta": "hf_freeze.delta",
+    "merge_delta": "hf_freeze.delta",
+    "save_delta": "hf_freeze.delta",
+    "FreezeMonitor": "hf_freeze.monitor",
+    "Stage": "hf_freeze.stages",
+    "gradual": "hf_freeze.stages",
+    "load_stages": "hf_freeze.stages",
+    "save_stages": "hf_freeze.stages",
+    "train_in_stages": "hf_freeze.stages",
     "generate_summaries": "hf_freeze.summarization.generation",
     "compute_rouge": "hf_freeze.summarization.rouge",
 }

@@ -13,11 +13,14 @@ __all__ = [
     "AnatomyError",
     "CacheDamaged",
     "CannotCache",
+    "DeltaMismatch",
     "FreezeError",
     "FrozenWeightsChanged",
     "ModelError",
     "PlanError",
+    "ResumeError",
     "ReviewsError",
+    "StageError",
     "TokenizerMismatch",
     "TrainingDiverged",
     "nearest",
@@ -44,6 +47,10 @@ class CacheDamaged(FreezeError):
     """A prefix cache on disk is missing, damaged, or was built for something else."""
 
 
+class DeltaMismatch(FreezeError):
+    """A delta is missing or damaged, or belongs to another model than the one it was to be loaded into."""
+
+
 class FrozenWeightsChanged(FreezeError):
     """A tensor that should be frozen does not hold the bits it held when it was frozen."""
 
@@ -52,8 +59,16 @@ class ModelError(FreezeError):
     """A model, checkpoint or output folder is not what was asked for."""
 
 
+class ResumeError(FreezeError):
+    """A run cannot go on from a checkpoint: it is not whole, or belongs to another plan, model or data."""
+
+
 class ReviewsError(FreezeError):
     """Reviews cannot be read as asked: a missing file or column, a broken row, too few rows."""
+
+
+class StageError(FreezeError):
+    """Stages cannot be trained as asked: they shrink, never end, or the trainer does not fit them."""
 
 
 class TrainingDiverged(FreezeError):

@@ -28,13 +28,19 @@ __all__ = [
     "FrozenProof",
     "freeze",
     "freeze_record",
+    "kind_of_digest",
+    "named_tensors",
+    "tensor_by_name",
     "tensor_digest",
+    "tensor_kind",
     "thaw",
+    "untie",
     "verify_frozen",
 ]
 
 _RECORD = "_hf_freeze_record"
 RELEASED = "_hf_freeze_released"  # on modules whose weights are away for a while: an object with restore()
+UNTIED = "_hf_freeze_untied"  # on a head's module: its parameters that `untie` has given tensors of their own
 
 
 @dataclass
@@ -99,7 +105,7 @@ class FreezeReport:
         self.table = freeze_table(anatomy, set(self.frozen_names), self.lowest_trainable, self._lines())
         # Tensors are matched by identity first: PEFT renames them when it wraps the model. Weak, or a report would
         # keep the model in memory.
-        self.tensors = weakref.WeakValueDictionary(_named_tensors(anatomy.model))
+        self.tensors = weakref.WeakValueDictionary(named_tensors(anatomy.model))
 
     @property
     def lowest_trainable(self) -> tuple[str, int]:
@@ -223,7 +229,7 @@ def freeze(
     record = found[1] if found else FreezeRecord(plan)
     record.plan = plan
     if resolved.untied:
-        _untie(core, resolved.untied)
+        untie(core, resolved.untied)
         anatomy = read_anatomy(model, blocks=blocks)
     ours = set(record.turned_off)
     frozen_before = tuple(
@@ -331,22 +337,22 @@ def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> Froze
             f"verify_frozen was asked for a {type(core).__name__} that was on the meta device when freeze() ran; it "
             "held no bits to compare. Call freeze() again once its weights are loaded."
         )
-    now = dict(_named_tensors(core))
+    now = dict(named_tensors(core))
     identities = {id(tensor) for tensor in now.values()}
     changed: list[str] = []
     tensor_bytes = 0
     for name, digest in digests.items():
         tensor = tensors.get(name)
         if tensor is None or id(tensor) not in identities:
-            tensor = _by_name(now, name)
+            tensor = tensor_by_name(now, name)
         if tensor is None:
             changed.append(f"{name} (gone: replaced or renamed)")
         elif tensor.device.type == "meta":
             changed.append(f"{name} (on the meta device: it holds no bits)")
         elif tensor.requires_grad:
             changed.append(f"{name} (trainable again)")
-        elif _kind(tensor) != _kind_of(digest):
-            changed.append(f"{name} ({_kind_of(digest)}, now {_kind(tensor)})")
+        elif tensor_kind(tensor) != kind_of_digest(digest):
+            changed.append(f"{name} ({kind_of_digest(digest)}, now {tensor_kind(tensor)})")
         elif tensor_digest(tensor) != digest:
             changed.append(name)
         else:
@@ -476,7 +482,7 @@ def _silence_dropouts(anatomy: Anatomy) -> dict[tuple[str, str], float]:
 # ------------------------------------------------------------------------------------------------------------- untie
 
 
-def _untie(model: nn.Module, names: tuple[str, ...]) -> None:
+def untie(model: nn.Module, names: tuple[str, ...]) -> None:
     """Gives the head tensors of their own, and takes them off transformers' lists of what to tie again.
 
     The config is told so too where its flag is about the head alone. BART's and T5's flag also ties the encoder's and
@@ -488,6 +494,7 @@ def _untie(model: nn.Module, names: tuple[str, ...]) -> None:
         owner = model.get_submodule(owner_name)
         parameter: nn.Parameter = getattr(owner, leaf)
         setattr(owner, leaf, nn.Parameter(parameter.detach().clone(), requires_grad=True))
+        owner.__dict__.setdefault(UNTIED, set()).add(leaf)
     others_tied = False
     for prefix, module in model.named_modules():
         for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
@@ -524,7 +531,7 @@ def freeze_record(model: nn.Module) -> tuple[nn.Module, FreezeRecord] | None:
     return found[0] if found else None
 
 
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and persistent buffers, each under its first name."""
     yield from model.named_parameters()
     for prefix, module in model.named_modules():
@@ -533,7 +540,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield (f"{prefix}.{name}" if prefix else name), buffer
 
 
-def _by_name(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor | None:
+def tensor_by_name(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor | None:
     """The tensor of that name; failing that, the one whose name PEFT has wrapped around it."""
     if name in tensors:
         return tensors[name]
@@ -551,7 +558,7 @@ def _digests(model: nn.Module, known: dict[str, str]) -> dict[str, str]:
     """
     digests: dict[str, str] = {}
     modules = dict(model.named_modules())
-    for name, tensor in _named_tensors(model):
+    for name, tensor in named_tensors(model):
         if isinstance(tensor, nn.Parameter):
             frozen = not tensor.requires_grad
         else:  # a module without parameters, such as a plain batch norm, goes with the one around it
@@ -561,15 +568,17 @@ def _digests(model: nn.Module, known: dict[str, str]) -> dict[str, str]:
             frozen = _frozen(modules[path])
         if frozen and tensor.device.type != "meta":
             first = known.get(name)
-            digests[name] = first if first and _kind_of(first) == _kind(tensor) else tensor_digest(tensor)
+            digests[name] = first if first and kind_of_digest(first) == tensor_kind(tensor) else tensor_digest(tensor)
     return digests
 
 
-def _kind(tensor: torch.Tensor) -> str:
+def tensor_kind(tensor: torch.Tensor) -> str:
+    """A tensor's dtype and shape, e.g. "float32 [8, 8]"."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _kind_of(digest: str) -> str:
+def kind_of_digest(digest: str) -> str:
+    """The dtype and shape in what `tensor_digest` returned."""
     return digest.rpartition(" ")[0]
 
 
@@ -594,4 +603,4 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     for start in range(0, flat.numel(), step):
         piece = flat[start : start + step].cpu()
         state.update(piece.view(torch.uint8).numpy().data)
-    return f"{_kind(tensor)} {state.hexdigest()}"
+    return f"{tensor_kind(tensor)} {state.hexdigest()}"

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["on_trial", "seed_all"]
+__all__ = ["ON_TRIAL", "on_trial", "seed_all"]
+
+ON_TRIAL = "_hf_freeze_on_trial"  # on the model meanwhile: such a forward is no training
 
 
 @contextmanager
@@ -35,6 +37,7 @@ def on_trial(model: nn.Module, *, training: bool | None) -> Iterator[None]:
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     children = {module: dict(module._modules) for module in model.modules()}
     notes = {module: {k: v for k, v in module.__dict__.items() if isinstance(v, str)} for module in children}
+    outermost = ON_TRIAL not in model.__dict__
     python, numpy_state = random.getstate(), np.random.get_state()
     devices = _accelerators(model)
     with torch.random.fork_rng(devices=devices):
@@ -42,6 +45,7 @@ def on_trial(model: nn.Module, *, training: bool | None) -> Iterator[None]:
             seed_all(model)
             random.seed(0)
             np.random.seed(0)
+            model.__dict__[ON_TRIAL] = True
             if training:
                 model.train()
             elif training is False:
@@ -49,6 +53,8 @@ def on_trial(model: nn.Module, *, training: bool | None) -> Iterator[None]:
                     module.training = False
             yield
         finally:
+            if outermost:
+                del model.__dict__[ON_TRIAL]
             for module, mode in modes:
                 module._modules.update(children[module])
                 module.__dict__.update(notes[module])

@@ -10,8 +10,9 @@
         the upper quarter trained, states read from disk by workers
 
 Each mode is a process of its own, in turn; repetitions are interleaved, so that a machine that slows down does so for
-all. A step is one batch fetched and collated, forward, backward, AdamW (fused, as in Trainer) and zero_grad. All modes
-get the same weights, rows and seeds; those that train the same part must have the same losses.
+all. A step is one batch fetched and collated, forward of the model as accelerate prepares it for Trainer, backward,
+AdamW (fused, as in Trainer) and zero_grad. All modes get the same weights, rows and seeds; those that train the same
+part must have the same losses.
 
 Cached modes call cache.collator on the rows of each step, so the look-up by content is paid for, and no step reads rows
 that another one has read. The store's pages are in memory, as the build left them; --from_disk drops them first and
@@ -35,6 +36,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import Accelerator
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -110,6 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--target_tokens", type=int, default=16, help="of a row's summary; bart-base only")
     add("--labelled_tokens", type=int, default=16, help="of a row, at another place in each; not for bart-base")
     add("--precision", default="fp32", choices=SAME_LOSS, help="bf16: autocast; llamas on a GPU also have bf16 weights")
+    add("--attention", default="sdpa", help="implementation, as transformers names them: sdpa, eager, ...")
     add("--trained_weights", default="fp32", choices=SAME_LOSS, help="of such a llama, and with them AdamW's state")
     add("--device", help="by default the accelerator if there is one, else cpu")
     add("--threads", type=int, default=os.cpu_count(), help="by default all cores")
@@ -214,7 +217,7 @@ def mode_table(modes: dict[str, dict], verdict: str, frozen: dict[str, int], arg
     imports = count_text(max(result.get("import_bytes", 0) for result in modes.values()), "B")
     counted = f"resident memory, the imports {imports} of it" if args.device.type == "cpu" else "the device's memory"
     tokens = "target_tokens" if args.is_bart else "labelled_tokens"
-    asked = ("batch_size", "source_tokens", tokens, "precision", "threads", "from_disk", "release_prefix")
+    asked = ("batch_size", "source_tokens", tokens, "precision", "attention", "threads", "from_disk", "release_prefix")
     lines = (
         verdict,
         f"{device_name(args.device)}; {', '.join(f'{name} {getattr(args, name)}' for name in asked)}.",
@@ -268,10 +271,12 @@ def make_model(args: argparse.Namespace, device: str | torch.device):
     """The model with the same weights in every process; without any on the device meta."""
     torch.manual_seed(0)
     if args.is_embedded and device != "meta":
-        return AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).to(device)
+        given = {"dtype": torch.float32, "attn_implementation": args.attention}
+        return AutoModelForCausalLM.from_pretrained(embedded_model(), **given).to(device)
     auto_class = AutoModelForSeq2SeqLM if args.is_bart else AutoModelForCausalLM
+    given = {"dtype": torch.bfloat16 if args.low_weights else torch.float32, "attn_implementation": args.attention}
     with torch.device(device):
-        return auto_class.from_config(make_config(args), dtype=torch.bfloat16 if args.low_weights else torch.float32)
+        return auto_class.from_config(make_config(args), **given)
 
 
 def make_plan(args: argparse.Namespace) -> FreezePlan:
@@ -334,7 +339,10 @@ def set_up_mode(model, args: argparse.Namespace):
     model.train()
     given = {"num_workers": workers, "pin_memory": args.device.type == "cuda"}
     batches = DataLoader(rows, args.batch_size, collate_fn=collator, **given)
-    return list(model.parameters()), batches, lambda batch: model(**batch).loss, note
+    parameters = list(model.parameters())
+    mixed = "bf16" if args.precision == "bf16" else "no"
+    model = Accelerator(mixed_precision=mixed, cpu=args.device.type == "cpu").prepare_model(model)
+    return parameters, batches, lambda batch: model(**batch).loss, note
 
 
 def set_up_limit(model, args: argparse.Namespace):
@@ -356,10 +364,11 @@ def set_up_limit(model, args: argparse.Namespace):
 
     def loss_of(batch):
         (states, *others), named = batch["given"]
-        for block in upper:
-            states = block(states, *others, **named)
-        logits = head(norm(states).flatten(0, 1)[batch["places"]])
-        return functional.cross_entropy(logits.float(), batch["targets"])
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            for block in upper:
+                states = block(states, *others, **named)
+            logits = head(norm(states).flatten(0, 1)[batch["places"]])
+            return functional.cross_entropy(logits.float(), batch["targets"])
 
     above = torch.nn.ModuleList([upper, norm, head]).train()
     parameters = [p.requires_grad_() for p in above.parameters() if p is not tied]
@@ -405,8 +414,7 @@ def time_steps(parameters, batches, loss_of, note: str, args: argparse.Namespace
         torch.manual_seed(step)  # modes that train the same part then draw the same dropout
         started = time.perf_counter()
         batch = move(next(batches), args.device)
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            loss = loss_of(batch)
+        loss = loss_of(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

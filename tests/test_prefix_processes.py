@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from tests.prefix_cases import collator_for, frozen_model, review_rows
 
 
 def run(mode: str, kind: str, folder: Path) -> list[dict[str, Any]]:
@@ -31,9 +34,27 @@ def test_two_ranks_of_a_stock_trainer_see_the_same_losses(kind: str, tmp_path: P
     assert ranks[0]["shards"] == 2
 
 
+def alone(kind: str) -> list[list[float]]:
+    """The losses that two processes see, in one: each half of the batch its own, their mean is stepped on."""
+    model, rows = frozen_model(kind, dropout=False), review_rows(kind)
+    collator = collator_for(kind, model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses: list[list[float]] = [[], []]
+    model.train()
+    for step in range(4):
+        halves = [model(**collator(rows[4 * step + 2 * rank : 4 * step + 2 * rank + 2])).loss for rank in range(2)]
+        optimizer.zero_grad()
+        (sum(halves) / 2).backward()
+        optimizer.step()
+        for rank, loss in enumerate(halves):
+            losses[rank].append(loss.item())
+    return losses
+
+
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_fsdp2_gathers_no_block_of_the_prefix(kind: str, tmp_path: Path) -> None:
-    for rank in run("fsdp", kind, tmp_path):
+def test_fsdp2_trains_as_one_process_and_gathers_no_block_of_the_prefix(kind: str, tmp_path: Path) -> None:
+    for number, rank in enumerate(run("fsdp", kind, tmp_path)):
+        assert rank["wanted"] == pytest.approx(alone(kind)[number], rel=1e-5)
         assert (rank["world"], rank["wrapper"][:4]) == (2, "FSDP")
         assert rank["got"] == pytest.approx(rank["wanted"], rel=1e-5)
         assert rank["gathered_plain"] > 0

@@ -365,9 +365,7 @@ class PrefixCache:
         progress = self._options["progress"] and chief
         rows = read_dataset(dataset, collator, self.model, with_target=two_sided(self.prefix.cuts), progress=progress)
         refuse_moving_positions(self.model, rows)
-        unused = self._replay.unused
         check_states(self.model, self.prefix, rows, wider_sample(rows), collator)
-        self._replay.unused = unused  # what is run on trial is no training
         folder = self._options["folder"]
         with _one_builder(folder, chief, progress):
             self.store.refresh()

@@ -19,8 +19,10 @@ from torch import nn
 
 from hf_freeze.errors import CannotCache
 from hf_freeze.freezing import tensor_digest
+from hf_freeze.prefix.casts import Casts
 from hf_freeze.prefix.rows import PREFIX_KEY
 from hf_freeze.prefix.store import StreamSpec
+from hf_freeze.trial import ON_TRIAL
 
 __all__ = ["Leaf", "Prefix", "Replaced", "Replay", "autocast", "map_tree"]
 
@@ -182,6 +184,7 @@ class Replay:
         self._sizes: dict[str, int] = {}
         self._calls: dict[str, int] = {}
         self._seen: tuple[Any, ...] = ()
+        self._casts = Casts([])
 
     # ------------------------------------------------------------------------------------------------ one forward
 
@@ -222,6 +225,7 @@ class Replay:
         for part, _ in self._placeholders:
             for parent, key in part.slots:
                 parent._modules[key] = part.module
+        self._casts.leave()
         self._owner = None
         self._states = {}
 
@@ -246,6 +250,8 @@ class Replay:
     def _tensor(self, leaf: Leaf, first: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         if leaf.kind == "stream":
             self._check_precision(device)
+            if torch.is_autocast_enabled(device.type) and not torch.compiler.is_compiling():
+                self._casts.enter(torch.get_autocast_dtype(device.type))
             return leaf.from_rows(self._states[leaf.name].to(device, non_blocking=True))
         if leaf.kind == "input" and first is not None:
             return first
@@ -260,7 +266,7 @@ class Replay:
                     f"{list(table.shape)} in {leaf.name}. Build it with the widest batch's collator."
                 )
             return table[tuple(slice(size) for size in shape)]
-        return torch.zeros(shape, dtype=leaf.dtype, device=device)
+        return torch.zeros((), dtype=leaf.dtype, device=device).expand(shape)  # nothing reads it: one number does
 
     # ------------------------------------------------------------------------------------------------------- checks
 
@@ -341,6 +347,8 @@ class Replay:
         """
         handles: list[Any] = []
         self.outermost = entries[0]
+        below = {module for part in self.prefix.replaced for module in part.module.modules()}
+        self._casts = Casts([module for module in entries[0].modules() if module not in below])
         for module in dict.fromkeys(entries):
             module.__dict__[ATTRIBUTE] = self
             handles.append(module.register_forward_pre_hook(_take_states, with_kwargs=True))
@@ -373,7 +381,7 @@ def _take_states(
     if replay.active and (module is replay.outermost or module is replay._owner):
         replay.leave()  # an interrupt from the keyboard has ended the last forward without its hooks
     if PREFIX_KEY not in kwargs:
-        if not replay.active and module.training and module is replay.outermost:
+        if not replay.active and module.training and module is replay.outermost and ON_TRIAL not in module.__dict__:
             replay.miss()
         return None
     kwargs = dict(kwargs)

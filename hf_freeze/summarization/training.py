@@ -13,16 +13,16 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_freeze.anatomy import unwrap
-from hf_freeze.errors import FreezeError, TrainingDiverged
+from hf_freeze.checkpoints import DeltaCheckpoints
+from hf_freeze.errors import FreezeError
+from hf_freeze.monitor import training_diverged
 from hf_freeze.precision import Precision, choose_precision
 from hf_freeze.report import Table
 from hf_freeze.summarization.collation import IGNORED_LABEL
@@ -137,6 +137,9 @@ class SummaryTrainingArguments(Seq2SeqTrainingArguments):
     supervised_logits: bool = field(
         default=True, metadata={"help": "Run the head only where there is a label; false is for comparisons."}
     )
+    save_only_trained: bool = field(
+        default=False, metadata={"help": "Checkpoints hold the trained tensors only; the final model is whole."}
+    )
     cpu_threads: int | None = field(
         default=None,
         metadata={
@@ -224,11 +227,12 @@ def loss_table(log_history: Sequence[dict[str, Any]]) -> Table:
     return Table("Loss per token", ("epoch", "training loss", "validation loss"), tuple(rows))
 
 
-class SummaryTrainer(Seq2SeqTrainer):
+class SummaryTrainer(DeltaCheckpoints, Seq2SeqTrainer):
     """A Seq2SeqTrainer with `TokenLoss`, `LengthSampler` and a stop at the first loss that is not finite.
 
     Where the model can (`supervised_logits_reason` says), logits are computed at the supervised positions only.
-    Activation checkpointing recomputes the trained blocks only, where `freeze` has frozen the model.
+    Activation checkpointing recomputes the trained blocks only, where `freeze` has frozen the model. Checkpoints hold
+    the trained tensors only where `save_only_trained` says so.
 
     Takes the arguments of Seq2SeqTrainer. The collator must supply `decoder_input_ids` to encoder-decoder models, since
     labels are taken out of the batch before the forward (`SummaryCollator` does).
@@ -266,9 +270,9 @@ class SummaryTrainer(Seq2SeqTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(ids) for ids in rows["input_ids"]]  # type: ignore[index]
-        return LengthSampler(
-            lengths, self._train_batch_size, self.args.seed if self.args.data_seed is None else self.args.data_seed
-        )
+        # The rows of one optimizer step are one batch here: the same steps on more processes, or accumulated.
+        a_step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthSampler(lengths, a_step, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         started = time.perf_counter()
@@ -279,11 +283,5 @@ class SummaryTrainer(Seq2SeqTrainer):
         healthy = bool(finite)  # waits for the device
         self.batch_seconds += time.perf_counter() - started
         if not healthy:
-            folder = self.args.output_dir
-            checkpoint = get_last_checkpoint(folder) if folder and Path(folder).is_dir() else None  # type: ignore[no-untyped-call]
-            kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been saved yet."
-            raise TrainingDiverged(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}; training stops before the optimizer "
-                f"sees it. {kept} Use a smaller --learning_rate, --max_grad_norm 1.0, or --precision fp32."
-            )
+            raise training_diverged(f"loss is {loss.item()}", self.state.global_step + 1, self.args.output_dir)
         return loss

@@ -1,0 +1,632 @@
+"""Gradual unfreezing: a list of plans, trained one after the other, top down, each from the best weights so far.
+
+Every stage gets a trainer of its own: an optimizer, a schedule and a DDP wrapper that know what trains now. Unfreezing
+under a living trainer leaves new tensors out of all three, without a word. What is done and the best weights of each
+stage lie in the output folder, so that a run that was killed goes on. How one stage trains is Trainer's business.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_freeze.anatomy import Anatomy, read_anatomy
+from hf_freeze.checkpoints import guard_checkpoints, resume_from, run_facts, write_json
+from hf_freeze.delta import load_delta, save_delta
+from hf_freeze.errors import CannotCache, ResumeError, StageError, nearest
+from hf_freeze.freezing import freeze, thaw, verify_frozen
+from hf_freeze.monitor import FreezeMonitor
+from hf_freeze.plan import FreezePlan
+from hf_freeze.report import Table
+
+__all__ = ["Stage", "StagesReport", "gradual", "load_stages", "save_stages", "train_in_stages"]
+
+LEDGER = "stages.json"
+BEST = "best"  # in each stage's folder: the delta of the best weights so far
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: what is frozen in it, how long it lasts, how fast what trains learns.
+
+    Args:
+        plan: What is frozen. A later stage trains all that an earlier one trains.
+        epochs: Passes over the training rows; None is what the trainer's arguments say.
+        steps: Optimizer steps instead.
+        learning_rate: Of the top block, final norm and head; None is what the trainer's arguments say.
+        block_decay: Rate of each block over that of the block above it. 1.0 is one rate for all; 1 / 2.6 is that of
+            "Universal Language Model Fine-tuning for Text Classification" (2018), discriminative fine-tuning.
+        patience: End the stage after so many evaluations in a row without a new best; None trains it to its end.
+        min_gain: What a new best must gain over the last one, relative to it. 0.0, so that any gain counts.
+
+    Example:
+        >>> Stage(FreezePlan(decoder_blocks=-4), epochs=1).to_dict()
+        {'plan': {'decoder_blocks': -4}, 'epochs': 1}
+    """
+
+    plan: FreezePlan
+    epochs: float | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    block_decay: float = 1.0
+    patience: int | None = None
+    min_gain: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.plan, FreezePlan):
+            raise StageError(f"A stage was given a {type(self.plan).__name__} as plan; it takes a FreezePlan.")
+        if self.epochs is not None and self.steps is not None:
+            raise StageError(f"A stage was given epochs={self.epochs} and steps={self.steps}; give one of them.")
+        for name, most in (("epochs", math.inf), ("learning_rate", math.inf), ("block_decay", 1.0)):
+            value = getattr(self, name)
+            if (value is not None and not 0.0 < value <= most) or value == math.inf:
+                bound = "finite number above 0" if most == math.inf else "number above 0, at most 1"
+                raise StageError(f"A stage was given {name}={value}; it is a {bound}. A stage must end.")
+        for name in ("steps", "patience"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise StageError(f"A stage was given {name}={value}; it is a whole number, 1 or more.")
+        if not 0.0 <= self.min_gain < 1.0:
+            raise StageError(f"A stage was given min_gain={self.min_gain}; it is a fraction, 0 or more and below 1.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stage as JSON-ready values, without those that are the default."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "plan"}
+        defaults = {f.name: f.default for f in fields(self) if f.name != "plan"}
+        plan, usual = self.plan.to_dict(), FreezePlan().to_dict()
+        return {"plan": {key: value for key, value in plan.items() if value != usual[key]}} | {
+            key: value for key, value in values.items() if value != defaults[key]
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Stage:
+        """A stage from such values.
+
+        Raises:
+            StageError: A key that no stage has.
+        """
+        known = [f.name for f in fields(cls)]
+        if not isinstance(values, dict) or "plan" not in values:
+            raise StageError(f"A stage was given as {values!r}; it is a mapping with the key 'plan'.")
+        if unknown := [key for key in values if key not in known]:
+            raise StageError(f"A stage was given {unknown[0]!r}; the nearest: {nearest(unknown[0], known)}.")
+        return cls(**{**values, "plan": FreezePlan.from_dict(values["plan"] or {})})
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What became of one stage.
+
+    Attributes:
+        trained_blocks: Blocks with trainable tensors.
+        steps: Optimizer steps that it took.
+        seconds: Of training and evaluation, in this run.
+        start_metric, best_metric: Of the weights that it began and ended with; None without evaluation.
+        ended: Why it ended.
+    """
+
+    number: int
+    trained_blocks: int
+    steps: int
+    seconds: float
+    start_metric: float | None
+    best_metric: float | None
+    ended: str
+
+
+@dataclass(frozen=True)
+class StagesReport:
+    """What became of every stage, and the last trainer, whose model holds the best weights. Prints as a table."""
+
+    stages: tuple[StageResult, ...]
+    metric: str
+    trainer: Any
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def table(self) -> Table:
+        """One row a stage."""
+
+        def told(value: float | None) -> str:
+            return "-" if value is None else f"{value:.4g}"
+
+        rows = tuple(
+            (str(s.number), str(s.trained_blocks), str(s.steps), f"{s.seconds:.1f} s", told(s.start_metric),
+             told(s.best_metric), s.ended)
+            for s in self.stages
+        )  # fmt: skip
+        columns = ("stage", "trained blocks", "steps", "time", f"{self.metric} before", "best", "ended")
+        return Table("Stages", columns, rows)
+
+
+def gradual(model: nn.Module, start: int, step: int, stages: int, **each: Any) -> list[Stage]:
+    """Stages that train the top `start` blocks, then `step` more in each stage; embeddings stay frozen.
+
+    In an encoder-decoder the decoder's blocks are unfrozen first, then the encoder's. Changes no model.
+
+    Args:
+        each: Fields of `Stage` for all of them, such as epochs=1.
+
+    Raises:
+        StageError: The last stage would train more blocks than there are.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=8, n_head=2, vocab_size=16))
+        >>> [stage.plan.decoder_blocks for stage in gradual(model, start=1, step=2, stages=3, epochs=1)]
+        [5, 3, 1]
+    """
+    anatomy = read_anatomy(model)
+    counts = {stack.name: len(stack) for stack in anatomy.stacks}
+    total = sum(counts.values())
+    for name, value, least in (("start", start, 1), ("step", step, 0), ("stages", stages, 1)):
+        if not isinstance(value, int) or value < least:
+            raise StageError(f"gradual was given {name}={value!r}; it is a whole number, {least} or more.")
+    most = start + step * (stages - 1)
+    if most > total:
+        fits = (total - start) // step + 1 if step and start <= total else 0
+        fix = f"Use stages <= {fits}." if fits else f"Use start <= {total}."
+        raise StageError(
+            f"gradual was asked for {start} blocks and {step} more in each of {stages} stages, {most} in the last; "
+            f"{anatomy.model_class} has {total}. {fix}"
+        )
+    plans = []
+    for number in range(stages):
+        left = start + step * number
+        frozen: dict[str, Any] = {}
+        for name in reversed(list(counts)):  # the decoder is the upper stack
+            trained = min(left, counts[name])
+            frozen[name] = counts[name] - trained
+            left -= trained
+        plans.append(FreezePlan(**{f"{name}_blocks": count for name, count in frozen.items()}))
+    return [Stage(plan, **each) for plan in plans]
+
+
+def save_stages(stages: Sequence[Stage], path: str | os.PathLike[str]) -> None:
+    """Writes stages as YAML, to be edited by hand."""
+    text = yaml.safe_dump({"stages": [stage.to_dict() for stage in stages]}, sort_keys=False)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def load_stages(path: str | os.PathLike[str]) -> list[Stage]:
+    """Reads stages from YAML.
+
+    Raises:
+        StageError: No such file, no YAML, or a key that no stage has.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise StageError(f"Stages were to be read from {path}; it cannot be read: {error}.") from error
+    if not isinstance(values, dict) or not isinstance(values.get("stages"), list):
+        raise StageError(f"Stages were to be read from {path}; it holds no list named 'stages'.")
+    return [Stage.from_dict(value) for value in values["stages"]]
+
+
+def train_in_stages(
+    make_trainer: Callable[..., Any],
+    plans: Sequence[FreezePlan | Stage] | str | os.PathLike[str],
+    *,
+    output_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = print,
+    **each: Any,
+) -> StagesReport:
+    """Trains a list of plans one after the other, each with a trainer of its own and from the best weights so far.
+
+    A stage ends after its epochs or steps, or when validation stalls. Where there is evaluation, a stage ends with
+    the best weights that were evaluated in it, those it began with included, so that no stage makes the model worse;
+    else with its last ones. Under DDP every stage is wrapped anew. A fixed seed gives the same run. The model's mode
+    of freezing is that of the last stage when this returns; nothing is thawed that no stage asked for.
+
+    Args:
+        make_trainer: Returns a new Trainer, at each call; with the `Stage` where it takes an argument. All may share
+            one model, or each may load it anew: the weights of the stage before are put in.
+        plans: Top down: each trains what the one before trains, and more. Or the YAML file of `save_stages`.
+        output_dir: Where `stages.json`, the best weights and checkpoints of each stage lie; None is the output_dir of
+            the trainer's arguments.
+        cache_dir: Train from a `PrefixCache` there; its one pass builds the states of every stage. None: no cache.
+        resume: Go on with what lies in output_dir; finished stages are not trained again. Starts anew where nothing
+            lies there.
+        say: Takes the messages of the first process.
+        each: Fields of `Stage` for those of `plans` that are bare FreezePlans: epochs=1, patience=2, ...
+
+    Returns:
+        The report; its trainer holds the model.
+
+    Raises:
+        StageError: Stages that train less than the one before or never end, patience without evaluation, another run
+            in output_dir, a trainer given twice. Before anything is trained, where that can be known.
+        ResumeError: What lies there belongs to another model, plan or data.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+        >>> config = GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8)
+        >>> model = GPT2LMHeadModel(config)
+        >>> rows = [{"input_ids": torch.tensor([n, 5, 6, 7]), "labels": torch.tensor([n, 5, 6, 7])} for n in range(4)]
+        >>> args = TrainingArguments(tempfile.mkdtemp(), use_cpu=True, report_to="none", disable_tqdm=True,
+        ...     logging_strategy="no", save_strategy="no")
+        >>> def make_trainer():
+        ...     return Trainer(model=model, args=args, train_dataset=rows)
+        >>> report = train_in_stages(make_trainer, gradual(model, 1, 1, 2, steps=2), say=lambda text: None)
+        >>> [stage.trained_blocks for stage in report.stages]
+        [1, 2]
+    """
+    if isinstance(plans, str | os.PathLike):
+        plans = load_stages(plans)
+    stages = [plan if isinstance(plan, Stage) else Stage(plan, **each) for plan in plans]
+    if not stages:
+        raise StageError("train_in_stages was given no plan; give one or more, such as gradual(model, 4, 4, 3).")
+    first = _make(make_trainer, stages[0])
+    run = _Run.begin(first, stages, Path(output_dir or first.args.output_dir), resume)
+    tell = say if first.args.process_index == 0 else _silent
+    done = len(run.results)
+    if done:
+        tell(f"{done} of {len(stages)} stages are done already in {run.folder}.")
+    trainer = first
+    for number in range(done + 1, len(stages) + 1):
+        previous, trainer = trainer, first if number == 1 else _make(make_trainer, stages[number - 1])
+        if number > 1 and trainer is previous:
+            raise StageError(
+                f"make_trainer gave the trainer of the stage before again, for stage {number}; its optimizer and its "
+                "DDP wrapper know only what trained there. Return a new Trainer at each call; all may share a model."
+            )
+        run.train(number, trainer, cache_dir, tell)
+        del previous
+    if done == len(stages):
+        freeze(trainer.model, stages[-1].plan)
+        load_delta(run.best_folder(done), trainer.model)
+    report = StagesReport(tuple(run.results), run.metric, trainer)
+    tell(str(report))
+    return report
+
+
+def _silent(text: str) -> None:
+    """Takes the place of `say` where another process speaks."""
+
+
+def _make(make_trainer: Callable[..., Any], stage: Stage) -> Any:
+    """A new trainer for the stage; the callable may do without its argument."""
+    try:
+        inspect.signature(make_trainer).bind(stage)
+    except TypeError:
+        return make_trainer()
+    return make_trainer(stage)
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+class _Run:
+    """A list of stages under way: what is done lies in stages.json, the best weights of each stage in its folder."""
+
+    def __init__(self, stages: list[Stage], folder: Path, args: Any) -> None:
+        self.stages = stages
+        self.folder = folder
+        self.results: list[StageResult] = []
+        self.under_way = False  # the first stage that is not done may have checkpoints of a run that was killed
+        name = args.metric_for_best_model or "loss"
+        self.metric = name if name.startswith("eval_") else f"eval_{name}"
+        greater = args.greater_is_better
+        self.greater = not name.endswith("loss") if greater is None else bool(greater)
+        self.facts: dict[str, Any] = {}
+
+    @classmethod
+    def begin(cls, trainer: Any, stages: list[Stage], folder: Path, resume: bool) -> _Run:
+        """Checks all that can be known before anything is trained; reads what is done."""
+        args = trainer.args
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise StageError(
+                "train_in_stages was asked for under FSDP or DeepSpeed, which shard a model once and for all. Use DDP, "
+                "or run the stages one by one: save_delta after each, load_delta before the next."
+            )
+        run = cls(stages, folder, args)
+        _check_ends(stages, args, trainer.eval_dataset)
+        _check_growth(stages, read_anatomy(trainer.model))
+        facts = run_facts(trainer)
+        run.facts = {name: facts[name] for name in ("training data", "rows a step")}
+        ledger = folder / LEDGER
+        if ledger.exists() and not resume:
+            raise StageError(
+                f"train_in_stages was to write into {folder}, which holds another run ({LEDGER}). Go on with "
+                "resume=True, or give another output_dir."
+            )
+        if ledger.exists():
+            run.results = run._read(ledger)
+            run.under_way = True
+        _wait(args)  # until every process has looked
+        if args.should_save and not run.under_way:
+            folder.mkdir(parents=True, exist_ok=True)
+            run._write()
+        return run
+
+    def best_folder(self, number: int) -> Path:
+        """Where a stage's best weights lie."""
+        return self.folder / f"stage-{number}" / BEST
+
+    def train(
+        self, number: int, trainer: Any, cache_dir: str | os.PathLike[str] | None, say: Callable[[str], None]
+    ) -> None:
+        """Trains one stage, from the best weights of the one before; the model then holds this one's."""
+        stage, model = self.stages[number - 1], trainer.model
+        _set_arguments(trainer, stage, self.folder / f"stage-{number}")
+        thaw(model)
+        plans = _cut_by_cut(self.stages[number - 1 :], read_anatomy(model))
+        report = freeze(model, stage.plan)
+        for monitor in [c for c in trainer.callback_handler.callbacks if isinstance(c, FreezeMonitor)]:
+            monitor.put_first(trainer)
+            monitor.remember(model)  # before the weights of the stage before: drift is from the pretrained ones
+        before = self.results[-1].best_metric if self.results else None
+        if number > 1:
+            load_delta(self.best_folder(number - 1), model)
+        anatomy = read_anatomy(model)
+        blocks = {
+            (p.stack, p.index) for n, p in anatomy.parts.items() if p.kind == "block" and n in report.trainable_names
+        }
+        say(
+            f"Stage {number} of {len(self.stages)}: {len(blocks)} blocks and "
+            f"{report.trainable_parameters:,} parameters train."
+        )
+        end = _StageEnd(self, stage, before, self.best_folder(number))
+        trainer.add_callback(end)
+        guard_checkpoints(trainer)
+        checkpoint = resume_from(trainer, True) if self.under_way else None
+        self.under_way = False
+        history = (
+            TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).log_history if checkpoint else []
+        )
+        if checkpoint:
+            say(f"Going on from {checkpoint}.")
+        elif before is not None:
+            save_delta(model, self.best_folder(number), extra={"metric": before, "step": 0})
+        if stage.block_decay != 1.0:
+            optimizer = trainer.create_optimizer()
+            optimizer.param_groups[:] = _groups_by_block(optimizer.param_groups, anatomy, stage.block_decay)
+        cache = _build_cache(trainer, plans, cache_dir, say) if cache_dir is not None else None
+        started = time.perf_counter()
+        if end.stalled(history):  # it was killed after its last evaluation, and before it was noted as done
+            steps = TrainerState.load_from_json(os.path.join(str(checkpoint), TRAINER_STATE_NAME)).global_step
+        else:
+            set_seed(trainer.args.seed)  # reading and checking rows for a cache may draw numbers
+            trainer.train(resume_from_checkpoint=checkpoint)
+            steps, history = trainer.state.global_step, trainer.state.log_history
+        seconds = time.perf_counter() - started
+        trainer.remove_callback(end)  # the caller may evaluate something else with the last trainer
+        if cache is not None:
+            trainer.data_collator = cache.collator.collator
+            cache.close()
+        best = end.best(history)
+        if best is None:
+            save_delta(model, self.best_folder(number), extra={"metric": None, "step": steps})
+        else:
+            load_delta(self.best_folder(number), model)
+        verify_frozen(model, report)
+        why = end.why(history)
+        self.results.append(StageResult(number, len(blocks), steps, seconds, before, best, why))
+        if trainer.args.should_save:
+            self._write()
+        _wait(trainer.args)
+        if number < len(self.stages):
+            _let_go(trainer)
+
+    def _write(self) -> None:
+        values = {"version": 1, "stages": [stage.to_dict() for stage in self.stages], "run": self.facts}
+        write_json(self.folder / LEDGER, values | {"metric": self.metric, "done": [asdict(r) for r in self.results]})
+
+    def _read(self, ledger: Path) -> list[StageResult]:
+        """The stages that are done, where they are those of this run."""
+        try:
+            values = json.loads(ledger.read_text(encoding="utf-8"))
+            stages, done = values["stages"], [StageResult(**result) for result in values["done"]]
+            facts, metric = values["run"], values["metric"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ResumeError(
+                f"{ledger} was to be read; it is damaged: {error}. Start anew in another output_dir."
+            ) from error
+        asked = [stage.to_dict() for stage in self.stages]
+        here: dict[str, Any] = {"metric": self.metric, **self.facts}
+        here |= {f"stage {n}": each for n, each in enumerate(asked, start=1)}
+        there: dict[str, Any] = {"metric": metric, **facts}
+        there |= {f"stage {n}": each for n, each in enumerate(stages, start=1)}
+        for name in here | there:
+            if here.get(name) != there.get(name):
+                raise ResumeError(
+                    f"{ledger} belongs to another run: its {name} is {there.get(name)}, and {here.get(name)} was "
+                    "asked for. Give those of the run, or another output_dir."
+                )
+        return done
+
+
+class _StageEnd(TrainerCallback):
+    """Keeps the best weights of a stage, and stops it where validation stalls.
+
+    All of it follows from the log, which Trainer keeps in its checkpoints: a resumed stage ends where it would have.
+    """
+
+    def __init__(self, run: _Run, stage: Stage, before: float | None, folder: Path) -> None:
+        self.run, self.stage, self.before, self.folder = run, stage, before, folder
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **_: Any
+    ) -> None:
+        if self.run.metric not in (metrics or {}):
+            known = [name for name in metrics or {} if name.startswith("eval_")]
+            raise StageError(
+                f"A stage ends by {self.run.metric}; the evaluation gave {', '.join(known)}. Name one of them in "
+                "metric_for_best_model."
+            )
+        best, _, newest = self._read(state.log_history)
+        if newest:
+            save_delta(model, self.folder, extra={"metric": best, "step": state.global_step})
+        if self.stalled(state.log_history):
+            control.should_training_stop = True
+
+    def best(self, history: Sequence[dict[str, Any]]) -> float | None:
+        """The best metric so far, that of the weights it began with included; None without evaluation."""
+        return self._read(history)[0]
+
+    def stalled(self, history: Sequence[dict[str, Any]]) -> bool:
+        """Whether validation has not gained for so many evaluations as the stage has patience."""
+        return self.stage.patience is not None and self._read(history)[1] >= self.stage.patience
+
+    def why(self, history: Sequence[dict[str, Any]]) -> str:
+        """Why the stage ended, in a few words."""
+        if self.stalled(history):
+            return f"stalled: no gain in {self.stage.patience} evaluations"
+        if self.stage.steps is not None:
+            return f"{self.stage.steps} steps"
+        return "its epochs" if self.stage.epochs is None else f"{self.stage.epochs:g} epochs"
+
+    def _read(self, history: Sequence[dict[str, Any]]) -> tuple[float | None, int, bool]:
+        """The best metric, evaluations since the last one that gained enough, and whether the newest is the best."""
+        best = mark = self.before
+        waited, newest = 0, False
+        for value in (float(entry[self.run.metric]) for entry in history if self.run.metric in entry):
+            newest = self._is_better(value, best, 0.0)
+            best = value if newest else best
+            gained = self._is_better(value, mark, self.stage.min_gain)
+            mark, waited = (value, 0) if gained else (mark, waited + 1)
+        return best, waited, newest
+
+    def _is_better(self, value: float, than: float | None, gain: float) -> bool:
+        if than is None:
+            return not math.isnan(value)
+        difference = value - than if self.run.greater else than - value
+        return difference > gain * abs(than)
+
+
+# ----------------------------------------------------------------------------------------------------------- one stage
+
+
+def _check_ends(stages: list[Stage], args: Any, eval_dataset: Any) -> None:
+    for number, stage in enumerate(stages, start=1):
+        if stage.patience is not None and (str(args.eval_strategy.value) == "no" or eval_dataset is None):
+            raise StageError(
+                f"Stage {number} has patience={stage.patience}; the trainer's arguments evaluate nothing. Give them "
+                "eval_strategy='epoch' or 'steps' and the trainer an eval_dataset, or leave patience out."
+            )
+        endless = args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf
+        if endless and stage.steps is None and stage.epochs is None:
+            raise StageError(
+                f"Stage {number} never ends: it has neither epochs nor steps, and the trainer's arguments say "
+                f"num_train_epochs={args.num_train_epochs}. Give it epochs or steps."
+            )
+
+
+def _check_growth(stages: list[Stage], anatomy: Anatomy) -> None:
+    """Every plan fits the model, and trains what the one before trains."""
+    before: set[str] = set()
+    for number, stage in enumerate(stages, start=1):
+        resolved = stage.plan.resolve(anatomy)
+        if stage.plan.tied_head != stages[0].plan.tied_head:
+            raise StageError(
+                f"Stage {number} has tied_head={stage.plan.tied_head!r}, stage 1 {stages[0].plan.tied_head!r}; a head "
+                "cannot change that in the middle of a run. Give all stages the same."
+            )
+        trained = set(resolved.trained) | set(resolved.untied)
+        if lost := sorted(before - trained):
+            raise StageError(
+                f"Stage {number} trains less than stage {number - 1}: {len(lost)} tensors would be frozen again, e.g. "
+                f"{lost[0]}. Order the stages top down, or train it apart."
+            )
+        before = trained
+
+
+def _set_arguments(trainer: Any, stage: Stage, folder: Path) -> None:
+    """The stage's own length, rate and folder; the caller's arguments may serve other trainers and stay."""
+    trainer.args = args = copy.copy(trainer.args)
+    args.output_dir = str(folder)
+    args.load_best_model_at_end = False  # a stage keeps the best weights itself, whatever is saved when
+    if stage.epochs is not None:
+        args.num_train_epochs, args.max_steps = stage.epochs, -1
+    if stage.steps is not None:
+        args.max_steps = stage.steps
+    if stage.learning_rate is not None:
+        args.learning_rate = stage.learning_rate
+
+
+def _groups_by_block(groups: list[dict[str, Any]], anatomy: Anatomy, decay: float) -> list[dict[str, Any]]:
+    """An optimizer's groups split by block, each with the rate of its depth below the top."""
+    blocks = [(str(stack.name), index) for stack in anatomy.stacks for index in range(len(stack))]
+    depths = {place: depth for depth, place in enumerate(reversed(blocks))}
+    below = len(blocks)
+
+    def depth(parameter: nn.Parameter) -> int:
+        part = parts.get(id(parameter))
+        if part is None or part.kind not in ("block", "embeddings", "tower"):
+            return 0
+        return depths[(part.stack, part.index)] if part.kind == "block" else below
+
+    parts = {id(anatomy.parameters[name]): part for name, part in anatomy.parts.items() if name in anatomy.parameters}
+    split = []
+    for group in groups:
+        for each in sorted({depth(p) for p in group["params"]}):
+            members = [p for p in group["params"] if depth(p) == each]
+            split.append({**group, "params": members, "lr": group["lr"] * decay**each})
+    return split
+
+
+def _wait(args: Any) -> None:
+    if args.world_size > 1:
+        torch.distributed.barrier()
+
+
+def _cut_by_cut(stages: list[Stage], anatomy: Anatomy) -> list[FreezePlan]:
+    """The plans of later stages that a pass for the first one can take states for: each with another cut."""
+    cuts = {stages[0].plan.resolve(anatomy).cuts, ()}
+    plans = []
+    for plan in (stage.plan for stage in stages[1:]):
+        if (found := plan.resolve(anatomy).cuts) not in cuts:
+            cuts.add(found)
+            plans.append(plan)
+    return plans
+
+
+def _build_cache(
+    trainer: Any, later: list[FreezePlan], cache_dir: str | os.PathLike[str], say: Callable[[str], None]
+) -> Any:
+    """The cache of this stage's prefix, given to the trainer; the states of later cuts are taken in its pass."""
+    from hf_freeze.prefix import PrefixCache
+
+    precision = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32"
+    rows = trainer.get_train_dataloader().dataset  # without the columns that Trainer drops
+    try:
+        cache = PrefixCache.build(
+            trainer.model,
+            rows,
+            trainer.data_collator,
+            cache_dir=cache_dir,
+            precision=precision,
+            also=later,
+            progress=not trainer.args.disable_tqdm,
+        )
+    except CannotCache as reason:
+        say(f"note: no prefix cache in this stage: {reason}")
+        return None
+    say(str(cache.report))
+    trainer.data_collator = cache.collator
+    return cache
+
+
+def _let_go(trainer: Any) -> None:
+    """Takes DDP and autocast wrappers off the model, so that the next stage's trainer wraps the bare one."""
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()

@@ -1,0 +1,217 @@
+"""Checkpoints are marked when whole, older ones go after that, and a resume takes only what fits the run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hf_freeze import FreezePlan, freeze
+from hf_freeze.checkpoints import MANIFEST, data_digest, guard_checkpoints, last_whole_checkpoint, resume_from
+from hf_freeze.errors import ResumeError
+from hf_freeze.freezing import freeze_record, verify_frozen
+from tests.prefix_cases import review_rows
+from tests.staged_run import Rows, make_trainer, pretrained
+
+PLAN = FreezePlan(decoder_blocks=2)
+
+
+def trainer_in(folder: Path, plan: FreezePlan = PLAN, model: nn.Module | None = None, **given: Any) -> Any:
+    trainer = make_trainer(folder, model, **({"max_steps": 8} | given))
+    freeze(trainer.model, plan)
+    guard_checkpoints(trainer)
+    return trainer
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(other).values(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run that was never stopped; its checkpoints of steps 2, 4, 6 and 8 are all kept."""
+    trainer = trainer_in(tmp_path_factory.mktemp("whole"), save_total_limit=None)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("only_trained", [False, True])
+def test_a_resumed_run_has_the_losses_and_weights_of_one_never_stopped(
+    whole: Any, only_trained: bool, tmp_path: Path
+) -> None:
+    class Stop(Exception):
+        pass
+
+    first = trainer_in(tmp_path, save_only_trained=only_trained)
+
+    def stop(*_: Any, **__: Any) -> None:
+        if first.state.global_step == 5:
+            raise Stop
+
+    first.callback_handler.callbacks[-1].on_step_end = stop
+    with pytest.raises(Stop):
+        first.train()
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists() is not only_trained
+    again = trainer_in(tmp_path, save_only_trained=only_trained)
+    checkpoint = resume_from(again, "last")
+    assert checkpoint == str(tmp_path / "checkpoint-4")
+    again.train(resume_from_checkpoint=checkpoint)
+    assert losses(again) == losses(whole)
+    assert_same(again, whole)
+    verify_frozen(again.model)
+
+
+def test_the_best_model_is_loaded_from_checkpoints_of_trained_tensors(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, save_only_trained=True, load_best_model_at_end=True, learning_rate=0.3)
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+    on_save = trainer.callback_handler.callbacks[-1].on_save
+
+    def remember(*args: Any, **named: Any) -> None:
+        seen[trainer.state.global_step] = weights(trainer)
+        on_save(*args, **named)
+
+    trainer.callback_handler.callbacks[-1].on_save = remember
+    trainer.train()
+    best = seen[trainer.state.best_global_step]
+    assert any(not torch.equal(best[name], last) for name, last in seen[8].items()), "the best is not the last"
+    assert all(torch.equal(best[name], now) for name, now in weights(trainer).items())
+
+
+def test_a_model_saved_by_hand_is_whole(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path / "run", save_only_trained=True)
+    trainer.save_model(str(tmp_path / "model"))
+    again = type(trainer.model).from_pretrained(tmp_path / "model")
+    assert all(torch.equal(a, b) for a, b in zip(weights(trainer).values(), again.parameters(), strict=True))
+
+
+def test_a_checkpoint_of_trained_tensors_is_much_smaller(whole: Any, tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, FreezePlan(decoder_blocks=3), save_only_trained=True, max_steps=2)
+    trainer.train()
+    small = (tmp_path / "checkpoint-2" / "delta.safetensors").stat().st_size
+    full = (Path(whole.args.output_dir) / "checkpoint-2" / "model.safetensors").stat().st_size
+    parameters = dict(trainer.model.named_parameters())
+    trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
+    assert small / full == pytest.approx(trained / sum(p.numel() for p in parameters.values()), abs=0.05)
+
+
+def test_older_checkpoints_go_only_after_the_new_one_is_marked(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, save_total_limit=1)
+    guard = trainer.callback_handler.callbacks[-1]
+    on_save, whole_before = guard.on_save, []
+
+    def watch(*args: Any, **named: Any) -> None:
+        whole_before.append(last_whole_checkpoint(tmp_path))
+        on_save(*args, **named)
+
+    guard.on_save = watch
+    trainer.train()
+    assert [path and path.name for path in whole_before] == [None, "checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+def broken(whole: Any, folder: Path) -> Path:
+    """The run's folder with checkpoints 6 and 8, to be damaged."""
+    for step in (6, 8):
+        shutil.copytree(Path(whole.args.output_dir) / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / MANIFEST).unlink(), "half written"),
+        (lambda path: (path / MANIFEST).write_text("{"), "is damaged"),
+        (lambda path: (path / MANIFEST).write_text('{"version": 9, "files": {}}'), "of version 9"),
+        (lambda path: (path / "optimizer.pt").unlink(), "optimizer.pt is missing or cut short"),
+        (lambda path: (path / "model.safetensors").write_bytes(b"x"), "model.safetensors is missing or cut short"),
+        (lambda path: shutil.rmtree(path), "no such folder"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused_and_the_last_whole_one_named(
+    whole: Any, damage: Any, message: str, tmp_path: Path
+) -> None:
+    folder = broken(whole, tmp_path)
+    damage(folder / "checkpoint-8")
+    trainer = trainer_in(tmp_path)
+    with pytest.raises(ResumeError, match=f"{message}.*The newest whole one is .*checkpoint-6"):
+        resume_from(trainer, folder / "checkpoint-8")
+    assert resume_from(trainer, True) == str(folder / "checkpoint-6")
+
+
+def test_without_any_whole_checkpoint_the_last_one_is_none(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path)
+    assert resume_from(trainer, "last") is None
+    with pytest.raises(ResumeError, match="no whole one beside it"):
+        resume_from(trainer, tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"plan": FreezePlan(decoder_blocks=1)}, "another plan: FreezePlan.*another trained tensors"),
+        ({"per_device_train_batch_size": 2}, "other rows a step: 4, now 2"),
+        ({"gradient_accumulation_steps": 2}, "other rows a step: 4, now 8"),
+    ],
+)
+def test_another_plan_or_batch_is_refused(whole: Any, given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    plan = given.pop("plan", PLAN)
+    folder = broken(whole, tmp_path)
+    with pytest.raises(ResumeError, match=message):
+        resume_from(trainer_in(tmp_path, plan, **given), folder / "checkpoint-8")
+
+
+def test_another_model_is_refused(whole: Any, tmp_path: Path) -> None:
+    other = pretrained()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(ResumeError, match=r"another frozen part\. Start from the model"):
+        resume_from(trainer_in(tmp_path, model=other), broken(whole, tmp_path) / "checkpoint-8")
+
+
+def test_other_rows_are_refused(whole: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=8)
+    trainer.train_dataset = Rows(reversed(review_rows("llama")))
+    freeze(trainer.model, PLAN)
+    with pytest.raises(ResumeError, match="another training data"):
+        resume_from(trainer, broken(whole, tmp_path) / "checkpoint-8")
+
+
+def test_the_same_rows_a_step_in_other_parts_are_resumed(whole: Any, tmp_path: Path) -> None:
+    folder = broken(whole, tmp_path)
+    trainer = trainer_in(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    trainer.train(resume_from_checkpoint=resume_from(trainer, folder / "checkpoint-6"))
+    assert losses(trainer)[:6] == losses(whole)[:6]
+    assert len(losses(trainer)) == 8
+
+
+def test_the_plan_lies_in_the_checkpoint(whole: Any) -> None:
+    folder = Path(whole.args.output_dir) / "checkpoint-2"
+    assert FreezePlan.from_pretrained(folder) == PLAN == freeze_record(whole.model)[1].plan
+    assert json.loads((folder / MANIFEST).read_text())["run"]["processes"] == 1
+
+
+def test_rows_that_can_only_be_iterated_have_no_digest() -> None:
+    assert data_digest(iter([1])) is None
+    assert data_digest([{"a": [1]}]) != data_digest([{"a": [2]}])
+
+
+def test_the_callers_arguments_are_left_alone(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    given = trainer.args
+    guard = guard_checkpoints(trainer)
+    assert given.save_total_limit == 1 == guard.limit
+    assert trainer.args.save_total_limit is None
+    assert guard_checkpoints(trainer) is guard

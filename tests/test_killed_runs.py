@@ -1,0 +1,84 @@
+"""Killed with -9 at any moment, a staged, cached run goes on to the weights of one that was never disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hf_freeze.checkpoints
+import hf_freeze.stages
+from hf_freeze import gradual, train_in_stages
+from tests.staged_run import STEPS, make_trainer, pretrained, run
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_ends_as_the_undisturbed_one(kills: int, tmp_path: Path) -> None:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "tests/killed_runs.py", str(tmp_path), str(kills)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads((tmp_path / "told.json").read_text())["runs"]
+    assert len(told) == kills
+    assert [run["where"] for run in told if not run["same"]] == []
+
+
+class Killed(BaseException):
+    """Stands for a kill at a chosen place: nothing in between catches it."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run(tmp_path_factory.mktemp("undisturbed")).trainer.model.state_dict()
+
+
+@pytest.mark.parametrize("call", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("trainer", "_save_optimizer_and_scheduler"),  # the weights of a checkpoint are written, no more
+        ("trainer", "_save_rng_state"),
+        ("guard", "on_save"),  # all is written, nothing is marked
+        ("trainer", "evaluate"),
+        (hf_freeze.checkpoints, "rotate_checkpoints"),
+        (hf_freeze.stages, "save_delta"),  # the best weights are about to be written
+        (hf_freeze.stages, "write_json"),  # a stage is done and not noted
+    ],
+)
+def test_a_run_killed_at_a_chosen_place_ends_so_too(
+    owner: Any, name: str, call: int, undisturbed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(1, 100))
+
+    def kills(function: Any) -> Any:
+        def stand_in(*args: Any, **named: Any) -> Any:
+            if next(calls) == call:
+                raise Killed
+            return function(*args, **named)
+
+        return stand_in
+
+    def make() -> Any:
+        trainer = make_trainer(tmp_path)
+        if owner == "trainer":
+            monkeypatch.setattr(trainer, name, kills(getattr(trainer, name)))
+        return trainer
+
+    if owner == "guard":
+        guard = hf_freeze.checkpoints.CheckpointGuard
+        monkeypatch.setattr(guard, name, kills(getattr(guard, name)))
+    elif owner != "trainer":
+        monkeypatch.setattr(owner, name, kills(getattr(owner, name)))
+    stages = gradual(pretrained(), start=1, step=1, stages=3, steps=STEPS, block_decay=0.5)
+    with pytest.raises(Killed):
+        train_in_stages(make, stages, cache_dir=tmp_path / "cache", say=lambda text: None)
+    monkeypatch.undo()
+    got = run(tmp_path, resume=True).trainer.model.state_dict()
+    assert [name for name, weight in undisturbed.items() if not weight.equal(got[name])] == []
