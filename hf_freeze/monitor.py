@@ -64,6 +64,8 @@ class FreezeMonitor(TrainerCallback):
     Args:
         patience: Evaluations on end before it speaks. 2, because one may be chance.
         min_gain: The relative change of a loss that counts. 0.005: half a percent is less than two seeds differ by.
+        figures: Log norms and drift of each block. False keeps the advice, the proof at each save and the stop, and
+            spares the copy of the pretrained weights: for runs that nobody draws curves of.
         say: Gets each message, on the first process only.
         blocks: Handed to `read_anatomy` where structure does not tell.
 
@@ -88,6 +90,7 @@ class FreezeMonitor(TrainerCallback):
         *,
         patience: int = 2,
         min_gain: float = 0.005,
+        figures: bool = True,
         say: Callable[[str], object] = print,
         blocks: BlocksGiven | None = None,
     ) -> None:
@@ -100,6 +103,7 @@ class FreezeMonitor(TrainerCallback):
             )
         self.patience = patience
         self.min_gain = min_gain
+        self.figures = figures
         self.say = say
         self.blocks = blocks
         self.advice: list[Advice] = []
@@ -135,7 +139,7 @@ class FreezeMonitor(TrainerCallback):
         gathered, so every process must call this.
         """
         for name, parameter in _trainable(model).items():
-            if name not in self._pretrained:
+            if self.figures and name not in self._pretrained:
                 weight = parameter.detach()
                 if hasattr(weight, "full_tensor"):
                     weight = weight.full_tensor()
@@ -155,7 +159,7 @@ class FreezeMonitor(TrainerCallback):
         if not _trainable(model).keys() <= self._parts.keys():  # added after the trainer was made, or wrapped since
             self._parts = read_anatomy(model, blocks=self.blocks).parts
         self.remember(model)
-        if args.report_to and not self._is_first and not self._warned:
+        if self.figures and args.report_to and not self._is_first and not self._warned:
             self._warned = True
             warnings.warn(
                 f"FreezeMonitor's figures will be in Trainer's log, but not in {', '.join(args.report_to)}: reporters "
@@ -177,7 +181,7 @@ class FreezeMonitor(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         model, logs = given["model"], given["logs"]
-        if "loss" not in logs:
+        if "loss" not in logs or not self.figures:
             return
         trained = {part for name in _trainable(model) if (part := self._parts[name]).kind == "block"}
         figures: dict[str, float] = {"trained_blocks": len(trained)}

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_freeze.anatomy import Anatomy, read_anatomy
+from hf_freeze.anatomy import Anatomy, read_anatomy, unwrap
 from hf_freeze.checkpoints import guard_checkpoints, resume_from, run_facts, write_json
 from hf_freeze.delta import load_delta, save_delta
 from hf_freeze.errors import CannotCache, ResumeError, StageError, nearest
@@ -291,6 +292,7 @@ def train_in_stages(
         run.train(number, trainer, cache_dir, tell)
         del previous
     if done == len(stages):
+        thaw(trainer.model)
         freeze(trainer.model, stages[-1].plan)
         load_delta(run.best_folder(done), trainer.model)
     report = StagesReport(tuple(run.results), run.metric, trainer)
@@ -472,7 +474,7 @@ class _StageEnd(TrainerCallback):
                 f"A stage ends by {self.run.metric}; the evaluation gave {', '.join(known)}. Name one of them in "
                 "metric_for_best_model."
             )
-        best, _, newest = self._read(state.log_history)
+        best, _waited, newest = self._read(state.log_history)
         if newest:
             save_delta(model, self.folder, extra={"metric": best, "step": state.global_step})
         if self.stalled(state.log_history):
@@ -607,6 +609,8 @@ def _build_cache(
 
     precision = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32"
     rows = trainer.get_train_dataloader().dataset  # without the columns that Trainer drops
+    if trainer.args.eval_strategy != "no" and not isinstance(trainer.eval_dataset, dict | NoneType):
+        rows = torch.utils.data.ConcatDataset([rows, trainer.get_eval_dataloader().dataset])
     try:
         cache = PrefixCache.build(
             trainer.model,
@@ -626,7 +630,14 @@ def _build_cache(
 
 
 def _let_go(trainer: Any) -> None:
-    """Takes DDP and autocast wrappers off the model, so that the next stage's trainer wraps the bare one."""
-    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    """Takes DDP's and autocast's wrappers off the model, so that the next stage's trainer wraps the bare one."""
+    core = unwrap(trainer.model)
+    # By hand: accelerate's unwrap_model(keep_fp32_wrapper=False) takes off transformers' own decorators with its own.
+    core.__dict__.pop("_is_accelerate_prepared", None)
+    original = core.__dict__.pop("_original_forward", None)
+    if original is not None:
+        core.__dict__.pop("forward", None)
+        if core.forward != original:
+            core.forward = original
     trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()

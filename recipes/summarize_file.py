@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_freeze import FreezeError, generate_summaries
@@ -31,14 +32,10 @@ def main() -> None:
 
     reviews = read_reviews(args.reviews, text_column=args.text_column, need_summaries=False)
     print(reviews)
-    if not (Path(args.model) / "config.json").exists():
-        raise FreezeError(f"{args.model} was given as model; there is no config.json in it. Give a model's folder.")
-    config = AutoConfig.from_pretrained(args.model)
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model, tokenizer = load_model(args.model)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model = auto_class.from_pretrained(args.model, dtype=torch.float32).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    prompt, num_beams = load_prompt(tokenizer, config, args.model)
+    model.to(device)
+    prompt, num_beams = load_prompt(tokenizer, model.config, args.model)
 
     summaries = generate_summaries(
         model,
@@ -53,6 +50,20 @@ def main() -> None:
     rows = [{**row, "summary": summary} for row, summary in zip(reviews.dataset, summaries, strict=True)]
     write_jsonl(args.output, rows)
     print(f"{len(rows)} summaries: {args.output}")
+
+
+def load_model(folder: str):
+    """The model and tokenizer of a folder: a whole model, or an adapter on the base that it names."""
+    adapted = (Path(folder) / "adapter_config.json").exists()
+    if not adapted and not (Path(folder) / "config.json").exists():
+        raise FreezeError(f"{folder} was given as model; there is no config.json in it. Give a model's folder.")
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path if adapted else folder
+    config = AutoConfig.from_pretrained(base)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto_class.from_pretrained(base, dtype=torch.float32)
+    if adapted:
+        model = PeftModel.from_pretrained(model, folder)
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@
         several GPUs, your own file
     accelerate launch recipes/summarize_reviews.py recipes/configs/llama.yaml
         everything from one YAML or JSON file
+    accelerate launch recipes/summarize_reviews.py --stages 4,4,3 --output_dir out/stages
+        unfreezes gradually: the top 4 blocks, then 8, then 12, each for --num_train_epochs
+    accelerate launch recipes/summarize_reviews.py --output_dir out/run --resume_from_checkpoint last
+        goes on from the last whole checkpoint in out/run; starts there where there is none
 
 It reads the model's anatomy, freezes, says what that saves, trains with Trainer, proves that the frozen weights did not
 move, and writes model, scores, predictions and a model card into --output_dir.
@@ -33,15 +37,22 @@ from transformers import (
 
 from hf_freeze import (
     FreezeError,
+    FreezeMonitor,
     FreezePlan,
     PrefixCache,
+    adapt_upper,
     compute_rouge,
     forecast,
     freeze,
     generate_summaries,
+    gradual,
+    guard_checkpoints,
+    load_stages,
+    resume_from,
+    train_in_stages,
     verify_frozen,
 )
-from hf_freeze.embedded import EMBEDDED_NAME, embedded_model
+from hf_freeze.embedded import EMBEDDED_NAME, cache_folder, embedded_model
 from hf_freeze.summarization import (
     SummaryCollator,
     SummaryTrainer,
@@ -77,6 +88,14 @@ class ModelArguments:
     )
     freeze_decoder_blocks: str | None = field(default=None, metadata={"help": "The same for the decoder."})
     tied_head: str = field(default="freeze", metadata={"help": "freeze, train or untie a head tied to the embeddings."})
+    stages: str | None = field(
+        default=None,
+        metadata={"help": "Unfreeze gradually: start,step,stages in blocks from the top (4,4,3), or a YAML of stages."},
+    )
+    upper: str = field(
+        default="full", metadata={"help": "full trains what is not frozen; lora or dora adapters on those blocks."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters; scaled by twice that."})
     cache_prefix: str = field(
         default="auto", metadata={"help": "auto computes the frozen part once where that pays; on always; off never."}
     )
@@ -155,7 +174,8 @@ def main() -> None:
     with args.main_process_first(desc="loading the model"):
         model, tokenizer = load_model(model_args)
     say(check_tokenizer(model, tokenizer, samples=rows["train"]["review"][:32]))
-    plan = model_args.plan()
+    stages = read_stages(model_args, model, args.num_train_epochs)
+    plan = stages[0].plan if stages else model_args.plan()
     report = freeze(model, plan)
     prompt = read_prompt(
         tokenizer,
@@ -181,6 +201,9 @@ def main() -> None:
     say(f"Precision {args.chosen_precision}")
     for note in (*prompt.notes, *encoded["train"].notes):
         say(f"note: {note}")
+    if model_args.upper != "full":
+        model = adapt_upper(model, kind=model_args.upper, r=model_args.lora_r, alpha=2 * model_args.lora_r)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
     # Summaries before any training: what the pretrained model can do already.
     precision = "bf16" if args.bf16 else None
@@ -199,25 +222,54 @@ def main() -> None:
 
     # Train. Few widths instead of hundreds: each new shape costs a CPU a kernel of its own, in time and memory.
     pad_multiple = 32 if prompt.max_tokens is None or prompt.max_tokens % 32 == 0 else None
-    trainer = SummaryTrainer(
-        model=model,
-        args=args,
-        train_dataset=encoded["train"].dataset,
-        eval_dataset=encoded["validation"].dataset,
-        data_collator=SummaryCollator(tokenizer, model, pad_to_multiple_of=pad_multiple),
-        processing_class=tokenizer,
-    )
-    say(f"note: supervised logits only: {trainer.supervised_logits} ({trainer.supervised_logits_reason})")
-    cache, saving, cache_seconds = build_cache(model_args, args, model, trainer, encoded, say)
-    say(f"\nTraining {report.trainable_parameters:,} of {report.total_parameters:,} parameters:")
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+
+    def make_trainer() -> SummaryTrainer:
+        trainer = SummaryTrainer(
+            model=model,
+            args=args,
+            train_dataset=encoded["train"].dataset,
+            eval_dataset=encoded["validation"].dataset,
+            data_collator=SummaryCollator(tokenizer, model, pad_to_multiple_of=pad_multiple),
+            processing_class=tokenizer,
+        )
+        FreezeMonitor.watch(trainer, figures=bool(args.report_to), say=say)
+        return trainer
+
+    cache, cache_seconds = None, 0.0
+    if stages:
+        started = time.perf_counter()
+        where = model_args.prefix_cache_dir or cache_folder() / "prefix"
+        result = train_in_stages(
+            make_trainer,
+            stages,
+            output_dir=args.output_dir,
+            cache_dir=None if model_args.cache_prefix == "off" else where,
+            resume=bool(args.resume_from_checkpoint),
+            say=say,
+        )
+        trainer, plan = result.trainer, stages[-1].plan
+        report = freeze(model, plan)
+        trainable = report.trainable_parameters
+        train_seconds = sum(stage.seconds for stage in result.stages)
+        cache_seconds = time.perf_counter() - started - train_seconds  # freezing and the best weights with it
+        trainer.args.output_dir = args.output_dir
+    else:
+        trainer = make_trainer()
+        guard_checkpoints(trainer)
+        checkpoint = args.resume_from_checkpoint and resume_from(trainer, args.resume_from_checkpoint)
+        say(f"note: supervised logits only: {trainer.supervised_logits} ({trainer.supervised_logits_reason})")
+        cache, saving, cache_seconds = build_cache(model_args, args, model, trainer, encoded, say)
+        say(f"\nTraining {trainable:,} of {report.total_parameters:,} parameters:")
+        if checkpoint:
+            say(f"Going on from {checkpoint}.")
+        train_seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+        if saving is not None:
+            say(saving.measured(trainer.batch_seconds, cache.report.seconds if cache else None))
+        if cache is not None:
+            say(f"{cache.batches_used} batches ran from the cache, {cache.batches_unused} training batches did not.")
+            cache.close()
     losses = loss_table(trainer.state.log_history)
     say(f"\n{losses}")
-    if saving is not None:
-        say(saving.measured(trainer.batch_seconds, cache.report.seconds if cache else None))
-    if cache is not None:
-        say(f"{cache.batches_used} batches ran from the cache, {cache.batches_unused} training batches did not.")
-        cache.close()
 
     # Prove it held.
     proof = verify_frozen(model, report)
@@ -250,14 +302,13 @@ def main() -> None:
         **baseline.to_dict("baseline_"),
         "frozen_unchanged": True,  # verify_frozen raises otherwise
         "frozen_tensors": proof.tensors,
-        "train_seconds": result.metrics["train_runtime"],
-        "train_loss": result.training_loss,
+        "train_seconds": train_seconds,
         "batch_seconds": trainer.batch_seconds,
         "prefix_cached": cache is not None,
         "cache_seconds": cache_seconds,
         "train_rows": len(rows["train"]),
         "test_rows": len(test_reviews),
-        "trainable_parameters": report.trainable_parameters,
+        "trainable_parameters": trainable,
         "total_parameters": report.total_parameters,
         "precision": args.chosen_precision.name,
         "world_size": args.world_size,
@@ -296,6 +347,15 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, RunArguments]:
         parsed = parser.parse_args_into_dataclasses()
     if parsed[0].cache_prefix not in ("auto", "on", "off"):
         raise FreezeError(f"--cache_prefix {parsed[0].cache_prefix} was asked for; it is auto, on or off.")
+    if parsed[0].upper not in ("full", "lora", "dora"):
+        raise FreezeError(f"--upper {parsed[0].upper} was asked for; it is full, lora or dora.")
+    args = parsed[2]
+    if args.resume_from_checkpoint and not args.output_dir:
+        if args.resume_from_checkpoint.lower() in ("last", "true"):
+            raise FreezeError(
+                "--resume_from_checkpoint last was asked for without --output_dir. Give the run's folder."
+            )
+        args.output_dir = str(Path(args.resume_from_checkpoint).parent)
     return parsed
 
 
@@ -307,6 +367,27 @@ def _count(value: str | int | float | None) -> int | float | str | None:
         return float(value) if "." in value else int(value)
     except ValueError:
         return value  # FreezePlan words the error
+
+
+def read_stages(model_args: ModelArguments, model, epochs: float) -> list:
+    """The stages of gradual unfreezing, of the shorthand or of a file; none where none are asked for."""
+    asked = model_args.stages
+    if asked is None:
+        return []
+    if model_args.freeze_encoder_blocks or model_args.freeze_decoder_blocks or model_args.upper != "full":
+        raise FreezeError(
+            f"--stages {asked} was asked for with --freeze_..._blocks or --upper {model_args.upper}; stages say what "
+            "is frozen when, and train whole blocks. Leave the others out."
+        )
+    if asked.endswith((".yaml", ".yml")):
+        return load_stages(asked)
+    try:
+        start, step, number = (int(piece) for piece in asked.split(","))
+    except ValueError:
+        raise FreezeError(
+            f"--stages {asked} was asked for; use start,step,stages such as 4,4,3, or a YAML file."
+        ) from None
+    return gradual(model, start, step, number, epochs=epochs)
 
 
 def load_reviews(data_args: DataArguments, seed: int) -> dict:

@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 from hf_freeze.summarization import shipped_reviews
 from tests.tiny import tiny_folder
@@ -67,8 +70,8 @@ def test_a_model_goes_through_the_whole_recipe(kind: str, tmp_path: Path) -> Non
         "frozen and trained",
         "Prefix cache, predicted:",
         "Training ",
-        "Loss per token",
         "With the prefix cache:",
+        "Loss per token",
         "unchanged",
         "ROUGE-Lsum",
         "reference:",
@@ -106,6 +109,101 @@ def test_the_cache_changes_no_loss_and_a_plan_without_a_prefix_is_told(kind: str
     assert "note: no prefix cache: Nothing of this" in done.stdout
 
 
+def test_stages_go_through_the_recipe_and_are_not_trained_twice(tmp_path: Path) -> None:
+    model = tiny_folder("llama", tmp_path)
+    output = tmp_path / "out"
+    given = ["--model_name_or_path", str(model), "--output_dir", str(output), *[o for o in SMALL if "tied" not in o]]
+    given += ["--stages=1,1,2", "--num_train_epochs=1", "--prefix_cache_dir", str(tmp_path / "prefix")]
+    done = run(RECIPE, *given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Stage 2 of 2: 2 blocks" in done.stdout
+    assert "all there already" in done.stdout, "the first stage's pass took the second one's states"
+    assert json.loads((output / "freeze_plan.json").read_text())["decoder_blocks"] == 2
+    assert results(output)["frozen_unchanged"] is True
+    rouge = results(output)["test_rougeL"]
+    again = run(RECIPE, *given, "--resume_from_checkpoint=last")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "2 of 2 stages are done already" in again.stdout
+    assert results(output)["test_rougeL"] == rouge
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_on_the_upper_blocks_are_saved_as_such_and_summarise_a_file(kind: str, tmp_path: Path) -> None:
+    model = tiny_folder("llama", tmp_path)
+    output = tmp_path / "out"
+    given = ["--model_name_or_path", str(model), "--output_dir", str(output), *[o for o in SMALL if "tied" not in o]]
+    given += [f"--upper={kind}", "--cache_prefix=on", "--prefix_cache_dir", str(tmp_path / "prefix")]
+    done = run(RECIPE, *given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert ", 0 training batches did not" in done.stdout
+    saved = json.loads((output / "adapter_config.json").read_text())
+    assert (saved["layers_to_transform"], saved["use_dora"]) == ([2, 3], kind == "dora")
+    assert not (output / "model.safetensors").exists()
+    reviews = tmp_path / "reviews.csv"
+    reviews.write_text('id,review\n7,"Good mug, weak handle."\n')
+    again = run(
+        str(ROOT / "recipes" / "summarize_file.py"), str(output), str(reviews), "-o", str(tmp_path / "summaries.jsonl")
+    )
+    assert again.returncode == 0, again.stderr[-3000:]
+
+
+def launched(*command: str, processes: int) -> subprocess.Popen[str]:
+    """A run in the background."""
+    launcher = [sys.executable]
+    if processes > 1:
+        config = str(ROOT / "accelerate_config.yaml")
+        launcher += ["-m", "accelerate.commands.launch", "--config_file", config, f"--num_processes={processes}"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([*launcher, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+
+
+def wait_for_checkpoint(process: subprocess.Popen[str], output: Path) -> None:
+    deadline = time.monotonic() + 300
+    while not list(output.glob("checkpoint-*/hf_freeze_checkpoint.json")):
+        assert process.poll() is None, "it ended before its first checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path: Path) -> None:
+    model = tiny_folder("llama", tmp_path)
+    given = ["--model_name_or_path", str(model), *SMALL, "--save_only_trained=true", "--cache_prefix=on"]
+    given += ["--prefix_cache_dir", str(tmp_path / "prefix")]
+    whole, output = tmp_path / "whole", tmp_path / "killed"
+    done = run(RECIPE, *given, "--output_dir", str(whole))
+    assert done.returncode == 0, done.stderr[-3000:]
+    process = launched(RECIPE, *given, "--output_dir", str(output), processes=1)
+    wait_for_checkpoint(process, output)
+    process.kill()
+    process.wait()
+    assert not (output / "all_results.json").exists()
+    done = run(RECIPE, *given, "--output_dir", str(output), "--resume_from_checkpoint=last")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Going on from" in done.stdout
+    states = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (whole, output)]
+    losses = [[row["loss"] for row in state if "loss" in row] for state in states]
+    assert losses[0] == losses[1]
+    assert (whole / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+    other = run(
+        RECIPE, *given, "--output_dir", str(output), "--resume_from_checkpoint=last", "--freeze_decoder_blocks=1"
+    )
+    assert other.returncode != 0
+    assert "another plan" in other.stderr
+
+
+def test_when_one_process_is_killed_the_others_stop_within_a_minute(tmp_path: Path) -> None:
+    model = tiny_folder("llama", tmp_path)
+    output = tmp_path / "out"
+    given = ["--model_name_or_path", str(model), *SMALL, "--num_train_epochs=500", "--cache_prefix=off"]
+    process = launched(RECIPE, *given, "--output_dir", str(output), processes=2)
+    wait_for_checkpoint(process, output)
+    family = psutil.Process(process.pid).children(recursive=True)
+    ranks = {child.environ().get("RANK"): child for child in family if "summarize_reviews" in " ".join(child.cmdline())}
+    ranks["1"].kill()
+    assert process.wait(timeout=60) != 0
+    assert not psutil.wait_procs(family, timeout=10)[1]
+
+
 def test_fewer_rows_than_one_batch_train_with_a_warning(tmp_path: Path) -> None:
     model = tiny_folder("llama", tmp_path)
     done = run(
@@ -137,6 +235,10 @@ def test_two_processes_form_one_world_and_gather_in_order(tmp_path: Path) -> Non
         (["--output_dir", "{used}"], "another run"),
         (["--cache_prefix", "maybe"], "auto, on or off"),
         (["--test_file", "{reviews}"], "without --train_file"),
+        (["--upper", "qlora"], "full, lora or dora"),
+        (["--stages", "4;4"], "use start,step,stages"),
+        (["--stages", "4,4,3", "--freeze_decoder_blocks", "2"], "Leave the others out"),
+        (["--resume_from_checkpoint", "last"], "without --output_dir"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_no_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -161,3 +263,22 @@ def test_the_configs_name_arguments_that_exist(name: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "FreezePlan(" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "name", ["accelerate_config.yaml", *(f"recipes/configs/{n}.yaml" for n in ("fsdp2", "zero2", "zero3"))]
+)
+def test_accelerate_reads_the_launch_configs(name: str) -> None:
+    config = load_config_from_file(str(ROOT / name))
+    assert config.num_processes == 2
+    assert config.mixed_precision == "bf16"
+
+
+def test_the_sizes_of_deltas_are_measured(tmp_path: Path) -> None:
+    model = tiny_folder("llama", tmp_path)
+    command = [str(ROOT / "recipes" / "benchmark_deltas.py"), "--model_name_or_path", str(model)]
+    done = run(*command, "--freeze_decoder_blocks=3", "--repetitions=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "delta" in done.stdout
+    assert "100.0%" in done.stdout
+    assert "repetitions 0 was asked for" in run(*command, "--repetitions=0").stderr

@@ -61,6 +61,26 @@ def test_the_cache_changes_nothing(undisturbed: dict[str, torch.Tensor], tmp_pat
     assert_close(weights(run(tmp_path, cached=False)), undisturbed)
 
 
+def test_every_stage_runs_in_the_precision_asked_for_and_the_forward_is_put_back(tmp_path: Path) -> None:
+    """accelerate wraps the forward of a shared model once, and takes off too much when it is asked to unwrap it."""
+    model = pretrained()
+    seen: list[tuple[bool, bool]] = []
+    handle = model.model.layers[3].register_forward_pre_hook(
+        lambda *_: seen.append((model.training, torch.is_autocast_enabled("cpu")))
+    )
+    said: list[str] = []
+    report = train_in_stages(
+        lambda: make_trainer(tmp_path, model, precision="bf16"), gradual(model, 1, 1, 3, steps=2),
+        cache_dir=tmp_path / "cache", say=said.append,
+    )  # fmt: skip
+    handle.remove()
+    assert sum(autocast for training, autocast in seen if training) >= 6
+    assert not any("no prefix cache" in text for text in said)
+    ids = torch.tensor([[5, 6, 7]])
+    assert report.trainer.model is model
+    assert model(ids, return_dict=False)[0].shape == model(ids).logits.shape, "transformers' own decorators are on"
+
+
 def test_each_stage_trains_what_it_asks_for_and_no_more(tmp_path: Path) -> None:
     seen: list[tuple[set[str], set[str], int]] = []
 

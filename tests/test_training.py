@@ -96,6 +96,19 @@ def test_the_token_loss_of_one_batch_is_the_models_own(kind: str) -> None:
     torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-6)
 
 
+def test_a_head_alone_leaves_no_empty_group_to_the_optimizer(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    freeze(model, FreezePlan(decoder_blocks="all", freeze=(r"model\.norm",)))
+    rows = ragged_rows("llama")
+    args = SummaryTrainingArguments(str(tmp_path), precision="fp32", eval_strategy="no")
+    trainer = SummaryTrainer(
+        model=model, args=args, train_dataset=rows, data_collator=SummaryCollator(tiny_tokenizer("llama"), model)
+    )
+    groups = trainer.create_optimizer().param_groups
+    assert [len(group["params"]) for group in groups] == [1]
+    assert groups[0]["params"][0] is model.lm_head.weight
+
+
 def test_label_smoothing_is_that_of_trainer() -> None:
     from transformers.trainer_pt_utils import LabelSmoother
 

@@ -22,7 +22,14 @@ from hf_freeze.summarization.rouge import RougeScores
 __all__ = ["load_prompt", "new_output_folder", "sample_text", "save_prompt", "score_table", "write_card", "write_jsonl"]
 
 PROMPT_FILE = "summary_prompt.json"
-RUN_FILES = ("all_results.json", "freeze_plan.json", "trainer_state.json", "config.json", "predictions.jsonl")
+RUN_FILES = (
+    "all_results.json",
+    "freeze_plan.json",
+    "trainer_state.json",
+    "config.json",
+    "predictions.jsonl",
+    "stages.json",
+)
 METRICS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
 
 

@@ -267,6 +267,12 @@ class SummaryTrainer(DeltaCheckpoints, Seq2SeqTrainer):
             inputs = {**inputs, "logits_to_keep": rounded_positions(inputs["labels"])}
         return super().compute_loss(model, inputs, *rest, **named)
 
+    def create_optimizer(self, *rest: Any, **named: Any) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*rest, **named)
+        # A head alone leaves the group without weight decay empty, which DeepSpeed ZeRO-3 does not survive.
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(ids) for ids in rows["input_ids"]]  # type: ignore[index]

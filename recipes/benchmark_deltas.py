@@ -1,0 +1,89 @@
+"""Measures what a delta takes beside a full checkpoint: bytes, seconds to save and to load.
+
+    python recipes/benchmark_deltas.py
+        the embedded SmolLM2-135M, 26 of 30 blocks frozen: a few seconds
+    python recipes/benchmark_deltas.py --model_name_or_path facebook/bart-large-cnn --freeze_encoder_blocks all
+
+Saving and loading are repeated in turn, and medians are shown. Both flush to the disk before the clock stops; files are
+read from memory, as right after a save. Loading a delta includes loading its base and comparing the frozen digests.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tqdm import trange
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from hf_freeze import FreezeError, FreezePlan, freeze, load_delta, save_delta
+from hf_freeze.embedded import EMBEDDED_NAME, embedded_model
+from hf_freeze.report import Table, count_text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", default=EMBEDDED_NAME)
+    parser.add_argument("--freeze_encoder_blocks", default=None)
+    parser.add_argument("--freeze_decoder_blocks", default="-4")
+    parser.add_argument("--repetitions", type=int, default=7)
+    args = parser.parse_args()
+    if args.repetitions < 1:
+        raise FreezeError(f"--repetitions {args.repetitions} was asked for; use 1 or more.")
+    source = embedded_model() if args.model_name_or_path == EMBEDDED_NAME else args.model_name_or_path
+    encoder_decoder = AutoConfig.from_pretrained(source).is_encoder_decoder
+    auto_class = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+    model = auto_class.from_pretrained(source, dtype=torch.float32)
+    report = freeze(
+        model,
+        FreezePlan(encoder_blocks=count(args.freeze_encoder_blocks), decoder_blocks=count(args.freeze_decoder_blocks)),
+    )
+
+    seconds = {"full": ([], []), "delta": ([], [])}
+    with tempfile.TemporaryDirectory() as folder:
+        full, delta = Path(folder) / "full", Path(folder) / "delta"
+        for _ in trange(args.repetitions):
+            seconds["full"][0].append(timed(lambda: (model.save_pretrained(full), flush(full))))
+            seconds["delta"][0].append(timed(lambda: save_delta(model, delta, base=source)))
+            seconds["full"][1].append(timed(lambda: auto_class.from_pretrained(full, dtype=torch.float32)))
+            seconds["delta"][1].append(timed(lambda: load_delta(delta)))
+        sizes = {"full": size(full), "delta": size(delta)}
+    rows = []
+    for kind, times in seconds.items():
+        save, load = (f"{statistics.median(each):.3g} s" for each in times)
+        rows.append((kind, count_text(sizes[kind], "B"), f"{sizes[kind] / sizes['full']:.1%}", save, load))
+    line = f"{report.trainable_parameters / report.total_parameters:.1%} of the parameters train; optimizer aside."
+    print(Table("Checkpoints", ("kind", "size", "of full", "save", "load"), tuple(rows), (line,)))
+
+
+def count(text: str | None) -> int | float | str | None:
+    """ "3" is three blocks, "0.5" half of them."""
+    return text if text in (None, "all") else float(text) if "." in text else int(text)
+
+
+def timed(work) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def flush(folder: Path) -> None:
+    """What save_delta does too: the files are on the disk, not on their way there."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except FreezeError as error:
+        sys.exit(f"error: {error}")
