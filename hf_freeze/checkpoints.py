@@ -106,8 +106,8 @@ def run_facts(trainer: Any) -> dict[str, Any]:
     args = trainer.args
     return {
         "plan": record[1].plan.to_dict() if record else None,
-        "frozen part": _digest(sorted(record[1].digests.items())) if record else None,
-        "trained tensors": _digest(trained),
+        "frozen part": json_digest(sorted(record[1].digests.items())) if record else None,
+        "trained tensors": json_digest(trained),
         "training data": data_digest(trainer.train_dataset),
         "rows a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "processes": args.world_size,
@@ -258,7 +258,8 @@ def _damage(checkpoint: Path) -> str:
     return ""
 
 
-def _digest(values: Any) -> str:
+def json_digest(values: Any) -> str:
+    """Digest of JSON values."""
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -26,10 +26,17 @@ from transformers import TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_freeze.anatomy import Anatomy, read_anatomy, unwrap
-from hf_freeze.checkpoints import guard_checkpoints, resume_from, run_facts, write_json
+from hf_freeze.checkpoints import (
+    guard_checkpoints,
+    json_digest,
+    last_whole_checkpoint,
+    resume_from,
+    run_facts,
+    write_json,
+)
 from hf_freeze.delta import load_delta, save_delta
 from hf_freeze.errors import CannotCache, ResumeError, StageError, nearest
-from hf_freeze.freezing import freeze, thaw, verify_frozen
+from hf_freeze.freezing import FreezeReport, freeze, named_tensors, tensor_digest, thaw, verify_frozen
 from hf_freeze.monitor import FreezeMonitor
 from hf_freeze.plan import FreezePlan
 from hf_freeze.report import Table
@@ -257,7 +264,7 @@ def train_in_stages(
         ResumeError: What lies there belongs to another model, plan or data.
 
     Example:
-        >>> import tempfile
+        >>> import contextlib, tempfile
         >>> from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
         >>> config = GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8)
         >>> model = GPT2LMHeadModel(config)
@@ -266,7 +273,8 @@ def train_in_stages(
         ...     logging_strategy="no", save_strategy="no")
         >>> def make_trainer():
         ...     return Trainer(model=model, args=args, train_dataset=rows)
-        >>> report = train_in_stages(make_trainer, gradual(model, 1, 1, 2, steps=2), say=lambda text: None)
+        >>> with contextlib.redirect_stdout(None):  # Trainer's log
+        ...     report = train_in_stages(make_trainer, gradual(model, 1, 1, 2, steps=2))
         >>> [stage.trained_blocks for stage in report.stages]
         [1, 2]
     """
@@ -283,14 +291,14 @@ def train_in_stages(
         tell(f"{done} of {len(stages)} stages are done already in {run.folder}.")
     trainer = first
     for number in range(done + 1, len(stages) + 1):
-        previous, trainer = trainer, first if number == 1 else _make(make_trainer, stages[number - 1])
-        if number > 1 and trainer is previous:
+        made = first if number == 1 else _make(make_trainer, stages[number - 1])
+        if number > 1 and made is trainer:
             raise StageError(
                 f"make_trainer gave the trainer of the stage before again, for stage {number}; its optimizer and its "
                 "DDP wrapper know only what trained there. Return a new Trainer at each call; all may share a model."
             )
+        trainer = made
         run.train(number, trainer, cache_dir, tell)
-        del previous
     if done == len(stages):
         thaw(trainer.model)
         freeze(trainer.model, stages[-1].plan)
@@ -329,6 +337,7 @@ class _Run:
         greater = args.greater_is_better
         self.greater = not name.endswith("loss") if greater is None else bool(greater)
         self.facts: dict[str, Any] = {}
+        self.start = ""  # digest of the weights that the first stage begins with
 
     @classmethod
     def begin(cls, trainer: Any, stages: list[Stage], folder: Path, resume: bool) -> _Run:
@@ -354,6 +363,14 @@ class _Run:
             run.results = run._read(ledger)
             run.under_way = True
         _wait(args)  # until every process has looked
+        start = _digest_of(trainer.model)
+        if run.under_way and not run.results and start != run.start and not last_whole_checkpoint(folder / "stage-1"):
+            raise ResumeError(  # a later stage compares what was frozen before it; the first one has only this
+                f"{ledger} was begun with other weights than this model's, and its first stage has no checkpoint yet. "
+                "Load the model again: a run that was interrupted leaves it half trained."
+            )
+        if not run.under_way:
+            run.start = start
         if args.should_save and not run.under_way:
             folder.mkdir(parents=True, exist_ok=True)
             run._write()
@@ -367,77 +384,72 @@ class _Run:
         self, number: int, trainer: Any, cache_dir: str | os.PathLike[str] | None, say: Callable[[str], None]
     ) -> None:
         """Trains one stage, from the best weights of the one before; the model then holds this one's."""
-        stage, model = self.stages[number - 1], trainer.model
-        _set_arguments(trainer, stage, self.folder / f"stage-{number}")
-        thaw(model)
-        plans = _cut_by_cut(self.stages[number - 1 :], read_anatomy(model))
-        report = freeze(model, stage.plan)
-        for monitor in [c for c in trainer.callback_handler.callbacks if isinstance(c, FreezeMonitor)]:
-            monitor.put_first(trainer)
-            monitor.remember(model)  # before the weights of the stage before: drift is from the pretrained ones
+        stage, model, best_folder = self.stages[number - 1], trainer.model, self.best_folder(number)
+        report, later = self._enter(number, trainer)
         before = self.results[-1].best_metric if self.results else None
-        if number > 1:
-            load_delta(self.best_folder(number - 1), model)
-        anatomy = read_anatomy(model)
-        blocks = {
-            (p.stack, p.index) for n, p in anatomy.parts.items() if p.kind == "block" and n in report.trainable_names
-        }
-        say(
-            f"Stage {number} of {len(self.stages)}: {len(blocks)} blocks and "
-            f"{report.trainable_parameters:,} parameters train."
-        )
-        end = _StageEnd(self, stage, before, self.best_folder(number))
-        trainer.add_callback(end)
-        guard_checkpoints(trainer)
+        blocks = _trained_blocks(read_anatomy(model), set(report.trainable_names))
+        say(f"Stage {number} of {len(self.stages)}: {blocks} blocks, {report.trainable_parameters:,} parameters train.")
         checkpoint = resume_from(trainer, True) if self.under_way else None
-        self.under_way = False
-        history = (
-            TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).log_history if checkpoint else []
+        state = (
+            TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)) if checkpoint else TrainerState()
         )
         if checkpoint:
             say(f"Going on from {checkpoint}.")
         elif before is not None:
-            save_delta(model, self.best_folder(number), extra={"metric": before, "step": 0})
-        if stage.block_decay != 1.0:
-            optimizer = trainer.create_optimizer()
-            optimizer.param_groups[:] = _groups_by_block(optimizer.param_groups, anatomy, stage.block_decay)
-        cache = _build_cache(trainer, plans, cache_dir, say) if cache_dir is not None else None
+            save_delta(model, best_folder, extra={"metric": before, "step": 0})
+        self.under_way = False
+        cache = _build_cache(trainer, later, cache_dir, say) if cache_dir is not None else None
+        end = _StageEnd(self, stage, before, best_folder)
         started = time.perf_counter()
-        if end.stalled(history):  # it was killed after its last evaluation, and before it was noted as done
-            steps = TrainerState.load_from_json(os.path.join(str(checkpoint), TRAINER_STATE_NAME)).global_step
-        else:
-            set_seed(trainer.args.seed)  # reading and checking rows for a cache may draw numbers
-            trainer.train(resume_from_checkpoint=checkpoint)
-            steps, history = trainer.state.global_step, trainer.state.log_history
+        try:
+            if not end.stalled(state.log_history):  # else it was killed after its end, before that was noted
+                _train(trainer, stage, end, checkpoint)
+                state = trainer.state
+        finally:
+            if cache is not None:
+                trainer.data_collator = cache.collator.collator
+                cache.close()
         seconds = time.perf_counter() - started
-        trainer.remove_callback(end)  # the caller may evaluate something else with the last trainer
-        if cache is not None:
-            trainer.data_collator = cache.collator.collator
-            cache.close()
-        best = end.best(history)
+        best = end.best(state.log_history)
         if best is None:
-            save_delta(model, self.best_folder(number), extra={"metric": None, "step": steps})
+            save_delta(model, best_folder, extra={"metric": None, "step": state.global_step})
         else:
-            load_delta(self.best_folder(number), model)
+            load_delta(best_folder, model)
         verify_frozen(model, report)
-        why = end.why(history)
-        self.results.append(StageResult(number, len(blocks), steps, seconds, before, best, why))
+        why = end.why(state.log_history)
+        self.results.append(StageResult(number, blocks, state.global_step, seconds, before, best, why))
         if trainer.args.should_save:
             self._write()
         _wait(trainer.args)
         if number < len(self.stages):
             _let_go(trainer)
 
+    def _enter(self, number: int, trainer: Any) -> tuple[FreezeReport, list[FreezePlan]]:
+        """Freezes by the stage's plan and puts in the best weights so far; later plans whose states a pass can take."""
+        stage, model = self.stages[number - 1], trainer.model
+        _set_arguments(trainer, stage, self.folder / f"stage-{number}")
+        thaw(model)
+        later = _cut_by_cut(self.stages[number - 1 :], read_anatomy(model))
+        report = freeze(model, stage.plan)
+        for monitor in [c for c in trainer.callback_handler.callbacks if isinstance(c, FreezeMonitor)]:
+            monitor.put_first(trainer)
+            monitor.remember(model)  # before the weights of the stage before: drift is from the pretrained ones
+        guard_checkpoints(trainer)
+        if number > 1:
+            load_delta(self.best_folder(number - 1), model)
+        return report, later
+
     def _write(self) -> None:
         values = {"version": 1, "stages": [stage.to_dict() for stage in self.stages], "run": self.facts}
-        write_json(self.folder / LEDGER, values | {"metric": self.metric, "done": [asdict(r) for r in self.results]})
+        values |= {"metric": self.metric, "start": self.start, "done": [asdict(r) for r in self.results]}
+        write_json(self.folder / LEDGER, values)
 
     def _read(self, ledger: Path) -> list[StageResult]:
         """The stages that are done, where they are those of this run."""
         try:
             values = json.loads(ledger.read_text(encoding="utf-8"))
             stages, done = values["stages"], [StageResult(**result) for result in values["done"]]
-            facts, metric = values["run"], values["metric"]
+            facts, metric, self.start = values["run"], values["metric"], str(values["start"])
         except (ValueError, KeyError, TypeError) as error:
             raise ResumeError(
                 f"{ledger} was to be read; it is damaged: {error}. Start anew in another output_dir."
@@ -583,6 +595,25 @@ def _groups_by_block(groups: list[dict[str, Any]], anatomy: Anatomy, decay: floa
             members = [p for p in group["params"] if depth(p) == each]
             split.append({**group, "params": members, "lr": group["lr"] * decay**each})
     return split
+
+
+def _train(trainer: Any, stage: Stage, end: _StageEnd, checkpoint: str | None) -> None:
+    if stage.block_decay != 1.0:
+        optimizer = trainer.create_optimizer()
+        groups = _groups_by_block(optimizer.param_groups, read_anatomy(trainer.model), stage.block_decay)
+        optimizer.param_groups[:] = groups
+    trainer.add_callback(end)
+    set_seed(trainer.args.seed)  # reading and checking rows for a cache may draw numbers
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.remove_callback(end)  # the caller may evaluate something else with the last trainer
+
+
+def _trained_blocks(anatomy: Anatomy, trained: set[str]) -> int:
+    return len({(p.stack, p.index) for name, p in anatomy.parts.items() if p.kind == "block" and name in trained})
+
+
+def _digest_of(model: nn.Module) -> str:
+    return json_digest(sorted((name, tensor_digest(tensor)) for name, tensor in named_tensors(unwrap(model))))
 
 
 def _wait(args: Any) -> None:

@@ -17,6 +17,7 @@ It reads the model's anatomy, freezes, says what that saves, trains with Trainer
 move, and writes model, scores, predictions and a model card into --output_dir.
 """
 
+import gc
 import math
 import sys
 import time
@@ -333,7 +334,6 @@ def main() -> None:
         f"Summarise a new file with it:\n"
         f"  python recipes/summarize_file.py {args.output_dir} reviews.csv -o summaries.jsonl"
     )
-    trainer.accelerator.end_training()
 
 
 def parse_arguments() -> tuple[ModelArguments, DataArguments, RunArguments]:
@@ -475,8 +475,17 @@ def mean_lengths(dataset, prompt) -> dict[str, int]:
     return {"source_tokens": round(source), "target_tokens": round(labelled)}
 
 
+def leave_group() -> None:
+    """Ends the group of processes; what holds it goes first, or its threads may outlive the interpreter and abort."""
+    if torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
     try:
         main()
+        leave_group()
     except FreezeError as error:
         sys.exit(f"error: {error}")

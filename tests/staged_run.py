@@ -1,6 +1,6 @@
 """A small staged run, as a function and as a script for torchrun and for the tests that kill it.
 
-torchrun --nproc_per_node 2 tests/staged_run.py FOLDER [plain|cached|naive]
+torchrun --nproc_per_node 2 tests/staged_run.py FOLDER plain|cached|naive|moved
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from hf_freeze.checkpoints import guard_checkpoints, resume_from
 from hf_freeze.freezing import freeze, thaw
 from hf_freeze.plan import FreezePlan
 from hf_freeze.stages import StagesReport, gradual, train_in_stages
 from hf_freeze.summarization import SummaryTrainer, SummaryTrainingArguments
+from tests.gloo import leave_group
 from tests.prefix_cases import collator_for, review_rows
 from tests.tiny import tiny_model
 
@@ -96,12 +98,23 @@ def naive(folder: Path, model: nn.Module) -> SummaryTrainer:
     return trainer
 
 
-def main() -> None:
+def one_plan(folder: Path, model: nn.Module, **given: Any) -> SummaryTrainer:
+    """No stages: eight steps, guarded, from the last whole checkpoint where there is one."""
+    trainer = make_trainer(folder, model, max_steps=8, **LINEAR, **given)
+    freeze(model, FreezePlan(decoder_blocks=2))
+    guard_checkpoints(trainer)
+    trainer.train(resume_from_checkpoint=resume_from(trainer, "last"))
+    return trainer
+
+
+def work() -> None:
     folder, mode = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     model = tiny_model("llama")
     if mode == "naive":
         trainer = naive(folder, model)
+    elif mode == "moved":
+        trainer = one_plan(folder, model)
     else:
         trainer = run(folder, cached=mode == "cached", shared=model, **LINEAR).trainer
     weights = {name: p.detach().double().flatten().tolist() for name, p in trainer.model.named_parameters()}
@@ -112,8 +125,8 @@ def main() -> None:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
     (folder / f"rank{trainer.args.process_index}.json").write_text(json.dumps(told))
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    work()
+    leave_group()

@@ -122,6 +122,30 @@ def test_older_checkpoints_go_only_after_the_new_one_is_marked(tmp_path: Path) -
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
 
 
+@pytest.mark.parametrize("only_trained", [False, True])
+def test_a_disk_that_fills_up_while_saving_leaves_the_older_checkpoint_whole(
+    whole: Any, only_trained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_in(tmp_path, save_total_limit=1, save_only_trained=only_trained)
+    save = torch.save
+
+    def full(values: Any, path: Any, *rest: Any, **named: Any) -> None:
+        if "checkpoint-4" in str(path):
+            Path(path).write_bytes(b"cut short")
+            raise OSError(28, "No space left on device")
+        save(values, path, *rest, **named)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    monkeypatch.undo()
+    again = trainer_in(tmp_path, save_only_trained=only_trained)
+    checkpoint = resume_from(again, "last")
+    assert checkpoint == str(tmp_path / "checkpoint-2")
+    again.train(resume_from_checkpoint=checkpoint)
+    assert_same(again, whole)
+
+
 def broken(whole: Any, folder: Path) -> Path:
     """The run's folder with checkpoints 6 and 8, to be damaged."""
     for step in (6, 8):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ from hf_freeze.delta import DELTA_FILE, FILES, STAGING, WEIGHTS_FILE, is_delta, 
 from hf_freeze.embedded import EMBEDDED_NAME
 from hf_freeze.errors import DeltaMismatch, FreezeError, ModelError
 from hf_freeze.freezing import RELEASED
+from tests.gloo import leave_group
 from tests.tiny import tiny_model
 
 KINDS = ["llama", "gpt2", "bart", "t5"]
@@ -699,9 +699,7 @@ def _on_a_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     _save_and_load_on_both(folder)
-    gc.collect()  # DDP and FSDP2 hold the group, whose threads must not outlive the interpreter
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 def _save_and_load_on_both(folder: Path) -> None:

@@ -23,6 +23,7 @@ from transformers.integrations import integration_utils
 from hf_freeze import FreezeError, FreezePlan, FrozenWeightsChanged, PrefixCache, freeze, thaw
 from hf_freeze.errors import TrainingDiverged
 from hf_freeze.monitor import FreezeMonitor
+from tests.gloo import leave_group
 from tests.prefix_cases import collator_for, frozen_model, review_rows
 from tests.tiny import tiny_model
 
@@ -610,4 +611,4 @@ if __name__ == "__main__":
     result = by_trainer(Path(sys.argv[2])) if sys.argv[1] == "ddp" else by_fsdp()
     path = Path(sys.argv[2]) / f"{sys.argv[1]}{torch.distributed.get_rank()}.json"
     path.write_text(json.dumps(result))
-    torch.distributed.destroy_process_group()  # else a thread of gloo may outlive the interpreter: abort
+    leave_group()

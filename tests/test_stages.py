@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from hf_freeze.errors import DeltaMismatch, PlanError, ResumeError, StageError
 from hf_freeze.monitor import FreezeMonitor
 from hf_freeze.stages import Stage, gradual, load_stages, save_stages, train_in_stages
 from tests.prefix_cases import review_rows
-from tests.staged_run import LINEAR, ROWS_A_STEP, Rows, make_trainer, pretrained, run
+from tests.staged_run import LINEAR, ROWS_A_STEP, Rows, make_trainer, one_plan, pretrained, run
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -338,6 +339,30 @@ def test_another_base_model_is_refused_at_a_resume(tmp_path: Path) -> None:
         )
 
 
+def test_a_model_that_an_interrupted_first_stage_left_half_trained_is_refused(tmp_path: Path) -> None:
+    class Fail(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+    model = pretrained()
+
+    def failing() -> Any:
+        trainer = make_trainer(tmp_path, model)
+        trainer.add_callback(Fail())
+        return trainer
+
+    stages = gradual(model, 1, 1, 2, steps=4)
+    with pytest.raises(KeyboardInterrupt):
+        train_in_stages(failing, stages, cache_dir=tmp_path / "cache", say=quiet)
+    with pytest.raises(ResumeError, match="Load the model again"):
+        train_in_stages(lambda: make_trainer(tmp_path, model), stages, resume=True, say=quiet)
+    model.load_state_dict(pretrained().state_dict())
+    report = train_in_stages(
+        lambda: make_trainer(tmp_path, model), stages, cache_dir=tmp_path / "cache", resume=True, say=quiet
+    )
+    assert len(report.stages) == 2, "the cache of the interrupted stage was closed"
+
+
 def test_a_damaged_ledger_is_refused(tmp_path: Path) -> None:
     (tmp_path / "stages.json").write_text("{")
     with pytest.raises(ResumeError, match="it is damaged"):
@@ -474,6 +499,16 @@ def test_two_ranks_end_with_the_weights_of_one_process(mode: str, tmp_path: Path
     assert_close(theirs, {name: weight.flatten() for name, weight in weights(alone).items()})
     losses = [entry["loss"] for entry in alone.trainer.state.log_history if "loss" in entry]
     assert one["losses"] == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_run_moved_to_two_processes_goes_on_as_in_one(tmp_path: Path) -> None:
+    alone = one_plan(tmp_path / "alone", tiny_model("llama"), save_total_limit=None)
+    shutil.copytree(tmp_path / "alone" / "checkpoint-4", tmp_path / "moved" / "checkpoint-4")
+    ranks = two_processes(tmp_path / "moved", "moved")
+    assert [rank["world"] for rank in ranks] == [2, 2]
+    losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
+    assert ranks[0]["losses"] == pytest.approx(losses, rel=1e-5)
+    assert ranks[0]["weights"] == ranks[1]["weights"]
 
 
 def test_thawing_under_a_living_trainer_lets_the_ranks_drift_apart(tmp_path: Path) -> None:

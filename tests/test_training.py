@@ -20,6 +20,7 @@ from hf_freeze import FreezeError, FreezePlan, freeze
 from hf_freeze.errors import TrainingDiverged
 from hf_freeze.summarization import SummaryCollator, SummaryTrainer, SummaryTrainingArguments, TokenLoss, loss_table
 from hf_freeze.summarization.training import LengthSampler, _check_world_size
+from tests.gloo import leave_group
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -222,4 +223,4 @@ if __name__ == "__main__":
     if int(os.environ["RANK"]) == 0:
         found["weights"] = {name: weight.tolist() for name, weight in found["weights"].items()}
         (Path(sys.argv[2]) / "two.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()  # else a thread of gloo may outlive the interpreter: abort
+    leave_group()

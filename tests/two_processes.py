@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from hf_freeze import PrefixCache, read_anatomy
+from tests.gloo import leave_group
 from tests.prefix_cases import collator_for, frozen_model, review_rows, trainer_losses
 
 
@@ -83,8 +84,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     result = {"ddp": by_trainer, "fsdp": by_fsdp}[mode](kind, folder) | {"world": dist.get_world_size()}
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":
