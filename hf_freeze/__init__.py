@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hf_freeze.anatomy import Anatomy, read_anatomy
-from hf_freeze.errors import CacheDamaged, CannotCache, FreezeError, FrozenWeightsChanged
+from hf_freeze.errors import (
+    CacheDamaged,
+    CannotCache,
+    DeltaMismatch,
+    FreezeError,
+    FrozenWeightsChanged,
+    ResumeError,
+    StageError,
+)
 from hf_freeze.forecast import Forecast, forecast
 from hf_freeze.freezing import FreezeReport, freeze, thaw, verify_frozen
 from hf_freeze.plan import FreezePlan
@@ -28,6 +36,7 @@ __all__ = [
     "CacheDamaged",
     "CannotCache",
     "DeltaCheckpoints",
+    "DeltaMismatch",
     "Forecast",
     "FreezeError",
     "FreezeMonitor",
@@ -35,7 +44,9 @@ __all__ = [
     "FreezeReport",
     "FrozenWeightsChanged",
     "PrefixCache",
+    "ResumeError",
     "Stage",
+    "StageError",
     "SupervisedLogits",
     "adapt_upper",
     "all_logits",

@@ -96,6 +96,7 @@ def adapt_upper(
         # Conv1D keeps its matrix as [inputs, outputs]; PEFT would find out by itself and warn.
         fan_in_fan_out=not any(isinstance(module, nn.Linear) for module in matrices.values()),
         task_type=_task_type(core),
+        revision=getattr(getattr(core, "config", None), "_commit_hash", None),
     )
     adapted: PeftModel = get_peft_model(core, config)
     return adapted

@@ -12,6 +12,9 @@ import copy
 import hashlib
 import json
 import os
+import shutil
+import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +22,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_freeze.anatomy import unwrap
 from hf_freeze.delta import is_delta, load_delta, save_delta
-from hf_freeze.errors import ResumeError
+from hf_freeze.errors import FreezeError, ResumeError
 from hf_freeze.freezing import freeze_record
 
 __all__ = ["CheckpointGuard", "DeltaCheckpoints", "guard_checkpoints", "last_whole_checkpoint", "resume_from"]
@@ -45,13 +48,22 @@ class CheckpointGuard(TrainerCallback):
     Put in place by `guard_checkpoints`.
 
     Args:
-        facts: What a resume must match, as `run_facts` makes it.
+        trainer: Whose callback it is.
         limit: Checkpoints to keep, the newest and the best; None keeps all.
     """
 
-    def __init__(self, facts: Mapping[str, Any], limit: int | None) -> None:
-        self.facts = dict(facts)
+    def __init__(self, trainer: Any, limit: int | None) -> None:
+        self._trainer = weakref.ref(trainer)
         self.limit = limit
+        self.facts: dict[str, Any] = {}  # what a resume must match
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.read_facts()
+
+    def read_facts(self) -> dict[str, Any]:
+        """What a resume must match, of the run as it is now: it may have been frozen since the guard was made."""
+        self.facts = run_facts(self._trainer())
+        return self.facts
 
     def on_save(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -62,16 +74,33 @@ class CheckpointGuard(TrainerCallback):
         record = freeze_record(unwrap(model)) if model is not None else None
         if record is not None:
             record[1].plan.save_pretrained(folder)
-        for path in folder.rglob("*"):
+        sizes = {}
+        for path in _files(folder):
             _flush(path)
-        sizes = {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
-        values = {"version": VERSION, "step": state.global_step, "files": sizes, "run": self.facts}
-        write_json(folder / MANIFEST, values)
-        rotate_checkpoints(args.output_dir, self.limit, state.best_model_checkpoint, use_mtime=False)
+            sizes[str(path.relative_to(folder))] = path.stat().st_size
+        values = {"version": VERSION, "step": state.global_step, "written": time.time_ns(), "files": sizes}
+        write_json(folder / MANIFEST, values | {"run": self.facts})
+        remove_older(folder, self.limit, state.best_model_checkpoint)
+
+
+def remove_older(newest: Path, limit: int | None, best: str | None) -> None:
+    """Removes the checkpoints beside the newest that are beyond the limit, and those that are not whole.
+
+    By when they were written, not by step: after a resume from an earlier checkpoint the one just written is not the
+    highest. The best one stays.
+    """
+    if limit is None or limit < 1:
+        return
+    kept = {newest.resolve(), *(path.resolve() for path in _whole_ones(newest.parent)[:limit])}
+    if best:
+        kept.add(Path(best).resolve())
+    for path in newest.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if path.is_dir() and path.resolve() not in kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def guard_checkpoints(trainer: Any) -> CheckpointGuard:
-    """Lets a trainer mark its checkpoints whole; call it after `freeze` and before `train`. Mutates the trainer.
+    """Lets a trainer mark its checkpoints whole; call it before `train`. Mutates the trainer.
 
     Its `save_total_limit` moves to the guard, since Trainer removes older checkpoints before the new one is marked.
 
@@ -91,7 +120,7 @@ def guard_checkpoints(trainer: Any) -> CheckpointGuard:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, CheckpointGuard):
             return callback
-    guard = CheckpointGuard(run_facts(trainer), trainer.args.save_total_limit)
+    guard = CheckpointGuard(trainer, trainer.args.save_total_limit)
     trainer.args = copy.copy(trainer.args)  # the caller's may serve another trainer
     trainer.args.save_total_limit = None
     trainer.add_callback(guard)
@@ -120,7 +149,7 @@ def data_digest(dataset: Any) -> str | None:
     >>> data_digest([{"input_ids": [1, 2]}]) == data_digest([{"input_ids": torch.tensor([1, 2])}])
     True
     """
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__getitem__"):
         return None
     digest = hashlib.blake2b(digest_size=16)
     for number in range(len(dataset)):
@@ -130,8 +159,18 @@ def data_digest(dataset: Any) -> str | None:
 
 def last_whole_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The newest checkpoint in an output folder that is whole; None where there is none."""
-    there = sort_checkpoints(str(folder)) if Path(folder).is_dir() else []
-    return next((Path(path) for path in reversed(there) if not _damage(Path(path))), None)
+    return next(iter(_whole_ones(Path(folder))), None)
+
+
+def _whole_ones(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, the one written last first."""
+    whole = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if not _damage(path)]
+    return sorted(whole, key=lambda path: -int(_manifest(path).get("written", 0)))
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    return values
 
 
 def resume_from(trainer: Any, asked: str | os.PathLike[str] | Literal[True]) -> str | None:
@@ -163,8 +202,7 @@ def resume_from(trainer: Any, asked: str | os.PathLike[str] | Literal[True]) -> 
             other = last_whole_checkpoint(checkpoint.parent)
             fix = f"The newest whole one is {other}." if other else "There is no whole one beside it: start anew."
             raise ResumeError(f"--resume_from_checkpoint {checkpoint} was asked for; {damage}. {fix}")
-    then = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["run"]
-    now = guard_checkpoints(trainer).facts
+    then, now = _manifest(checkpoint)["run"], guard_checkpoints(trainer).read_facts()
     told = []
     for name, fix in FIXES.items():
         if then.get(name) != now[name]:
@@ -194,7 +232,7 @@ class DeltaCheckpoints:
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
             return
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ResumeError(
+            raise FreezeError(
                 "--save_only_trained was asked for under FSDP or DeepSpeed, which write checkpoints of their own. "
                 "Leave it out there, and call save_delta after training."
             )
@@ -221,21 +259,26 @@ class DeltaCheckpoints:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a file under a temporary name, flushes it, and renames it: it is there whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(values, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _flush(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    """All but the manifest, and what a kill left of an earlier one."""
+    own = (MANIFEST, f"{MANIFEST}.tmp")
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in own]
 
 
 def _damage(checkpoint: Path) -> str:
@@ -243,7 +286,7 @@ def _damage(checkpoint: Path) -> str:
     if not checkpoint.is_dir():
         return "there is no such folder"
     try:
-        values = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        values = _manifest(checkpoint)
         version, files = values["version"], dict(values["files"])
     except FileNotFoundError:
         return f"it is half written, or not written under hf_freeze: it has no {MANIFEST}"

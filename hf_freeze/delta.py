@@ -37,6 +37,7 @@ from hf_freeze.freezing import (
     tensor_digest,
     tensor_kind,
     untie,
+    whole_tensor,
 )
 from hf_freeze.plan import PLAN_FILE
 
@@ -155,7 +156,7 @@ def save_delta(
     first = not several or dist.get_rank() == 0
     tensors = {}
     for name, tensor in saved.items():
-        whole = _whole(tensor)  # every process takes part in gathering a shard
+        whole = whole_tensor(tensor).cpu().contiguous()  # every process takes part in gathering a shard
         if first:
             tensors[name] = whole
     failure: Exception | None = None
@@ -383,13 +384,6 @@ def _shard_again(root: nn.Module) -> None:
     for module in root.modules():
         if hasattr(module, "set_reshard_after_forward"):
             module.reshard()  # type: ignore[operator]
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor.cpu().contiguous()
 
 
 def _bytes(tensor: torch.Tensor) -> int:

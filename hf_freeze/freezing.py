@@ -36,6 +36,7 @@ __all__ = [
     "thaw",
     "untie",
     "verify_frozen",
+    "whole_tensor",
 ]
 
 _RECORD = "_hf_freeze_record"
@@ -574,12 +575,24 @@ def _digests(model: nn.Module, known: dict[str, str]) -> dict[str, str]:
 
 def tensor_kind(tensor: torch.Tensor) -> str:
     """A tensor's dtype and shape, e.g. "float32 [8, 8]"."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    shape = getattr(tensor, "ds_shape", tensor.shape)  # DeepSpeed ZeRO-3 shows the shape of what it left here: 0
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(shape)}"
 
 
 def kind_of_digest(digest: str) -> str:
     """The dtype and shape in what `tensor_digest` returned."""
     return digest.rpartition(" ")[0]
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor of which each process holds a part; every process must ask."""
+    if getattr(tensor, "ds_id", None) is not None:  # DeepSpeed ZeRO-3
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # FSDP2 or tensor parallelism
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -589,14 +602,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     """
     import xxhash
 
-    if getattr(tensor, "ds_id", None) is not None:
-        raise FreezeError(
-            "A digest was asked of a parameter that DeepSpeed ZeRO-3 has partitioned; its bytes are not here. "
-            "Call freeze() and verify_frozen() before deepspeed.initialize, or under GatheredParameters."
-        )
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):  # a shard of FSDP2 or tensor parallelism
-        tensor = tensor.full_tensor()
+    tensor = whole_tensor(tensor)
     state = xxhash.xxh3_128()
     flat = tensor.contiguous().reshape(-1)
     step = max(1, (64 << 20) // max(1, flat.element_size()))  # 64 MiB at a time off an accelerator

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_freeze.anatomy import BlocksGiven, Part, read_anatomy, unwrap
+from hf_freeze.checkpoints import last_whole_checkpoint
 from hf_freeze.errors import FreezeError, TrainingDiverged
 from hf_freeze.freezing import freeze_record, verify_frozen
 
@@ -50,7 +51,8 @@ class FreezeMonitor(TrainerCallback):
     - `drift/decoder.3`: how far it is from its pretrained weights, ||w - w0|| / ||w0||; none where w0 is all zero.
       Frozen parts get no line: theirs is 0.
 
-    After each evaluation it compares `eval_loss` with the mean of the training losses logged since the one before:
+    After each evaluation it compares `eval_loss` with the mean of the training losses logged since the one before
+    (with several validation sets there is no `eval_loss`, and it says nothing):
 
     - overfitting: for `patience` evaluations on end validation rose while training fell. Said again after as many more.
     - underfitting: for `patience` evaluations on end both changed by less than `min_gain`. Said once. A learning rate
@@ -250,7 +252,10 @@ class FreezeMonitor(TrainerCallback):
         frozen = blocks - {self._parts[name] for name in _trainable(model)}
         if not frozen:
             return f"all {len(blocks)} blocks train already; use a higher learning rate or a larger model"
-        highest = min(frozen, key=lambda part: (part.stack, -part.index))  # the decoder is above the encoder
+        stacks = [
+            str(stack.name) for stack in read_anatomy(model, blocks=self.blocks).stacks
+        ]  # the upper one is the last
+        highest = max(frozen, key=lambda part: (stacks.index(part.stack), part.index))
         return f"unfreeze the next block ({highest})"
 
 
@@ -261,7 +266,9 @@ def training_diverged(what: str, step: int, output_dir: str | None) -> TrainingD
     TrainingDiverged('The loss is nan at step 3; training stops before the optimizer sees it. No checkpoint had been \
 saved yet. Use a smaller learning rate, max_grad_norm 1.0, or fp32.')
     """
-    checkpoint = get_last_checkpoint(output_dir) if output_dir and Path(output_dir).is_dir() else None  # type: ignore[no-untyped-call]
+    checkpoint = None
+    if output_dir and Path(output_dir).is_dir():  # one that is marked whole, where any is marked
+        checkpoint = last_whole_checkpoint(output_dir) or get_last_checkpoint(output_dir)  # type: ignore[no-untyped-call]
     kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been saved yet."
     return TrainingDiverged(
         f"The {what} at step {step}; training stops before the optimizer sees it. {kept} Use a smaller learning rate, "

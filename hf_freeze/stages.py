@@ -12,9 +12,10 @@ import inspect
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -35,7 +36,7 @@ from hf_freeze.checkpoints import (
     write_json,
 )
 from hf_freeze.delta import load_delta, save_delta
-from hf_freeze.errors import CannotCache, ResumeError, StageError, nearest
+from hf_freeze.errors import FreezeError, ResumeError, StageError, nearest
 from hf_freeze.freezing import FreezeReport, freeze, named_tensors, tensor_digest, thaw, verify_frozen
 from hf_freeze.monitor import FreezeMonitor
 from hf_freeze.plan import FreezePlan
@@ -61,6 +62,9 @@ class Stage:
         patience: End the stage after so many evaluations in a row without a new best; None trains it to its end.
         min_gain: What a new best must gain over the last one, relative to it. 0.0, so that any gain counts.
 
+    Raises:
+        StageError: A value of the wrong kind or out of bounds; epochs and steps at once.
+
     Example:
         >>> Stage(FreezePlan(decoder_blocks=-4), epochs=1).to_dict()
         {'plan': {'decoder_blocks': -4}, 'epochs': 1}
@@ -77,6 +81,12 @@ class Stage:
     def __post_init__(self) -> None:
         if not isinstance(self.plan, FreezePlan):
             raise StageError(f"A stage was given a {type(self.plan).__name__} as plan; it takes a FreezePlan.")
+        for name in ("epochs", "learning_rate", "block_decay", "min_gain"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise StageError(
+                    f"A stage was given {name}={value!r}; it is a number. In YAML, write 1.0e-4 or 0.0001 for 1e-4."
+                )
         if self.epochs is not None and self.steps is not None:
             raise StageError(f"A stage was given epochs={self.epochs} and steps={self.steps}; give one of them.")
         for name, most in (("epochs", math.inf), ("learning_rate", math.inf), ("block_decay", 1.0)):
@@ -112,7 +122,10 @@ class Stage:
             raise StageError(f"A stage was given as {values!r}; it is a mapping with the key 'plan'.")
         if unknown := [key for key in values if key not in known]:
             raise StageError(f"A stage was given {unknown[0]!r}; the nearest: {nearest(unknown[0], known)}.")
-        return cls(**{**values, "plan": FreezePlan.from_dict(values["plan"] or {})})
+        plan = values["plan"] or {}
+        if not isinstance(plan, dict):
+            raise StageError(f"A stage was given {plan!r} as plan; it is a mapping such as {{decoder_blocks: -4}}.")
+        return cls(**{**values, "plan": FreezePlan.from_dict(plan)})
 
 
 @dataclass(frozen=True)
@@ -122,9 +135,10 @@ class StageResult:
     Attributes:
         trained_blocks: Blocks with trainable tensors.
         steps: Optimizer steps that it took.
-        seconds: Of training and evaluation, in this run.
+        seconds: Of training and evaluation, without the cache, in the process that ended it.
         start_metric, best_metric: Of the weights that it began and ended with; None without evaluation.
         ended: Why it ended.
+        cached: Whether its frozen prefix came from the cache.
     """
 
     number: int
@@ -134,15 +148,23 @@ class StageResult:
     start_metric: float | None
     best_metric: float | None
     ended: str
+    cached: bool
 
 
 @dataclass(frozen=True)
 class StagesReport:
-    """What became of every stage, and the last trainer, whose model holds the best weights. Prints as a table."""
+    """What became of every stage. Prints as a table.
+
+    Attributes:
+        metric: By which stages are compared.
+        trainer: The last stage's, whose model holds the best weights.
+        done_before: How many stages another process had done.
+    """
 
     stages: tuple[StageResult, ...]
     metric: str
     trainer: Any
+    done_before: int = 0
 
     def __str__(self) -> str:
         return str(self.table())
@@ -162,13 +184,23 @@ class StagesReport:
         return Table("Stages", columns, rows)
 
 
-def gradual(model: nn.Module, start: int, step: int, stages: int, **each: Any) -> list[Stage]:
-    """Stages that train the top `start` blocks, then `step` more in each stage; embeddings stay frozen.
+def gradual(
+    model: nn.Module, start: int, step: int, stages: int, *, plan: FreezePlan | None = None, **each: Any
+) -> list[Stage]:
+    """Stages that train the top `start` blocks, then `step` more in each stage.
 
     In an encoder-decoder the decoder's blocks are unfrozen first, then the encoder's. Changes no model.
 
     Args:
+        model: Whose blocks are counted.
+        start: Blocks that the first stage trains, from the top.
+        step: Blocks that each stage trains more than the one before.
+        stages: How many stages.
+        plan: What holds in all of them beside the blocks; None is `FreezePlan()`: the embeddings stay frozen.
         each: Fields of `Stage` for all of them, such as epochs=1.
+
+    Returns:
+        The stages, for `train_in_stages` or `save_stages`.
 
     Raises:
         StageError: The last stage would train more blocks than there are.
@@ -201,7 +233,7 @@ def gradual(model: nn.Module, start: int, step: int, stages: int, **each: Any) -
             trained = min(left, counts[name])
             frozen[name] = counts[name] - trained
             left -= trained
-        plans.append(FreezePlan(**{f"{name}_blocks": count for name, count in frozen.items()}))
+        plans.append(replace(plan or FreezePlan(), **{f"{name}_blocks": count for name, count in frozen.items()}))
     return [Stage(plan, **each) for plan in plans]
 
 
@@ -221,8 +253,8 @@ def load_stages(path: str | os.PathLike[str]) -> list[Stage]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise StageError(f"Stages were to be read from {path}; it cannot be read: {error}.") from error
-    if not isinstance(values, dict) or not isinstance(values.get("stages"), list):
-        raise StageError(f"Stages were to be read from {path}; it holds no list named 'stages'.")
+    if not isinstance(values, dict) or not isinstance(values.get("stages"), list) or not values["stages"]:
+        raise StageError(f"Stages were to be read from {path}; it holds no list named 'stages', or an empty one.")
     return [Stage.from_dict(value) for value in values["stages"]]
 
 
@@ -239,9 +271,10 @@ def train_in_stages(
     """Trains a list of plans one after the other, each with a trainer of its own and from the best weights so far.
 
     A stage ends after its epochs or steps, or when validation stalls. Where there is evaluation, a stage ends with
-    the best weights that were evaluated in it, those it began with included, so that no stage makes the model worse;
-    else with its last ones. Under DDP every stage is wrapped anew. A fixed seed gives the same run. The model's mode
-    of freezing is that of the last stage when this returns; nothing is thawed that no stage asked for.
+    the best weights that were evaluated in it or before, so that no later stage makes the model worse; else with its
+    last ones. The pretrained weights themselves are evaluated with `eval_on_start` only. Under DDP every stage is
+    wrapped anew. A fixed seed gives the same run. When this returns, the model is frozen as in the last stage; nothing
+    is thawed that no stage asked for. The checkpoints of a stage are removed once it is done.
 
     Args:
         make_trainer: Returns a new Trainer, at each call; with the `Stage` where it takes an argument. All may share
@@ -303,7 +336,7 @@ def train_in_stages(
         thaw(trainer.model)
         freeze(trainer.model, stages[-1].plan)
         load_delta(run.best_folder(done), trainer.model)
-    report = StagesReport(tuple(run.results), run.metric, trainer)
+    report = StagesReport(tuple(run.results), run.metric, trainer, done)
     tell(str(report))
     return report
 
@@ -336,6 +369,7 @@ class _Run:
         self.metric = name if name.startswith("eval_") else f"eval_{name}"
         greater = args.greater_is_better
         self.greater = not name.endswith("loss") if greater is None else bool(greater)
+        self.several = False  # validation sets
         self.facts: dict[str, Any] = {}
         self.start = ""  # digest of the weights that the first stage begins with
 
@@ -349,6 +383,12 @@ class _Run:
                 "or run the stages one by one: save_delta after each, load_delta before the next."
             )
         run = cls(stages, folder, args)
+        run.several = isinstance(trainer.eval_dataset, dict)
+        if run.several and not any(run.metric.startswith(f"eval_{name}_") for name in trainer.eval_dataset):
+            raise StageError(
+                f"Stages end by {run.metric}; there are several validation sets. Name a metric of one of them in "
+                f"metric_for_best_model, such as eval_{next(iter(trainer.eval_dataset))}_loss."
+            )
         _check_ends(stages, args, trainer.eval_dataset)
         _check_growth(stages, read_anatomy(trainer.model))
         facts = run_facts(trainer)
@@ -417,9 +457,13 @@ class _Run:
             load_delta(best_folder, model)
         verify_frozen(model, report)
         why = end.why(state.log_history)
-        self.results.append(StageResult(number, blocks, state.global_step, seconds, before, best, why))
+        self.results.append(
+            StageResult(number, blocks, state.global_step, seconds, before, best, why, cache is not None)
+        )
         if trainer.args.should_save:
             self._write()
+            for path in best_folder.parent.glob("checkpoint-*"):  # nothing goes on from them any more
+                shutil.rmtree(path, ignore_errors=True)
         _wait(trainer.args)
         if number < len(self.stages):
             _let_go(trainer)
@@ -481,6 +525,8 @@ class _StageEnd(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **_: Any
     ) -> None:
         if self.run.metric not in (metrics or {}):
+            if self.run.several:
+                return  # Trainer evaluates each validation set by itself
             known = [name for name in metrics or {} if name.startswith("eval_")]
             raise StageError(
                 f"A stage ends by {self.run.metric}; the evaluation gave {', '.join(known)}. Name one of them in "
@@ -499,6 +545,10 @@ class _StageEnd(TrainerCallback):
     def stalled(self, history: Sequence[dict[str, Any]]) -> bool:
         """Whether validation has not gained for so many evaluations as the stage has patience."""
         return self.stage.patience is not None and self._read(history)[1] >= self.stage.patience
+
+    def last_step(self, history: Sequence[dict[str, Any]]) -> int | None:
+        """The step of the newest evaluation."""
+        return next((int(entry["step"]) for entry in reversed(history) if self.run.metric in entry), None)
 
     def why(self, history: Sequence[dict[str, Any]]) -> str:
         """Why the stage ended, in a few words."""
@@ -521,7 +571,7 @@ class _StageEnd(TrainerCallback):
 
     def _is_better(self, value: float, than: float | None, gain: float) -> bool:
         if than is None:
-            return not math.isnan(value)
+            return math.isfinite(value)
         difference = value - than if self.run.greater else than - value
         return difference > gain * abs(than)
 
@@ -605,6 +655,8 @@ def _train(trainer: Any, stage: Stage, end: _StageEnd, checkpoint: str | None) -
     trainer.add_callback(end)
     set_seed(trainer.args.seed)  # reading and checking rows for a cache may draw numbers
     trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.args.eval_strategy != "no" and end.last_step(trainer.state.log_history) != trainer.state.global_step:
+        trainer.evaluate()  # else the steps since the last evaluation would be thrown away unseen
     trainer.remove_callback(end)  # the caller may evaluate something else with the last trainer
 
 
@@ -652,7 +704,7 @@ def _build_cache(
             also=later,
             progress=not trainer.args.disable_tqdm,
         )
-    except CannotCache as reason:
+    except FreezeError as reason:  # it cannot be exact, or the disk is full: training goes on without
         say(f"note: no prefix cache in this stage: {reason}")
         return None
     say(str(cache.report))
@@ -671,4 +723,5 @@ def _let_go(trainer: Any) -> None:
         if core.forward != original:
             core.forward = original
     trainer.model_wrapped = trainer.model
+    trainer.optimizer = trainer.lr_scheduler = None  # AdamW's state is as large as what trained, twice
     trainer.accelerator.free_memory()

@@ -57,10 +57,13 @@ def load_model(folder: str):
     adapted = (Path(folder) / "adapter_config.json").exists()
     if not adapted and not (Path(folder) / "config.json").exists():
         raise FreezeError(f"{folder} was given as model; there is no config.json in it. Give a model's folder.")
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path if adapted else folder
-    config = AutoConfig.from_pretrained(base)
+    base, revision = folder, None
+    if adapted:
+        adapter = PeftConfig.from_pretrained(folder)
+        base, revision = adapter.base_model_name_or_path, adapter.revision
+    config = AutoConfig.from_pretrained(base, revision=revision)
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = auto_class.from_pretrained(base, dtype=torch.float32)
+    model = auto_class.from_pretrained(base, revision=revision, dtype=torch.float32)
     if adapted:
         model = PeftModel.from_pretrained(model, folder)
     return model, AutoTokenizer.from_pretrained(folder)

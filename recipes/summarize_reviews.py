@@ -139,6 +139,9 @@ class RunArguments(SummaryTrainingArguments):
     """Trainer's arguments, with the defaults of this recipe."""
 
     output_dir: str = field(default="", metadata={"help": "Empty takes the next free out/summaries-N."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint, or last: the newest whole one in --output_dir, none is a start."}
+    )
     num_train_epochs: float = field(
         default=2.0, metadata={"help": "Passes over the training reviews; more overfit a few hundred of them."}
     )
@@ -223,6 +226,7 @@ def main() -> None:
 
     # Train. Few widths instead of hundreds: each new shape costs a CPU a kernel of its own, in time and memory.
     pad_multiple = 32 if prompt.max_tokens is None or prompt.max_tokens % 32 == 0 else None
+    monitor = FreezeMonitor(figures=bool(args.report_to), say=say)  # one for all stages: drift is from the beginning
 
     def make_trainer() -> SummaryTrainer:
         trainer = SummaryTrainer(
@@ -233,7 +237,7 @@ def main() -> None:
             data_collator=SummaryCollator(tokenizer, model, pad_to_multiple_of=pad_multiple),
             processing_class=tokenizer,
         )
-        FreezeMonitor.watch(trainer, figures=bool(args.report_to), say=say)
+        monitor.put_first(trainer)
         return trainer
 
     cache, cache_seconds = None, 0.0
@@ -252,7 +256,8 @@ def main() -> None:
         report = freeze(model, plan)
         trainable = report.trainable_parameters
         train_seconds = sum(stage.seconds for stage in result.stages)
-        cache_seconds = time.perf_counter() - started - train_seconds  # freezing and the best weights with it
+        here = sum(stage.seconds for stage in result.stages[result.done_before :])
+        cache_seconds = time.perf_counter() - started - here  # freezing and the best weights with it
         trainer.args.output_dir = args.output_dir
     else:
         trainer = make_trainer()
@@ -294,7 +299,8 @@ def main() -> None:
 
     # Save. Trainer writes on the first process only, and shards where the model is sharded.
     trainer.save_model()
-    trainer.save_state()
+    if trainer.state.log_history:  # else all stages were done before
+        trainer.save_state()
     metrics = {
         **trained.to_dict("test_"),
         **zero_shot.to_dict("zero_shot_test_"),
@@ -305,7 +311,7 @@ def main() -> None:
         "frozen_tensors": proof.tensors,
         "train_seconds": train_seconds,
         "batch_seconds": trainer.batch_seconds,
-        "prefix_cached": cache is not None,
+        "prefix_cached": any(stage.cached for stage in result.stages) if stages else cache is not None,
         "cache_seconds": cache_seconds,
         "train_rows": len(rows["train"]),
         "test_rows": len(test_reviews),
@@ -320,6 +326,7 @@ def main() -> None:
         save_prompt(prompt, data_args.prompt_template, args.output_dir, num_beams=settings["num_beams"])
         write_jsonl(Path(args.output_dir) / "predictions.jsonl", samples)
         facts = {key: metrics[key] for key in ("train_rows", "train_seconds", "precision", "world_size")}
+        facts |= {"upper": model_args.upper, "trainable_parameters": trainable, "torch": torch.__version__}
         write_card(
             args.output_dir,
             base=model_args.model_name_or_path,
@@ -327,7 +334,8 @@ def main() -> None:
             scores=scores,
             losses=losses,
             samples=samples,
-            facts=facts | {"torch": torch.__version__},
+            facts=facts
+            | {"upper": model_args.upper, "trained parameters": f"{trainable:,}", "torch": torch.__version__},
         )
     say(
         f"\nModel, scores and predictions: {args.output_dir}\n"
@@ -350,8 +358,11 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, RunArguments]:
     if parsed[0].upper not in ("full", "lora", "dora"):
         raise FreezeError(f"--upper {parsed[0].upper} was asked for; it is full, lora or dora.")
     args = parsed[2]
+    last = str(args.resume_from_checkpoint).lower() in ("last", "true")
+    if parsed[0].stages is not None and args.resume_from_checkpoint and not last:
+        raise FreezeError("--resume_from_checkpoint takes only last with --stages: what is done is known there.")
     if args.resume_from_checkpoint and not args.output_dir:
-        if args.resume_from_checkpoint.lower() in ("last", "true"):
+        if last:
             raise FreezeError(
                 "--resume_from_checkpoint last was asked for without --output_dir. Give the run's folder."
             )
@@ -374,10 +385,11 @@ def read_stages(model_args: ModelArguments, model, epochs: float) -> list:
     asked = model_args.stages
     if asked is None:
         return []
-    if model_args.freeze_encoder_blocks or model_args.freeze_decoder_blocks or model_args.upper != "full":
+    blocks = model_args.freeze_encoder_blocks or model_args.freeze_decoder_blocks
+    if blocks or model_args.upper != "full" or model_args.release_prefix:
         raise FreezeError(
-            f"--stages {asked} was asked for with --freeze_..._blocks or --upper {model_args.upper}; stages say what "
-            "is frozen when, and train whole blocks. Leave the others out."
+            f"--stages {asked} was asked for with --freeze_..._blocks, --upper or --release_prefix; stages say what is "
+            "frozen when, train whole blocks and keep all weights. Leave the others out."
         )
     if asked.endswith((".yaml", ".yml")):
         return load_stages(asked)
@@ -387,7 +399,7 @@ def read_stages(model_args: ModelArguments, model, epochs: float) -> list:
         raise FreezeError(
             f"--stages {asked} was asked for; use start,step,stages such as 4,4,3, or a YAML file."
         ) from None
-    return gradual(model, start, step, number, epochs=epochs)
+    return gradual(model, start, step, number, plan=model_args.plan(), epochs=epochs)
 
 
 def load_reviews(data_args: DataArguments, seed: int) -> dict:

@@ -146,6 +146,34 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_older_checkpoint_whole(
     assert_same(again, whole)
 
 
+def test_what_was_written_last_is_kept_whatever_its_step(whole: Any, tmp_path: Path) -> None:
+    """After a resume from an earlier checkpoint the abandoned ones have higher steps."""
+    folder = broken(whole, tmp_path)
+    trainer = trainer_in(tmp_path, save_total_limit=1)
+    shutil.copytree(Path(whole.args.output_dir) / "checkpoint-4", folder / "checkpoint-4")
+    (folder / "checkpoint-9").mkdir()  # half written
+    trainer.args.max_steps = 6
+    trainer.train(resume_from_checkpoint=resume_from(trainer, folder / "checkpoint-4"))
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert last_whole_checkpoint(folder) == folder / "checkpoint-6"
+
+
+def test_a_manifest_half_written_by_a_kill_does_no_harm(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, max_steps=2)
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / f"{MANIFEST}.tmp").write_text("{")
+    trainer.train()
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_a_guard_made_before_freeze_knows_the_plan_of_the_run(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=2)
+    guard_checkpoints(trainer)
+    freeze(trainer.model, PLAN)
+    trainer.train()
+    assert resume_from(trainer_in(tmp_path), "last") == str(tmp_path / "checkpoint-2")
+
+
 def broken(whole: Any, folder: Path) -> Path:
     """The run's folder with checkpoints 6 and 8, to be damaged."""
     for step in (6, 8):
@@ -228,7 +256,15 @@ def test_the_plan_lies_in_the_checkpoint(whole: Any) -> None:
 
 
 def test_rows_that_can_only_be_iterated_have_no_digest() -> None:
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter([1])
+
+        def __len__(self) -> int:
+            return 1
+
     assert data_digest(iter([1])) is None
+    assert data_digest(Stream()) is None
     assert data_digest([{"a": [1]}]) != data_digest([{"a": [2]}])
 
 

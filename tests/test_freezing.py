@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -598,13 +601,32 @@ def test_a_model_that_was_never_frozen_is_an_error() -> None:
         verify_frozen(build("gpt2"))
 
 
-def test_a_partitioned_tensor_is_an_error_that_says_when_to_call() -> None:
+def test_partitioned_tensors_are_gathered_to_be_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's interface is played here: ZeRO-3 keeps a parameter elsewhere, and shows an empty one."""
     model = build("gpt2")
-    model.transformer.wte.weight.ds_id = 0  # DeepSpeed's mark
-    with pytest.raises(FreezeError, match=r"ZeRO-3 has partitioned.* before deepspeed\.initialize"):
-        freeze(model)
-    thaw(model)
-    assert names_frozen(model) == set()
+    report = freeze(model)
+    elsewhere = {}
+    for parameter in model.parameters():
+        elsewhere[parameter] = parameter.data
+        parameter.ds_id, parameter.ds_shape = len(elsewhere), parameter.shape
+        parameter.data = parameter.data.new_empty(0)
+
+    @contextlib.contextmanager
+    def gathered(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+        for parameter in parameters:
+            parameter.data = elsewhere[parameter]
+        yield
+        for parameter in parameters:
+            parameter.data = parameter.data.new_empty(0)
+
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    zero = types.ModuleType("deepspeed.zero")
+    zero.GatheredParameters = gathered
+    monkeypatch.setitem(sys.modules, "deepspeed.zero", zero)
+    verify_frozen(model, report)
+    elsewhere[model.transformer.wte.weight][0, 0] += 1
+    with pytest.raises(FrozenWeightsChanged, match=r"transformer\.wte\.weight"):
+        verify_frozen(model, report)
 
 
 def test_a_report_survives_pickle_and_proves_by_name() -> None:

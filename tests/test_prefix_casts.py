@@ -84,3 +84,31 @@ def test_a_forward_that_fails_leaves_the_parameters_in_sight(tmp_path: Path) -> 
         model(**batch)
     handle.remove()
     assert "weight" not in model.lm_head.__dict__
+
+
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_closing_after_an_interrupt_in_a_forward_puts_all_back(precision: str | None, tmp_path: Path) -> None:
+    model, cache, batch = cached(tmp_path, precision=precision)
+    names = list(model.state_dict())
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.lm_head.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        model(**batch)
+    handle.remove()
+    cache.close()
+    assert "weight" not in model.lm_head.__dict__
+    assert list(model.state_dict()) == names
+    assert len({type(layer) for layer in model.model.layers}) == 1
+
+
+def test_linear_layers_without_a_plain_weight_are_left_alone() -> None:
+    linear = nn.Linear(2, 2).requires_grad_(False)
+    weight = linear._parameters.pop("weight")
+    linear.__dict__["weight"] = weight  # as old parametrizations leave it
+    casts = Casts([linear])
+    casts.enter(torch.bfloat16)
+    casts.leave()
+    assert linear.weight is weight

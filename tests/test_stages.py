@@ -14,10 +14,13 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import hf_freeze.stages
 from hf_freeze import FreezePlan, freeze, thaw, verify_frozen
+from hf_freeze.checkpoints import write_json
 from hf_freeze.errors import DeltaMismatch, PlanError, ResumeError, StageError
 from hf_freeze.monitor import FreezeMonitor
 from hf_freeze.stages import Stage, gradual, load_stages, save_stages, train_in_stages
+from hf_freeze.summarization import SummaryTrainer
 from tests.prefix_cases import review_rows
 from tests.staged_run import LINEAR, ROWS_A_STEP, Rows, make_trainer, one_plan, pretrained, run
 from tests.tiny import tiny_model
@@ -263,7 +266,7 @@ def test_a_run_that_is_done_is_not_trained_again(undisturbed: dict[str, torch.Te
     verify_frozen(report.trainer.model)
 
 
-@pytest.mark.parametrize("step", [0, 1, 3, 5])
+@pytest.mark.parametrize("step", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_run_that_failed_goes_on_to_the_same_weights(
     stage: int, step: int, undisturbed: dict[str, torch.Tensor], tmp_path: Path
@@ -284,15 +287,67 @@ def test_a_run_that_failed_goes_on_to_the_same_weights(
     assert_same(weights(run(tmp_path, resume=True)), undisturbed)
 
 
-def test_a_stalled_stage_that_was_killed_before_it_was_noted_is_not_trained_on(tmp_path: Path) -> None:
+def test_a_stalled_stage_that_was_killed_before_it_was_noted_is_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stages = [Stage(FreezePlan(decoder_blocks=3), steps=40, patience=2, min_gain=0.5)]
-    report = train_in_stages(lambda: make_trainer(tmp_path), stages, say=quiet)
-    ledger = tmp_path / "stages.json"
-    values = json.loads(ledger.read_text())
-    ledger.write_text(json.dumps(values | {"done": []}))
-    again = train_in_stages(lambda: make_trainer(tmp_path), stages, resume=True, say=quiet)
-    assert again.stages[0].steps == report.stages[0].steps == 6
-    assert_same(weights(again), weights(report))
+    whole = train_in_stages(lambda: make_trainer(tmp_path / "whole"), stages, say=quiet)
+
+    def kill(path: Path, values: dict[str, Any]) -> None:
+        if values["done"]:
+            raise KeyboardInterrupt
+        write_json(path, values)
+
+    monkeypatch.setattr(hf_freeze.stages, "write_json", kill)
+    with pytest.raises(KeyboardInterrupt):
+        train_in_stages(lambda: make_trainer(tmp_path / "killed"), stages, say=quiet)
+    monkeypatch.undo()
+    monkeypatch.setattr(SummaryTrainer, "train", lambda *_, **__: pytest.fail("it had stalled"))
+    again = train_in_stages(lambda: make_trainer(tmp_path / "killed"), stages, resume=True, say=quiet)
+    assert again.stages[0].steps == whole.stages[0].steps == 6
+    assert_same(weights(again), weights(whole))
+    assert not list((tmp_path / "killed").glob("stage-1/checkpoint-*")), "done: nothing goes on from them"
+
+
+def test_the_steps_after_the_last_evaluation_count(tmp_path: Path) -> None:
+    report = train_in_stages(lambda: make_trainer(tmp_path), gradual(pretrained(), 1, 1, 2, steps=3), say=quiet)
+    evaluated = [entry["step"] for entry in report.trainer.state.log_history if "eval_loss" in entry]
+    assert evaluated == [2, 3]
+    rare = train_in_stages(
+        lambda: make_trainer(tmp_path / "rare", eval_steps=50, save_steps=50), gradual(pretrained(), 1, 1, 2, steps=3),
+        say=quiet,
+    )  # fmt: skip
+    first, second = rare.stages
+    assert second.best_metric < first.best_metric, "a stage is not thrown away unseen"
+
+
+def test_several_validation_sets_are_told_apart(tmp_path: Path) -> None:
+    def make(**given: Any) -> Any:
+        trainer = make_trainer(tmp_path, **given)
+        trainer.eval_dataset = {"a": trainer.eval_dataset, "b": Rows(review_rows("llama")[8:12])}
+        return trainer
+
+    report = train_in_stages(lambda: make(metric_for_best_model="a_loss"), [FreezePlan()], steps=4, say=quiet)
+    log = report.trainer.state.log_history
+    assert report.stages[0].best_metric == min(entry["eval_a_loss"] for entry in log if "eval_a_loss" in entry)
+    with pytest.raises(StageError, match="such as eval_a_loss"):
+        train_in_stages(make, [FreezePlan()], steps=4, output_dir=tmp_path / "2", say=quiet)
+
+
+def test_a_metric_that_is_not_finite_is_no_best(tmp_path: Path) -> None:
+    def make() -> Any:
+        trainer = make_trainer(tmp_path)
+        evaluate, values = trainer.evaluation_loop, iter([float("inf"), float("nan"), 2.0])
+
+        def scored(*args: Any, **named: Any) -> Any:
+            output = evaluate(*args, **named)
+            output.metrics["eval_loss"] = next(values)
+            return output
+
+        trainer.evaluation_loop = scored
+        return trainer
+
+    assert train_in_stages(make, [FreezePlan()], steps=6, say=quiet).stages[0].best_metric == 2.0
 
 
 def test_resume_where_nothing_lies_starts_anew(undisturbed: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -375,6 +430,8 @@ def test_a_damaged_ledger_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"epochs": "1"}, "it is a number"),
+        ({"learning_rate": "1e-4"}, r"learning_rate='1e-4'; it is a number\. In YAML, write 1\.0e-4"),
         ({"epochs": 0}, "epochs=0"),
         ({"epochs": float("inf")}, "A stage must end"),
         ({"epochs": float("nan")}, "epochs=nan"),
@@ -460,6 +517,8 @@ def test_stages_are_edited_as_yaml(tmp_path: Path) -> None:
     [
         ("stages: [", "cannot be read"),
         ("plans: []", "no list named 'stages'"),
+        ("stages: []", "or an empty one"),
+        ("stages: [{plan: -4}]", "-4 as plan; it is a mapping"),
         ("stages: [{plan: {}, epoch: 1}]", "'epoch'; the nearest: 'epochs'"),
         ("stages: [{epochs: 1}]", "with the key 'plan'"),
         ("stages: ['a']", "with the key 'plan'"),
@@ -487,7 +546,7 @@ def two_processes(folder: Path, mode: str) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("mode", ["plain", "cached"])
+@pytest.mark.parametrize("mode", [pytest.param("plain", marks=pytest.mark.slow), "cached"])
 def test_two_ranks_end_with_the_weights_of_one_process(mode: str, tmp_path: Path) -> None:
     """Without dropout, whose random numbers follow the shape of a batch."""
     one, other = two_processes(tmp_path, mode)

@@ -2,7 +2,8 @@
 
 Autocast keeps a cast weight for the rest of a forward only where the weight trains; a frozen head is cast anew at each
 step, which on a CPU takes as long as multiplying by it. The copies stand in for the length of a cached forward; the
-arithmetic is the same, to the bit. Linear layers only: they are what autocast casts a weight for in a transformer.
+arithmetic is the same, to the bit. They stay in memory, half as large as the weights, where autocast's own live from a
+forward to its backward. Linear layers only: they are what autocast casts a weight for in a transformer.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ class Casts:
         self._copies: dict[nn.Module, tuple[tuple[int, int, torch.device], torch.Tensor]] = {}
 
     def enter(self, dtype: torch.dtype) -> None:
-        """Lets the copies stand in, until `leave`."""
+        """Lets the copies stand in, until `leave`. Mutates the modules' attributes, never their parameters."""
         for linear in self.linears:
-            weight = linear._parameters["weight"]
+            weight = linear._parameters.get("weight")  # none under an old parametrization
             if weight is None or weight.requires_grad or weight.dtype != torch.float32 or _is_sharded(weight):
-                self._copies.pop(linear, None)
+                if self._copies.pop(linear, None) is not None:
+                    linear.__dict__.pop("weight", None)
                 continue
             state = (id(weight), weight._version, weight.device)
             known = self._copies.get(linear)
@@ -44,7 +46,7 @@ class Casts:
 
     def leave(self) -> None:
         """Lets the parameters be seen again."""
-        for linear in self.linears:
+        for linear in self._copies:
             linear.__dict__.pop("weight", None)
 
 

@@ -359,7 +359,8 @@ class Replay:
         return handles
 
     def detach(self, entries: list[nn.Module], handles: list[Any]) -> None:
-        """Undoes `attach`."""
+        """Undoes `attach`, in the middle of a forward that the keyboard has interrupted too."""
+        self.leave()
         for handle in handles:
             handle.remove()
         for module in dict.fromkeys(entries):
