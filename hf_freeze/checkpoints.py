@@ -222,17 +222,22 @@ class DeltaCheckpoints:
         ...     pass
     """
 
+    def train(self: Any, *rest: Any, **named: Any) -> Any:
+        """As Trainer's; refuses before the first step what no checkpoint could hold."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded and getattr(self.args, "save_only_trained", False):
+            raise FreezeError(
+                "--save_only_trained was asked for under FSDP or DeepSpeed, which write checkpoints of their own. "
+                "Leave it out there, and call save_delta after training."
+            )
+        return super().train(*rest, **named)  # type: ignore[misc]
+
     def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's; a checkpoint gets a delta instead of the model."""
         small = _internal_call and getattr(self.args, "save_only_trained", False)
         if not small or hasattr(unwrap(self.model), "peft_config"):  # PEFT saves its adapters only, as it is
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
             return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise FreezeError(
-                "--save_only_trained was asked for under FSDP or DeepSpeed, which write checkpoints of their own. "
-                "Leave it out there, and call save_delta after training."
-            )
         save_delta(self.model, output_dir or self.args.output_dir)
         if self.args.should_save and self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)

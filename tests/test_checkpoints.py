@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_freeze import FreezePlan, freeze
 from hf_freeze.checkpoints import MANIFEST, data_digest, guard_checkpoints, last_whole_checkpoint, resume_from
-from hf_freeze.errors import ResumeError
+from hf_freeze.errors import FreezeError, ResumeError
 from hf_freeze.freezing import freeze_record, verify_frozen
 from tests.prefix_cases import review_rows
 from tests.staged_run import Rows, make_trainer, pretrained
@@ -88,6 +88,13 @@ def test_the_best_model_is_loaded_from_checkpoints_of_trained_tensors(tmp_path: 
     best = seen[trainer.state.best_global_step]
     assert any(not torch.equal(best[name], last) for name, last in seen[8].items()), "the best is not the last"
     assert all(torch.equal(best[name], now) for name, now in weights(trainer).items())
+
+
+def test_small_checkpoints_of_a_sharded_model_are_refused_before_training(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, save_only_trained=True)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(FreezeError, match=r"under FSDP or DeepSpeed.*call save_delta after training"):
+        trainer.train()
 
 
 def test_a_model_saved_by_hand_is_whole(tmp_path: Path) -> None:
