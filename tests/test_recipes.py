@@ -127,7 +127,7 @@ def test_stages_go_through_the_recipe_and_are_not_trained_twice(tmp_path: Path) 
     assert results(output)["test_rougeL"] == rouge
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_adapters_on_the_upper_blocks_are_saved_as_such_and_summarise_a_file(kind: str, tmp_path: Path) -> None:
     model = tiny_folder("llama", tmp_path)
     output = tmp_path / "out"
