@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-__all__ = ["Casts"]
+__all__ = ["Casts", "is_sharded"]
 
 
 class Casts:
@@ -34,7 +34,7 @@ class Casts:
         """Lets the copies stand in, until `leave`. Mutates the modules' attributes, never their parameters."""
         for linear in self.linears:
             weight = linear._parameters.get("weight")  # none under an old parametrization
-            if weight is None or weight.requires_grad or weight.dtype != torch.float32 or _is_sharded(weight):
+            if weight is None or weight.requires_grad or weight.dtype != torch.float32 or is_sharded(weight):
                 if self._copies.pop(linear, None) is not None:
                     linear.__dict__.pop("weight", None)
                 continue
@@ -50,5 +50,6 @@ class Casts:
             linear.__dict__.pop("weight", None)
 
 
-def _is_sharded(weight: torch.Tensor) -> bool:
+def is_sharded(weight: torch.Tensor) -> bool:
+    """Whether each process holds a part of it: FSDP2, tensor parallelism, ZeRO-3."""
     return hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")

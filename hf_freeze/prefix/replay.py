@@ -19,7 +19,7 @@ from torch import nn
 
 from hf_freeze.errors import CannotCache
 from hf_freeze.freezing import tensor_digest
-from hf_freeze.prefix.casts import Casts
+from hf_freeze.prefix.casts import Casts, is_sharded
 from hf_freeze.prefix.rows import PREFIX_KEY
 from hf_freeze.prefix.store import StreamSpec
 from hf_freeze.trial import ON_TRIAL
@@ -319,7 +319,7 @@ class Replay:
                     )
         if now != self._seen:
             # FSDP shards what `build` has seen whole, and a look at its state would gather and scatter it again.
-            unseen = (self.released is not None and self.released.away) or _is_sharded(self._watched())
+            unseen = (self.released is not None and self.released.away) or any(map(is_sharded, self._watched()))
             digests = self.digests if unseen else self.prefix.digest()
             changed = [name for name in self.digests if digests.get(name) != self.digests[name]]
             if changed:
@@ -368,10 +368,6 @@ class Replay:
             own = module.__dict__.get("generate")
             if isinstance(own, functools.partial) and own.func is _generate:
                 del module.__dict__["generate"]
-
-
-def _is_sharded(tensors: list[torch.Tensor]) -> bool:
-    return any(hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id") for tensor in tensors)
 
 
 def _take_states(
