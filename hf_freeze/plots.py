@@ -40,13 +40,14 @@ def plain_style() -> Iterator[Any]:
     """
     try:
         import matplotlib
+        from cycler import cycler
         from matplotlib import pyplot
     except ImportError as error:
         raise FreezeError(
             "A picture was asked for; matplotlib, which draws it, is not installed. "
             "Use `pip install 'hf_freeze[plots]'`, or the function that returns the numbers."
         ) from error
-    settings = {
+    settings: Any = {
         "figure.figsize": (6.4, 4.0),
         "figure.constrained_layout.use": True,
         "figure.max_open_warning": 0,
@@ -60,7 +61,7 @@ def plain_style() -> Iterator[Any]:
         "legend.frameon": False,
         "image.cmap": GREYS,
         "svg.hashsalt": "hf_freeze",  # the same picture gives the same file
-        "axes.prop_cycle": matplotlib.cycler(color=_COLOURS, linestyle=_DASHES, marker=MARKS[: len(_COLOURS)]),
+        "axes.prop_cycle": cycler(color=_COLOURS, linestyle=_DASHES, marker=MARKS[: len(_COLOURS)]),
     }
     with matplotlib.rc_context(settings):
         yield pyplot
