@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from hf_freeze.adapters import adapt_upper
     from hf_freeze.checkpoints import DeltaCheckpoints, guard_checkpoints, resume_from
     from hf_freeze.delta import load_delta, merge_delta, save_delta
+    from hf_freeze.depth import sweep_depths
     from hf_freeze.monitor import FreezeMonitor
     from hf_freeze.prefix import PrefixCache
     from hf_freeze.stages import Stage, gradual, load_stages, save_stages, train_in_stages
     from hf_freeze.summarization.generation import generate_summaries
     from hf_freeze.summarization.rouge import compute_rouge
     from hf_freeze.supervision import SupervisedLogits, all_logits, supervised_logits_only
+    from hf_freeze.sweep_report import SweepReport, draw_sweep
 
 __version__ = "0.1.0"
 
@@ -48,9 +50,11 @@ __all__ = [
     "Stage",
     "StageError",
     "SupervisedLogits",
+    "SweepReport",
     "adapt_upper",
     "all_logits",
     "compute_rouge",
+    "draw_sweep",
     "forecast",
     "freeze",
     "generate_summaries",
@@ -64,6 +68,7 @@ __all__ = [
     "save_delta",
     "save_stages",
     "supervised_logits_only",
+    "sweep_depths",
     "thaw",
     "train_in_stages",
     "verify_frozen",
@@ -81,6 +86,7 @@ _LATER = {  # heavier rooms, imported when they are asked for
     "load_delta": "hf_freeze.delta",
     "merge_delta": "hf_freeze.delta",
     "save_delta": "hf_freeze.delta",
+    "sweep_depths": "hf_freeze.depth",
     "FreezeMonitor": "hf_freeze.monitor",
     "Stage": "hf_freeze.stages",
     "gradual": "hf_freeze.stages",
@@ -89,6 +95,8 @@ _LATER = {  # heavier rooms, imported when they are asked for
     "train_in_stages": "hf_freeze.stages",
     "generate_summaries": "hf_freeze.summarization.generation",
     "compute_rouge": "hf_freeze.summarization.rouge",
+    "SweepReport": "hf_freeze.sweep_report",
+    "draw_sweep": "hf_freeze.sweep_report",
 }
 
 

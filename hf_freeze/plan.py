@@ -10,14 +10,14 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 from hf_freeze.anatomy import Anatomy, Part, Stack
 from hf_freeze.errors import PlanError, nearest
 
-__all__ = ["Cut", "FreezePlan", "ResolvedPlan", "find_cuts"]
+__all__ = ["Cut", "FreezePlan", "ResolvedPlan", "find_cuts", "plan_at_depth"]
 
 BlockCount = int | float | Literal["all"]
 PLAN_FILE = "freeze_plan.json"
@@ -338,6 +338,36 @@ Use an int for a number of blocks, or "all".
         if self.frozen_mode == "train":
             return (), "frozen_mode='train' keeps dropout on in the frozen blocks, so their output changes every step."
         return find_cuts(anatomy, trainable)
+
+
+def plan_at_depth(anatomy: Anatomy, depth: int, plan: FreezePlan | None = None) -> FreezePlan:
+    """The plan that freezes the lowest `depth` blocks of a model; an encoder lies below its decoder.
+
+    Args:
+        anatomy: Whose blocks are counted.
+        depth: 0 freezes the embeddings alone; all blocks leave the final norm and the head.
+        plan: What holds beside the blocks; None is `FreezePlan()`.
+
+    Raises:
+        PlanError: More blocks than the model has.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from hf_freeze.anatomy import read_anatomy
+        >>> anatomy = read_anatomy(GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=8, n_head=2, vocab_size=16)))
+        >>> plan_at_depth(anatomy, 4).decoder_blocks
+        4
+    """
+    total = sum(len(stack) for stack in anatomy.stacks)
+    if isinstance(depth, bool) or not isinstance(depth, int) or not 0 <= depth <= total:
+        raise PlanError(
+            f"A depth of {depth!r} was asked for; {anatomy.model_class} has {total} blocks. Use 0 to {total}."
+        )
+    frozen: dict[str, Any] = {}
+    for stack in anatomy.stacks:
+        frozen[f"{stack.name}_blocks"] = min(depth, len(stack))
+        depth -= frozen[f"{stack.name}_blocks"]
+    return replace(plan or FreezePlan(), **frozen)
 
 
 def find_cuts(anatomy: Anatomy, trainable: set[str]) -> tuple[tuple[Cut, ...], str]:

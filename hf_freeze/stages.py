@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -39,7 +39,7 @@ from hf_freeze.delta import load_delta, save_delta
 from hf_freeze.errors import FreezeError, ResumeError, StageError, nearest
 from hf_freeze.freezing import FreezeReport, freeze, named_tensors, tensor_digest, thaw, verify_frozen
 from hf_freeze.monitor import FreezeMonitor
-from hf_freeze.plan import FreezePlan
+from hf_freeze.plan import FreezePlan, plan_at_depth
 from hf_freeze.report import Table
 
 __all__ = ["Stage", "StagesReport", "gradual", "load_stages", "save_stages", "train_in_stages"]
@@ -212,8 +212,7 @@ def gradual(
         [5, 3, 1]
     """
     anatomy = read_anatomy(model)
-    counts = {stack.name: len(stack) for stack in anatomy.stacks}
-    total = sum(counts.values())
+    total = sum(len(stack) for stack in anatomy.stacks)
     for name, value, least in (("start", start, 1), ("step", step, 0), ("stages", stages, 1)):
         if not isinstance(value, int) or value < least:
             raise StageError(f"gradual was given {name}={value!r}; it is a whole number, {least} or more.")
@@ -225,15 +224,7 @@ def gradual(
             f"gradual was asked for {start} blocks and {step} more in each of {stages} stages, {most} in the last; "
             f"{anatomy.model_class} has {total}. {fix}"
         )
-    plans = []
-    for number in range(stages):
-        left = start + step * number
-        frozen: dict[str, Any] = {}
-        for name in reversed(list(counts)):  # the decoder is the upper stack
-            trained = min(left, counts[name])
-            frozen[name] = counts[name] - trained
-            left -= trained
-        plans.append(replace(plan or FreezePlan(), **{f"{name}_blocks": count for name, count in frozen.items()}))
+    plans = [plan_at_depth(anatomy, total - start - step * number, plan) for number in range(stages)]
     return [Stage(plan, **each) for plan in plans]
 
 

@@ -21,8 +21,6 @@ positions, called directly with states that lie on the device: no cache can be f
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import platform
@@ -46,6 +44,7 @@ from transformers import default_data_collator as collate
 from hf_freeze import FreezeError, FreezePlan, PrefixCache, forecast, freeze, read_anatomy, supervised_logits_only
 from hf_freeze.embedded import embedded_model
 from hf_freeze.errors import nearest
+from hf_freeze.machine import device_name, peak_bytes, reset_peak, status_bytes
 from hf_freeze.report import Table, count_text
 
 SAME_PART = ("frozen+checkpointing", "cached", "cached+supervised", "limit")  # train what the mode "frozen" trains
@@ -246,13 +245,6 @@ def other_tables(results: dict[str, dict], args: argparse.Namespace) -> list[Tab
     return tables
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    return next((line.partition(": ")[2] for line in cpuinfo if line.startswith("model name")), platform.processor())
-
-
 def make_config(args: argparse.Namespace) -> transformers.PretrainedConfig:
     width, inner, blocks, heads, groups, words = args.shape
     if args.is_bart:
@@ -302,7 +294,7 @@ def make_rows(args: argparse.Namespace, count: int) -> list[dict[str, torch.Tens
 
 def work(args: argparse.Namespace) -> dict:
     """One run of one mode, or of the build."""
-    imports = memory("VmRSS")
+    imports = status_bytes("VmRSS")
     torch.set_num_threads(args.threads)
     set_up = set_up_limit if args.worker == "limit" else set_up_mode
     try:
@@ -405,12 +397,7 @@ def time_steps(parameters, batches, loss_of, note: str, args: argparse.Namespace
     batches, seconds, losses = iter(batches), [], []
     for step in range(WARM_UP + args.steps):
         if step == WARM_UP:
-            gc.collect()
-            if args.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            elif sys.platform == "linux":
-                ctypes.CDLL("libc.so.6").malloc_trim(0)  # what set-up has freed is not training's
-                Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is in use now
+            reset_peak(args.device)  # what set-up has freed is not training's
         torch.manual_seed(step)  # modes that train the same part then draw the same dropout
         started = time.perf_counter()
         batch = move(next(batches), args.device)
@@ -420,7 +407,7 @@ def time_steps(parameters, batches, loss_of, note: str, args: argparse.Namespace
         optimizer.zero_grad()
         losses.append(loss.item())  # waits for the device
         seconds.append(time.perf_counter() - started)
-    peak = torch.cuda.max_memory_allocated() if args.device.type == "cuda" else memory("VmHWM")
+    peak = peak_bytes(args.device)
     tokens = args.batch_size * (args.source_tokens + (args.target_tokens if args.is_bart else 0))
     told = {"seconds": seconds[WARM_UP:], "losses": losses, "peak_bytes": peak, "tokens": tokens, "note": note}
     return told | {"trained_parameters": sum(parameter.numel() for parameter in trained)}
@@ -451,12 +438,6 @@ def time_build(model, args: argparse.Namespace) -> dict:
 def move(batch: dict, device: torch.device) -> dict:
     """The batch's tensors on the device; stored states are brought there by the model's hooks."""
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-
-
-def memory(field: str) -> int:
-    """A field of /proc/self/status in bytes; 0 where there is none."""
-    lines = Path("/proc/self/status").read_text().splitlines() if sys.platform == "linux" else []
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 if __name__ == "__main__":

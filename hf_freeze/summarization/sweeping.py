@@ -1,0 +1,85 @@
+"""The depth sweep for reviews: `sweep_depths` with a model, a prompt, `SummaryTrainer` and ROUGE put in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hf_freeze.checkpoints import data_digest
+from hf_freeze.depth import sweep_depths
+from hf_freeze.summarization.collation import SummaryCollator
+from hf_freeze.summarization.generation import generate_summaries
+from hf_freeze.summarization.prompts import encode_reviews, read_prompt
+from hf_freeze.summarization.rouge import compute_rouge
+from hf_freeze.summarization.training import SummaryTrainer, SummaryTrainingArguments
+from hf_freeze.sweep_report import SweepReport
+
+__all__ = ["sweep_reviews"]
+
+
+def sweep_reviews(
+    make_model: Callable[[], Any],
+    tokenizer: Any,
+    splits: Mapping[str, Any],
+    args: SummaryTrainingArguments,
+    depths: Sequence[int],
+    *,
+    output_dir: str | os.PathLike[str],
+    prompt_template: str | None = None,
+    max_source_tokens: int = 512,
+    max_summary_tokens: int = 64,
+    quality: str = "rougeL",
+    **options: Any,
+) -> SweepReport:
+    """Sweeps the depth of the freeze on reviews, each run scored by the ROUGE of its summaries.
+
+    Args:
+        make_model: As in `sweep_depths`.
+        tokenizer: The model's.
+        splits: Datasets named train, validation and test, with the columns review and summary.
+        args: Epochs, batch and precision of every run.
+        depths: Frozen blocks of each run.
+        output_dir: Where the runs lie; a sweep goes on there.
+        prompt_template, max_source_tokens, max_summary_tokens: As in `read_prompt`.
+        quality: What the report compares: a metric of `compute_rouge` on the test rows, or "eval_loss". Learning rates
+            are chosen by the validation loss, so that the test rows choose nothing.
+        **options: The others of `sweep_depths`.
+
+    Returns:
+        The report.
+    """
+    model = make_model()
+    prompt = read_prompt(
+        tokenizer,
+        model.config,
+        template=prompt_template,
+        max_source_tokens=max_source_tokens,
+        max_summary_tokens=max_summary_tokens,
+    )
+    collator = SummaryCollator(tokenizer, model, pad_to_multiple_of=32 if prompt.max_tokens is None else None)
+    del model
+    encoded = {name: encode_reviews(splits[name], prompt).dataset for name in ("train", "validation")}
+    reviews, references = list(splits["test"]["review"]), list(splits["test"]["summary"])
+
+    def make_trainer(model: Any) -> SummaryTrainer:
+        rows = {"train_dataset": encoded["train"], "eval_dataset": encoded["validation"]}
+        return SummaryTrainer(model=model, args=args, data_collator=collator, processing_class=tokenizer, **rows)
+
+    def score(trainer: SummaryTrainer) -> dict[str, float]:
+        summaries = generate_summaries(
+            trainer.model,
+            tokenizer,
+            reviews,
+            prompt=prompt,
+            precision="bf16" if args.bf16 else None,
+            batch_size=args.per_device_eval_batch_size,
+            max_new_tokens=max_summary_tokens,
+            progress=False,
+        )
+        return compute_rouge(summaries, references).to_dict()
+
+    facts = {"test data": data_digest(splits["test"]), "max_summary_tokens": max_summary_tokens}
+    return sweep_depths(
+        make_model, make_trainer, depths, output_dir=output_dir, score=score, quality=quality, facts=facts, **options
+    )

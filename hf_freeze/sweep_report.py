@@ -1,0 +1,401 @@
+"""What a sweep over depths found: its runs, as lines of JSON, and the tables and pictures that are made of them.
+
+Nothing here trains or loads a model: a sweep can be read, compared and drawn anew wherever its folder lies.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hf_freeze.errors import FreezeError, ResumeError, nearest
+from hf_freeze.report import Table, count_text
+
+__all__ = ["DepthRow", "SweepReport", "SweepResult", "SweepRun", "draw_sweep"]
+
+RUNS_FILE = "runs.jsonl"
+FACTS_FILE = "sweep.json"
+PRETRAINED, FULL, LORA = "pretrained", "full", "lora"
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One training of a sweep.
+
+    Attributes:
+        depth: Frozen blocks, counted from the bottom; or "full" (nothing is frozen), "lora" (adapters on every linear
+            layer), "pretrained" (no training at all).
+        rows: Training rows.
+        learning_rate: 0.0 where nothing is trained.
+        seed: Of the choice of rows, of their order, of dropout.
+        share: Of the epochs that are trained; below 1.0 in a rung of successive halving.
+    """
+
+    depth: int | str
+    rows: int
+    learning_rate: float
+    seed: int
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What one run gave and cost.
+
+    Attributes:
+        run: Which one.
+        metrics: Of Trainer's evaluation and of the caller's score, after the last epoch; {} where the loss diverged.
+        trained_parameters: How many.
+        steps: Optimizer steps.
+        train_seconds: Of all steps, batches included, without evaluation.
+        step_seconds: Median time of a step, from the end of the last one.
+        cache_seconds: To find and check the run's rows in the prefix cache; the one pass for all is not in it.
+        score_seconds: Of evaluation and score.
+        peak_bytes: Greatest memory while training: the device's, or resident memory on a CPU.
+        delta_bytes: Of the trained tensors: what has to be stored beside the base.
+        cached: Whether the frozen prefix came from the cache.
+        device: What the times were measured on.
+    """
+
+    run: SweepRun
+    metrics: dict[str, float]
+    trained_parameters: int
+    steps: int
+    train_seconds: float
+    step_seconds: float
+    cache_seconds: float
+    score_seconds: float
+    peak_bytes: int
+    delta_bytes: int
+    cached: bool
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as one flat JSON object."""
+        values = asdict(self)
+        run: dict[str, Any] = values.pop("run")
+        return run | values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SweepResult:
+        """A result from such an object."""
+        names = [f.name for f in fields(SweepRun)]
+        rest = {f.name: values[f.name] for f in fields(cls) if f.name != "run"}
+        return cls(run=SweepRun(**{name: values[name] for name in names}), **rest)
+
+
+@dataclass(frozen=True)
+class DepthRow:
+    """The runs of one depth on one number of rows, over their seeds, at the learning rate that was best.
+
+    Attributes:
+        quality: Mean over the seeds; `low` and `high` are the means of the score's own intervals, or two standard
+            errors of the seeds' mean where it has none, or the quality itself where there is but one seed.
+        spread: Standard deviation over the seeds; 0.0 for one.
+    """
+
+    depth: int | str
+    rows: int
+    learning_rate: float
+    seeds: int
+    quality: float
+    low: float
+    high: float
+    spread: float
+    metrics: dict[str, float]
+    step_seconds: float
+    train_seconds: float
+    peak_bytes: float
+    delta_bytes: int
+    trained_parameters: int
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """Every finished run of a sweep; prints as a table.
+
+    Attributes:
+        results: In the order in which they were made.
+        blocks: Of the model.
+        quality: The metric that the table compares.
+        tuned_by: The metric by which learning rates were chosen.
+        facts: Model, data and arguments of the sweep.
+        build_seconds: Of the one pass that served every depth; 0.0 where it was there already or was not wanted.
+    """
+
+    results: tuple[SweepResult, ...]
+    blocks: int
+    quality: str
+    tuned_by: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    build_seconds: float = 0.0
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], *, quality: str | None = None) -> SweepReport:
+        """Reads a sweep's folder, finished or not.
+
+        Args:
+            folder: The `output_dir` of `sweep_depths`.
+            quality: Another metric to compare; None is that of the sweep.
+
+        Raises:
+            FreezeError: There is no sweep, or no run has such a metric.
+        """
+        path = Path(folder) / FACTS_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            known = (int(values["blocks"]), str(values["quality"]), str(values["tuned_by"]), dict(values["facts"]))
+        except FileNotFoundError:
+            raise FreezeError(f"A sweep was to be read from {folder}; it holds no {FACTS_FILE}.") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise FreezeError(
+                f"{path} was to be read; it is damaged: {error}. Start anew in another folder."
+            ) from error
+        results = tuple(read_runs(Path(folder) / RUNS_FILE))
+        blocks, usual, tuned_by, facts = known
+        quality = quality or usual
+        if results:
+            check_metric(quality, results[0].metrics, "quality")
+        return cls(results, blocks, quality, tuned_by, facts, float(values.get("build_seconds", 0.0)))
+
+    def rows(self, rows: int | None = None) -> list[DepthRow]:
+        """One row a depth and number of rows: references first, then by depth. Only runs over all epochs count.
+
+        Args:
+            rows: Of this number of training rows only.
+        """
+        groups: dict[tuple[int | str, int], list[SweepResult]] = {}
+        for result in self.results:
+            if result.run.share == 1.0 and result.metrics and rows in (None, result.run.rows):
+                groups.setdefault((result.run.depth, result.run.rows), []).append(result)
+        order = [PRETRAINED, FULL, LORA]
+
+        def place(key: tuple[int | str, int]) -> tuple[int, int]:
+            return (key[1], order.index(key[0]) if isinstance(key[0], str) else len(order) + key[0])
+
+        return [_row(groups[key], self.quality, self.tuned_by) for key in sorted(groups, key=place)]
+
+    def deepest_within_noise(self, rows: int | None = None) -> DepthRow | None:
+        """The row with most blocks frozen whose quality lies within the interval of the best depth's.
+
+        Args:
+            rows: On this number of training rows; None is the most there are.
+
+        Returns:
+            The row; None where no depth was trained.
+        """
+        rows = max((r.run.rows for r in self.results), default=0) if rows is None else rows
+        depths = [row for row in self.rows(rows) if isinstance(row.depth, int)]
+        if not depths:
+            return None
+        sign = -1.0 if less_is_better(self.quality) else 1.0
+        best = max(depths, key=lambda row: sign * row.quality)
+        bound = best.high if sign < 0 else best.low
+        within = [row for row in depths if sign * row.quality >= sign * bound]
+        return max(within, key=lambda row: int(row.depth))
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def table(self) -> Table:
+        """Quality and cost of every depth, on every number of rows."""
+        found = self.rows()
+        others = [n for n in ("eval_loss", "rouge1", "rougeL") if any(n in r.metrics for r in found)]
+        others = [name for name in others if name != self.quality]
+        rows = tuple(
+            (
+                _depth_text(row.depth, self.blocks),
+                "-" if row.depth == PRETRAINED else str(row.rows),
+                f"{row.learning_rate:g}" if row.learning_rate else "-",
+                f"{row.quality:.4g}" + (f" [{row.low:.4g}, {row.high:.4g}]" if row.low < row.high else ""),
+                f"{row.spread:.2g}" if row.seeds > 1 else "-",
+                *(f"{row.metrics[name]:.4g}" if name in row.metrics else "-" for name in others),
+                f"{row.step_seconds:.3g} s" if row.step_seconds else "-",
+                f"{row.train_seconds:.3g} s" if row.train_seconds else "-",
+                count_text(row.peak_bytes, "B") if row.peak_bytes else "-",
+                count_text(row.delta_bytes, "B") if row.delta_bytes else "-",
+            )
+            for row in found
+        )
+        lines = [
+            f"{self.quality}: mean over seeds and its interval; spread: standard deviation over seeds. The learning "
+            f"rate of each row was chosen by {self.tuned_by} with one seed.",
+        ]
+        if (deepest := self.deepest_within_noise()) is not None:
+            lines.append(
+                f"Deepest freeze within noise of the best, on {deepest.rows} rows: "
+                f"{_depth_text(deepest.depth, self.blocks)}."
+            )
+        if diverged := sum(not result.metrics for result in self.results):
+            lines.append(f"{diverged} runs diverged and are left out.")
+        columns = ("frozen", "rows", "rate", self.quality, "spread", *others, "step", "training", "peak", "delta")
+        return Table("Depth sweep", columns, rows, tuple(lines))
+
+
+def _row(results: Sequence[SweepResult], quality: str, tuned_by: str) -> DepthRow:
+    by_rate: dict[float, list[SweepResult]] = {}
+    for result in results:
+        by_rate.setdefault(result.run.learning_rate, []).append(result)
+
+    def worth(rate: float) -> tuple[int, float]:
+        values = [result.metrics.get(tuned_by, math.nan) for result in by_rate[rate]]
+        return len(values), sign_of(tuned_by) * statistics.fmean(values)
+
+    rate = max(by_rate, key=worth)
+    chosen = by_rate[rate]
+
+    def mean(name: str) -> float:
+        return statistics.fmean(result.metrics[name] for result in chosen)
+
+    names = [name for name in chosen[0].metrics if all(name in result.metrics for result in chosen)]
+    values = [result.metrics[quality] for result in chosen]
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    ends = (f"{quality}_low", f"{quality}_high")
+    half = 2 * spread / math.sqrt(len(values))
+    low, high = map(mean, ends) if set(ends) <= set(names) else (mean(quality) - half, mean(quality) + half)
+    return DepthRow(
+        depth=chosen[0].run.depth,
+        rows=chosen[0].run.rows,
+        learning_rate=rate,
+        seeds=len(chosen),
+        quality=mean(quality),
+        low=low,
+        high=high,
+        spread=spread,
+        metrics={name: mean(name) for name in names},
+        step_seconds=statistics.median(result.step_seconds for result in chosen),
+        train_seconds=statistics.fmean(result.train_seconds + result.cache_seconds for result in chosen),
+        peak_bytes=statistics.median(result.peak_bytes for result in chosen),
+        delta_bytes=chosen[0].delta_bytes,
+        trained_parameters=chosen[0].trained_parameters,
+    )
+
+
+def _depth_text(depth: int | str, blocks: int) -> str:
+    """
+    >>> _depth_text(22, 30), _depth_text("lora", 30)
+    ('22 of 30', 'none, LoRA')
+    """
+    words = {PRETRAINED: "before training", FULL: "none", LORA: "none, LoRA"}
+    return words[depth] if isinstance(depth, str) else f"{depth} of {blocks}"
+
+
+def run_text(run: SweepRun, blocks: int) -> str:
+    text = f"frozen {_depth_text(run.depth, blocks)}"
+    if run.depth == PRETRAINED:
+        return _depth_text(run.depth, blocks)
+    share = f", {run.share:.3g} of the epochs" if run.share < 1.0 else ""
+    return f"{text}, {run.rows} rows, rate {run.learning_rate:g}, seed {run.seed}{share}"
+
+
+def draw_sweep(report: SweepReport, path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Draws quality against training time and against memory, one line for each number of rows.
+
+    What no other row beats in both, the Pareto front, is drawn filled; references stand apart, labelled.
+
+    Args:
+        report: Of `sweep_depths`, or read again by `SweepReport.load`.
+        path: Without an ending; a PNG and an SVG are written.
+
+    Returns:
+        Their paths.
+    """
+    from hf_freeze.plots import MARKS, plain_style, save_figure
+
+    with plain_style() as pyplot:
+        figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.4), sharey=True)
+        sizes = sorted({row.rows for row in report.rows() if row.depth != PRETRAINED})
+        sign = sign_of(report.quality)
+        for axes, cost, unit in (
+            (panels[0], "train_seconds", "training time, s"),
+            (panels[1], "peak_bytes", "peak memory, GB"),
+        ):
+            scale = 1e-9 if cost == "peak_bytes" else 1.0
+            for place, rows in enumerate(sizes):
+                points = [
+                    (scale * getattr(row, cost), row.quality, row.low, row.high, row.depth)
+                    for row in report.rows(rows)
+                    if row.depth != PRETRAINED
+                ]
+                front = [p for p in points if not any(q[0] < p[0] and sign * q[1] > sign * p[1] for q in points)]
+                depths = [p for p in points if isinstance(p[4], int)]
+                grey = f"{0.55 - 0.55 * (place + 1) / len(sizes):.2f}"
+                axes.plot([p[0] for p in depths], [p[1] for p in depths], "-", color=grey, marker="", lw=1)
+                for cost_here, value, low, high, depth in points:
+                    mark = MARKS[place % len(MARKS)] if isinstance(depth, int) else "*"
+                    fill = grey if (cost_here, value, low, high, depth) in front else "white"
+                    bars = [[max(0.0, value - low)], [max(0.0, high - value)]]
+                    axes.errorbar(
+                        [cost_here], [value], yerr=bars, marker=mark, color=grey, markerfacecolor=fill, linestyle="",
+                        elinewidth=0.6, capsize=2, markersize=9 if mark == "*" else 6,
+                    )  # fmt: skip
+                    text = {FULL: "full", LORA: "LoRA"}.get(depth, str(depth)) if isinstance(depth, str) else str(depth)
+                    axes.annotate(text, (cost_here, value), textcoords="offset points", xytext=(5, 4), fontsize=8)
+                axes.plot([], [], "-", color=grey, marker=MARKS[place % len(MARKS)], label=f"{rows} rows")
+            if cost == "train_seconds":
+                axes.set_xscale("log")
+            axes.set_xlabel(unit)
+        panels[0].set_ylabel(report.quality)
+        panels[0].legend(loc="best")
+        figure.suptitle(
+            f"Quality and cost by frozen blocks (of {report.blocks}); filled: on the Pareto front", fontsize=11
+        )
+        return save_figure(figure, path)
+
+
+def less_is_better(metric: str) -> bool:
+    return "loss" in metric
+
+
+def sign_of(metric: str) -> float:
+    """1.0 where more is better."""
+    return -1.0 if less_is_better(metric) else 1.0
+
+
+def check_metric(asked: str, metrics: Mapping[str, float], argument: str) -> None:
+    if asked not in metrics:
+        raise FreezeError(
+            f"{argument}={asked!r} was asked for; evaluation and score give {', '.join(metrics)}. "
+            f"The nearest: {nearest(asked, metrics)}."
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def read_runs(path: Path) -> Iterator[SweepResult]:
+    """The finished runs; a last line that a kill left half written is not one."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            yield SweepResult.from_dict(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):  # no newline after it
+                return
+            raise ResumeError(
+                f"{path} was to be read; its line {number} is damaged: {error}. Remove that line: its run is then made "
+                "again."
+            ) from error
+
+
+def append_run(path: Path, result: SweepResult) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result.to_dict()) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rewrite_runs(path: Path, results: Iterable[SweepResult]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(result.to_dict()) + "\n" for result in results), encoding="utf-8")
+    os.replace(temporary, path)
