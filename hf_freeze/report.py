@@ -54,7 +54,7 @@ class Table:
         for row in self.rows:
             table.add_row(*map(Text, row))
         sink = StringIO()
-        console = Console(file=sink, width=TERMINAL_WIDTH, color_system=None)
+        console = Console(file=sink, width=TERMINAL_WIDTH, color_system=None, force_jupyter=False)  # else it shows it
         console.print(table)
         for line in self.lines:
             console.print(Text(line))

@@ -83,8 +83,9 @@ def supervised_logits_only(model: nn.Module) -> SupervisedLogits:
     """Lets a decoder-only model compute logits in training only at places that predict a label; the loss is the same.
 
     Acts on calls in training mode with `labels` [batch, tokens] and neither `logits_to_keep` nor `shift_labels`;
-    evaluation, generation and a batch without any label run as before. The output of a reduced call has `logits=None`
-    (None in its place in a tuple), so that a metric or loss that needs all of them fails instead of reading others.
+    evaluation, generation, a batch without any label and TRL's own fused head run as before. The output of a reduced
+    call has `logits=None` (None in its place in a tuple), so that a metric or loss that needs all of them fails
+    instead of reading others.
 
     Before anything changes, the class is tried on three short rows, in eval mode and without a graph: its loss must be
     equal with and without the reduction, also with `num_items_in_batch`. Asking twice installs once.
@@ -279,6 +280,8 @@ def _ask_for_supervised(
         return None
     # An argument given by its place cannot be given by name too.
     if "logits_to_keep" in given or given.get("shift_labels") is not None or "return_dict" in by_place:
+        return None
+    if given.get("fused_lm_head"):  # TRL's head, which scores the labelled places itself and needs every state for it
         return None
     added: dict[str, Any] = _reduction(labels)
     if not added["shift_labels"].numel():

@@ -75,7 +75,12 @@ def test_a_resumed_run_has_the_losses_and_weights_of_one_never_stopped(
 
 
 def test_the_best_model_is_loaded_from_checkpoints_of_trained_tensors(tmp_path: Path) -> None:
-    trainer = trainer_in(tmp_path, save_only_trained=True, load_best_model_at_end=True, learning_rate=0.3)
+    trainer = trainer_in(
+        tmp_path, save_only_trained=True, load_best_model_at_end=True, metric_for_best_model="score",
+        greater_is_better=True, prediction_loss_only=False,
+    )  # fmt: skip
+    scores = iter([0.1, 0.9, 0.3, 0.2])
+    trainer.compute_metrics = lambda _: {"score": next(scores)}
     seen: dict[int, dict[str, torch.Tensor]] = {}
     on_save = trainer.callback_handler.callbacks[-1].on_save
 
@@ -85,7 +90,8 @@ def test_the_best_model_is_loaded_from_checkpoints_of_trained_tensors(tmp_path: 
 
     trainer.callback_handler.callbacks[-1].on_save = remember
     trainer.train()
-    best = seen[trainer.state.best_global_step]
+    assert trainer.state.best_global_step == 4
+    best = seen[4]
     assert any(not torch.equal(best[name], last) for name, last in seen[8].items()), "the best is not the last"
     assert all(torch.equal(best[name], now) for name, now in weights(trainer).items())
 

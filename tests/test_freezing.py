@@ -710,7 +710,7 @@ def test_loss_and_gradients_are_those_of_the_full_model(model_type: str, plan: F
     losses = [language_loss(model) for model in (full, frozen)]
     for loss in losses:
         loss.backward()
-    assert torch.equal(*losses)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)  # T5's position bias: attention of another kernel if frozen
     expected = {name: parameter.grad for name, parameter in full.named_parameters()}
     trained = {name: parameter.grad for name, parameter in frozen.named_parameters() if parameter.requires_grad}
     assert len(trained) > 5

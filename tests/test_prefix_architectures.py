@@ -77,7 +77,8 @@ def zoo_rows(model: Any) -> list[dict[str, torch.Tensor]]:
 
 
 def losses(model: nn.Module, collator: Any, rows: list[dict[str, torch.Tensor]]) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.05)  # AdamW makes much of the last bit of a gradient near zero
     model.train()
     found = []
     for step in range(STEPS):
@@ -88,6 +89,7 @@ def losses(model: nn.Module, collator: Any, rows: list[dict[str, torch.Tensor]])
         loss = model(**collator([rows[row] for row in chosen])).loss
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         found.append(loss.item())
     return found
