@@ -1,0 +1,302 @@
+"""Shows what each layer of a model has learnt: pictures, their numbers as JSON, and a page that says how to read them.
+
+    python recipes/inspect_layers.py --max_texts 6 --max_tokens 64
+        the embedded SmolLM2-135M on six of the shipped reviews: about half a minute on one CPU core
+    python recipes/inspect_layers.py --model_name_or_path out/summaries-1 --compare_to smollm2
+        a fine-tuned model beside the pretrained one: which layers it changed, by similarity and by drift; 16 reviews
+    python recipes/inspect_layers.py --model_name_or_path facebook/bart-large-cnn \\
+        --text_file reviews.csv --text_column review --output_dir out/bart-layers
+        your own texts; encoder and decoder are both shown
+
+In --output_dir, over what an earlier run left there: index.html, which opens without a network and can be sent as one
+file, and for each picture a .png, a .svg and a .json. What a model has not (attention, a head) is declined on the page,
+with the reason. From the JSON a picture is drawn again without the model:
+
+    from hf_freeze.lens import WeightDrift
+    from hf_freeze.lens_plots import draw_drift
+    draw_drift(WeightDrift.from_dict(json.load(open("out/layers/drift.json"))), "drift")
+"""
+
+import base64
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, HfArgumentParser
+
+from hf_freeze import FreezeError, load_delta, read_anatomy
+from hf_freeze.checkpoints import write_json
+from hf_freeze.delta import is_delta
+from hf_freeze.embedded import EMBEDDED_NAME, embedded_model
+from hf_freeze.lens import (
+    activation_map,
+    attention_map,
+    block_gradients,
+    layer_similarity,
+    logit_lens,
+    text_batches,
+    weight_drift,
+)
+from hf_freeze.lens_plots import (
+    draw_activations,
+    draw_attention,
+    draw_drift,
+    draw_gradients,
+    draw_logit_lens,
+    draw_similarity,
+)
+from hf_freeze.plots import plain_style
+from hf_freeze.summarization import (
+    SummaryCollator,
+    check_tokenizer,
+    encode_reviews,
+    read_prompt,
+    read_reviews,
+    shipped_reviews,
+)
+
+
+@dataclass
+class InspectArguments:
+    """The model, what it reads, and where the pictures go."""
+
+    model_name_or_path: str = field(
+        default=EMBEDDED_NAME, metadata={"help": f"A hub id, a folder, or {EMBEDDED_NAME!r} for the embedded model."}
+    )
+    compare_to: str | None = field(
+        default=None, metadata={"help": "Another model with the same tokenizer, such as the one this was trained from."}
+    )
+    text_file: str | None = field(
+        default=None, metadata={"help": "CSV, TSV, JSONL or Parquet, or a folder of them; none: the shipped reviews."}
+    )
+    text_column: str | None = field(default=None, metadata={"help": "None guesses, and says so."})
+    summary_column: str | None = field(
+        default=None, metadata={"help": "None guesses. With summaries, gradients are those of summarising."}
+    )
+    max_texts: int = field(default=16, metadata={"help": "Only the first ones are read; more are steadier figures."})
+    max_tokens: int = field(default=128, metadata={"help": "Longer texts lose their end."})
+    batch_size: int = field(default=4, metadata={"help": "Texts at once."})
+    attention_block: int | None = field(default=None, metadata={"help": "-1 is the top one; none: the middle one."})
+    output_dir: str = field(default="out/layers", metadata={"help": "Where everything is written."})
+
+
+@dataclass
+class Picture:
+    """A result: how it is measured and drawn, and one sentence on how to read it."""
+
+    name: str
+    title: str
+    reading: str
+    measure: Callable[[], Any]
+    draw: Callable[[Any, Path], Any]
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(InspectArguments).parse_args_into_dataclasses()
+    if args.max_texts < 1:
+        raise FreezeError(f"--max_texts {args.max_texts} was asked for; use 1 or more.")
+    with plain_style():  # a missing matplotlib is told now, not after minutes
+        pass
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    # The texts first: a wrong column should not wait for a model to load.
+    if args.text_file:
+        columns = {"text_column": args.text_column, "summary_column": args.summary_column}
+        reviews = read_reviews(args.text_file, **columns, need_summaries=False)
+    else:
+        reviews = shipped_reviews()["test"]
+    print(reviews)
+    rows = reviews.dataset.select(range(min(args.max_texts, len(reviews))))
+    texts = list(rows["review"])
+
+    model, tokenizer = load_model(args.model_name_or_path), load_tokenizer(args.model_name_or_path)
+    other = load_model(args.compare_to) if args.compare_to else None
+    print(check_tokenizer(model, tokenizer, samples=texts))
+    anatomy = read_anatomy(model)
+    print(f"\n{anatomy}\n")
+
+    # What the model reads. Texts and settings that do not fit end the run here: below, a reason goes onto the page.
+    summaries = list(rows["summary"]) if reviews.summary_column and all(rows["summary"]) else None
+    targets = summaries if len(anatomy.stacks) == 2 else None  # what the decoder reads
+    read = {"targets": targets, "batch_size": args.batch_size, "max_tokens": args.max_tokens}
+    own_words = text_batches(model, tokenizer, texts, **read)
+    if summaries:
+        prompt = read_prompt(tokenizer, model.config, max_source_tokens=args.max_tokens)
+        encoded = encode_reviews(rows, prompt).dataset
+        collator = SummaryCollator(tokenizer, model)
+        places = [range(at, min(at + args.batch_size, len(encoded))) for at in range(0, len(encoded), args.batch_size)]
+        batches, task = [collator([encoded[place] for place in group]) for group in places], "writing the summary"
+    else:
+        batches, task = own_words, "writing the text itself"
+
+    # What is measured, in the order of the page.
+    pictures = [
+        Picture(
+            "similarity",
+            "Which layers are alike",
+            "A dark square is a run of layers that hold much the same; where it ends, something new is computed. "
+            "Linear CKA: 1 is the same but for rotation and scale, 0 unrelated.",
+            partial(layer_similarity, model, tokenizer, texts, **read),
+            draw_similarity,
+        ),
+        Picture(
+            "logit_lens",
+            "Where the answer is decided",
+            "Read the curves from left to right: the layer where they rise is where the model's final choice is made, "
+            "and layers below it do not know it yet; in the table below, bold is that choice.",
+            partial(logit_lens, model, tokenizer, texts, **read),
+            draw_logit_lens,
+        ),
+        Picture(
+            "gradients",
+            "Where the data pulls",
+            f"High bars are the parts that the loss of {task} asks to change most, in the lower panel in proportion to "
+            "their weights. A hint where to train and no proof: recipes/sweep_depth.py measures what a depth costs.",
+            partial(block_gradients, model, batches),
+            draw_gradients,
+        ),
+        Picture(
+            "activations",
+            "How large the states are",
+            "Each column is a token on its way up: a single dark column is where the model parks its attention, and a "
+            "layer at which all columns darken is one that writes much.",
+            partial(activation_map, model, tokenizer, texts[0], target=targets and targets[0]),
+            draw_activations,
+        ),
+        *attention_pictures(model, tokenizer, anatomy, texts[0], targets and targets[0], args.attention_block),
+    ]
+    if other is not None or isinstance(model, PeftModel):
+        drift = Picture(
+            "drift",
+            "How far the weights moved",
+            "0 is a part whose weights are those of the other model, 0.01 one that moved by a hundredth of its length; "
+            "hatched bars are no blocks. Adapters count as what they add.",
+            partial(weight_drift, model, other),
+            draw_drift,
+        )
+        pictures.insert(0, drift)
+    if other is not None:
+        compared = Picture(
+            "compared",
+            "Which layers were changed",
+            "On the right, 0 means that a layer still says the same as that layer of the other model, but for rotation "
+            "and scale; where the line rises, the two begin to differ.",
+            partial(layer_similarity, model, tokenizer, texts, other, **read),
+            draw_similarity,
+        )
+        pictures.insert(0, compared)
+
+    sections = []
+    for picture in pictures:
+        print(f"\n{picture.title}")
+        try:
+            numbers = picture.measure()
+        except FreezeError as reason:  # a model without attention or head still has the other pictures
+            print(f"declined: {reason}")
+            sections.append((picture, None, str(reason)))
+            continue
+        write_json(folder / f"{picture.name}.json", numbers.to_dict())
+        png, _ = picture.draw(numbers, folder / picture.name)
+        if hasattr(numbers, "table"):
+            print(numbers)
+        sections.append((picture, png, ""))
+    models = f"{args.model_name_or_path} beside {args.compare_to}" if args.compare_to else args.model_name_or_path
+    write_page(folder / "index.html", models, f"{len(texts)} texts", sections)
+    print(f"\nOpen {folder / 'index.html'}")
+
+
+def attention_pictures(model, tokenizer, anatomy, text: str, target: str | None, block: int | None) -> list[Picture]:
+    """One block of each stack, and in an encoder-decoder what the decoder sees of the encoder."""
+    looks = [(stack, False) for stack in anatomy.stacks] + [(stack, True) for stack in anatomy.stacks[1:]]
+    pictures = []
+    for stack, cross in looks:
+        which = len(stack) // 2 if block is None else block
+        if not -len(stack) <= which < len(stack):
+            raise FreezeError(
+                f"--attention_block {which} was asked for; the {stack.name} has the blocks 0 to {len(stack) - 1} "
+                "(-1 is the top one)."
+            )
+        kind = "cross_attention" if cross else f"{stack.name}_attention"
+        measure = partial(attention_map, model, tokenizer, text, which, stack=stack.name, cross=cross, target=target)
+        reading = (
+            "Each row is a token that looks and dark cells are what it looks at: a dark first column is a head at "
+            "rest, a dark diagonal one that looks at the token itself or its neighbour."
+        )
+        title = f"What {stack.name} block {which % len(stack)} looks at{' in the encoder' * cross}"
+        pictures.append(Picture(kind, title, reading, measure, draw_attention))
+    return pictures
+
+
+def load_model(source: str) -> Any:
+    """A whole model, a delta or an adapter on the base that it names, or the embedded model."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    if is_delta(source):
+        return load_delta(source).float().to(device)
+    path = embedded_model() if source == EMBEDDED_NAME else source
+    try:
+        adapter = PeftConfig.from_pretrained(path) if (Path(path) / "adapter_config.json").exists() else None
+        base = adapter.base_model_name_or_path if adapter else path
+        config = AutoConfig.from_pretrained(base)
+        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = auto_class.from_pretrained(base, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise FreezeError(
+            f"The model {source} was asked for; it is none that can be loaded here: {error}. Give a hub id, a folder "
+            f"that save_pretrained or save_delta wrote, or {EMBEDDED_NAME!r}."
+        ) from error
+    return (PeftModel.from_pretrained(model, path) if adapter else model).to(device)
+
+
+def load_tokenizer(source: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(embedded_model() if source == EMBEDDED_NAME else source)
+    except (OSError, ValueError) as error:
+        raise FreezeError(
+            f"{source} was given as model; its tokenizer cannot be read. Save the base's tokenizer there too."
+        ) from error
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+body {{ max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 sans-serif; color: #111 }}
+img {{ max-width: 100%; height: auto }} section {{ margin-top: 3rem }}
+.declined {{ border-left: 4px solid; padding-left: 1rem }}
+</style></head><body><h1>What each layer has learnt</h1><p>{title}, {texts}. Layers are counted from the bottom; "in" is
+what enters block 0.</p>
+{sections}
+</body></html>
+"""
+
+
+def write_page(path: Path, title: str, texts: str, sections: list[tuple[Picture, Path | None, str]]) -> None:
+    """One HTML file with the pictures in it, written whole or not at all."""
+    parts = []
+    for picture, png, reason in sections:
+        parts.append(f"<section id='{picture.name}'><h2>{escape(picture.title)}</h2>")
+        if png is None:
+            parts.append(f"<p class='declined'>Not to be had: {escape(reason)}</p></section>")
+            continue
+        data = base64.b64encode(png.read_bytes()).decode()
+        parts.append(f"<p>{escape(picture.reading)}</p>")
+        parts.append(f"<img alt='{escape(picture.title)}' src='data:image/png;base64,{data}'>")
+        links = ", ".join(f"<a href='{picture.name}.{kind}'>{kind.upper()}</a>" for kind in ("svg", "json"))
+        parts.append(f"<p>The same as {links}.</p></section>")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(PAGE.format(title=escape(title), texts=texts, sections="\n".join(parts)), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except FreezeError as error:
+        sys.exit(f"error: {error}")
