@@ -309,6 +309,8 @@ def draw_sweep(report: SweepReport, path: str | os.PathLike[str]) -> tuple[Path,
     from hf_freeze.plots import MARKS, plain_style, save_figure
 
     with plain_style() as pyplot:
+        from matplotlib.ticker import FuncFormatter, LogLocator
+
         figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.4), sharey=True)
         sizes = sorted({row.rows for row in report.rows() if row.depth != PRETRAINED})
         sign = sign_of(report.quality)
@@ -340,6 +342,9 @@ def draw_sweep(report: SweepReport, path: str | os.PathLike[str]) -> tuple[Path,
                 axes.plot([], [], "-", color=grey, marker=MARKS[place % len(MARKS)], label=f"{rows} rows")
             if cost == "train_seconds":
                 axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:,.3g}"))
+                axes.xaxis.set_minor_formatter("")
             axes.set_xlabel(unit)
         panels[0].set_ylabel(report.quality)
         panels[0].legend(loc="best")
