@@ -1,9 +1,10 @@
 """Reads the anatomy of a transformer: embeddings, ordered blocks, final norms, head and ties.
 
 Everything is told by structure: Hugging Face's own accessors, repeated module lists and object identity; never by the
-name of an architecture. What lies before the first block is told by running the stack on two tokens and stopping at
-its first block; where that cannot be run, by the order of registration, and the anatomy says so. Where several module
-lists could be the blocks, an error lists them and `blocks=` decides. Nothing here changes the model.
+name of an architecture. What lies before the first block is told by running the stack on two tokens (on an image,
+where it takes one) and stopping at its first block; where that cannot be run, by the order of registration, and the
+anatomy says so. Where several module lists could be the blocks, an error lists them and `blocks=` decides. Nothing
+here changes the model.
 """
 
 from __future__ import annotations
@@ -192,7 +193,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def read_anatomy(model: nn.Module, *, blocks: BlocksGiven | None = None) -> Anatomy:
     """Finds a model's embeddings, ordered blocks, final norms, head and ties, by structure. Changes nothing.
 
-    The stack's embeddings are run on two tokens and stopped at the first block, to see what lies before it.
+    The stack's embeddings are run on two tokens, or on an image, and stopped at the first block, to see what lies
+    before it.
 
     Args:
         model: A PreTrainedModel, a PeftModel or DDP wrapper around one, or any nn.Module.
@@ -367,14 +369,14 @@ def _with_norm_lists(candidates: list[nn.Module], name_of: dict[nn.Module, str])
 
 
 def _called_lists(home: nn.Module, candidates: list[nn.Module]) -> list[nn.Module]:
-    """The candidates whose blocks are called when `home` runs on two token ids; none where it cannot be run."""
+    """The candidates whose blocks are called when `home` runs on a sample; none where it cannot be run."""
     called: list[nn.Module] = []
 
     def record(module: nn.Module, *_: Any) -> None:
         called.extend(c for c in candidates if module in c.children())
 
     handles = [child.register_forward_pre_hook(record) for c in candidates for child in c.children()]
-    failure = _run_on_two_tokens(home, handles)
+    failure = _run_on_sample(home, handles)
     return [] if failure else list(dict.fromkeys(called))
 
 
@@ -402,7 +404,8 @@ def _stack_name(core: nn.Module, stack: Stack) -> StackName:
     generates = bool(_call(core, "can_generate"))
     if generates or any(causal) or getattr(getattr(core, "config", None), "is_decoder", False):
         return "decoder"
-    return "encoder" if causal or "attention_mask" in inspect.signature(core.forward).parameters else "decoder"
+    parameters = inspect.signature(core.forward).parameters
+    return "encoder" if causal or "attention_mask" in parameters or _image_parameter(core) else "decoder"
 
 
 def _given_stacks(
@@ -489,7 +492,7 @@ def _with_inputs(stack: Stack, model: nn.Module, name_of: dict[nn.Module, str], 
     called, used, failure = _probe(stack, outside)
     if failure:
         notes.append(
-            f"{stack.name}: its embeddings could not be run on two tokens ({failure}); "
+            f"{stack.name}: its embeddings could not be run on {_sample_words(stack.root)} ({failure}); "
             "what lies before the first block was told by the order of registration."
         )
         called, used = called | _registered_before(stack, outside), set(bare.values())
@@ -541,7 +544,7 @@ class _ParametersUsed(TorchFunctionMode):
 
 
 def _probe(stack: Stack, outside: list[nn.Module]) -> tuple[set[nn.Module], set[nn.Parameter], str]:
-    """Runs the stack on two tokens up to its first block.
+    """Runs the stack on two tokens, or on an image, up to its first block.
 
     Returns:
         The modules called and the parameters used until then, and why it cannot be run where it cannot.
@@ -559,7 +562,7 @@ def _probe(stack: Stack, outside: list[nn.Module]) -> tuple[set[nn.Module], set[
         piece.register_forward_pre_hook(stop, prepend=True) for block in stack.blocks for piece in block.modules
     ]
     with _ParametersUsed() as parameters:
-        failure = _run_on_two_tokens(stack.root, handles)
+        failure = _run_on_sample(stack.root, handles)
     if isinstance(failure, _FirstBlock):
         return called, parameters.used, ""
     if failure is None:
@@ -567,14 +570,47 @@ def _probe(stack: Stack, outside: list[nn.Module]) -> tuple[set[nn.Module], set[
     return called, set(), f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:120]}"
 
 
-def _run_on_two_tokens(module: nn.Module, handles: list[RemovableHandle]) -> Exception | None:
-    """Calls a module on two token ids without a graph, then removes the hooks; returns what it raised."""
+def _image_parameter(module: nn.Module) -> str:
+    """Under which name a module's forward takes images; "" where it takes something else, or text with them.
+
+    `pixel_values`; in a model from elsewhere the first name, where the first layer with parameters is a convolution.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    if "input_ids" in parameters:
+        return ""
+    if "pixel_values" in parameters:
+        return "pixel_values"
+    first = next((m for m in module.modules() if next(m.parameters(recurse=False), None) is not None), None)
+    return next(iter(parameters), "") if isinstance(first, nn.Conv2d) else ""
+
+
+def _sample_words(module: nn.Module) -> str:
+    return "an image" if _image_parameter(module) else "two tokens"
+
+
+def _image(module: nn.Module) -> torch.Tensor:
+    """A black image [1, channels, height, width] of the size that the config says, or as the first convolution asks."""
+    config = getattr(module, "config", None)
+    first = next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), 3)
+    channels, size = getattr(config, "num_channels", first), getattr(config, "image_size", 224)
+    weight = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+    height_width = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    return weight.new_zeros((1, channels, *height_width))
+
+
+def _run_on_sample(module: nn.Module, handles: list[RemovableHandle]) -> Exception | None:
+    """Calls a module on two token ids, or on an image where it takes one, without a graph, then removes the hooks;
+    returns what it raised.
+    """
     parameters = inspect.signature(module.forward).parameters
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     given: dict[str, Any] = {
         name: None for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
     }
-    given |= {"input_ids": torch.zeros((1, 2), dtype=torch.long, device=device)}
+    if image := _image_parameter(module):
+        given |= {image: _image(module)}
+    else:
+        given |= {"input_ids": torch.zeros((1, 2), dtype=torch.long, device=device)}
     if "use_cache" in parameters:
         given["use_cache"] = False  # hybrid caches look for attention blocks that a small model may lack
     attempts = [given]
@@ -673,8 +709,9 @@ def _place_parameters(model: nn.Module, core: nn.Module, stacks: tuple[Stack, ..
             return Part("embeddings")  # a PEFT prompt encoder: it stands beside the model and feeds its input
         if module in towers:
             return Part("tower")
-        if module in inside_of:
-            return Part("final", inside_of[module].name)
+        if module in inside_of:  # without a base model nothing but a matrix tells a head from a norm
+            is_head = not base_modules and any(p.dim() > 1 for p in module.parameters())
+            return Part("head") if is_head else Part("final", inside_of[module].name)
         if module in above_decoder:
             return Part("head")
         if module not in base_modules:

@@ -10,6 +10,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import (
     BertConfig,
+    BertLMHeadModel,
     BertModel,
     FSMTConfig,
     FSMTForConditionalGeneration,
@@ -20,6 +21,10 @@ from transformers import (
     LlavaModel,
     OPTConfig,
     OPTForCausalLM,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
 )
 
 from hf_freeze import FreezePlan, freeze, read_anatomy
@@ -214,6 +219,82 @@ def build_luke() -> nn.Module:
     return LukeModel(shrink(LukeConfig, entity_vocab_size=64, entity_emb_size=16))
 
 
+# ---------------------------------------------------------------------------------------------------------- images
+
+
+SMALL_VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+def test_a_vision_transformer_is_one_encoder_read_by_running_it_on_an_image() -> None:
+    anatomy = read_anatomy(ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **SMALL_VISION)))
+    ((name, path, count),) = stacks(anatomy)
+    assert (name, path.split(".")[0], count) == ("encoder", "vit", 3)
+    embeddings = set(anatomy.embeddings)
+    assert {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"} < embeddings
+    assert "vit.embeddings.patch_embeddings.projection.weight" in embeddings
+    assert anatomy.final_norms == ("vit.layernorm.weight", "vit.layernorm.bias")
+    assert anatomy.head == ("classifier.weight", "classifier.bias")
+    assert anatomy.notes == ()
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("size", [16, (16, 32)])
+def test_the_image_has_the_channels_and_the_size_that_the_config_says(channels: int, size: object) -> None:
+    config = ViTConfig(image_size=size, patch_size=8, num_channels=channels, **SMALL_VISION)
+    assert read_anatomy(ViTForImageClassification(config)).notes == ()
+
+
+def test_a_half_precision_vision_transformer_and_one_on_the_meta_device_are_read_too() -> None:
+    model = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **SMALL_VISION))
+    assert read_anatomy(model.to(torch.bfloat16)).notes == ()
+    assert read_anatomy(model.to("meta")).notes == ()
+
+
+def test_a_vision_encoder_below_a_text_decoder_is_run_on_an_image() -> None:
+    encoder = ViTModel(ViTConfig(image_size=16, patch_size=8, **SMALL_VISION))
+    decoder = BertLMHeadModel(shrink(BertConfig, is_decoder=True, add_cross_attention=True))
+    anatomy = read_anatomy(VisionEncoderDecoderModel(encoder=encoder, decoder=decoder))
+    assert [(name, count) for name, _, count in stacks(anatomy)] == [("encoder", 3), ("decoder", BLOCKS)]
+    assert "encoder.embeddings.cls_token" in anatomy.embeddings
+    assert anatomy.notes == ()
+
+
+class Convolutions(nn.Module):
+    """No Hugging Face model: its first layer is a convolution, so its input is an image, whatever it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3)
+        self.features = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3))
+        self.norm = nn.BatchNorm2d(4)
+        self.score = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.score(self.norm(self.features(self.stem(x))).mean((2, 3)))
+        return out
+
+
+def test_a_convolutional_network_is_read_by_running_it_where_its_blocks_are_named() -> None:
+    model = Convolutions()
+    with pytest.raises(AnatomyError, match=r"no list of composed modules with parameters\. Pass blocks="):
+        read_anatomy(model)
+    anatomy = read_anatomy(model, blocks=model.features)
+    assert stacks(anatomy) == [("encoder", "features", 4)]
+    assert outside_blocks(anatomy) == {
+        "encoder embeddings": ["stem.weight", "stem.bias"],
+        "encoder final": ["norm.weight", "norm.bias"],
+        "head": ["score.weight", "score.bias"],
+    }
+    assert anatomy.notes == ()
+
+
+def test_where_an_image_cannot_be_run_the_anatomy_says_so() -> None:
+    model = Convolutions()
+    model.stem.forward = None  # type: ignore[assignment, method-assign]
+    (note,) = read_anatomy(model, blocks=model.features).notes
+    assert "could not be run on an image (TypeError" in note
+
+
 # --------------------------------------------------------------------------------------------------------- wrapped
 
 
@@ -301,7 +382,8 @@ def test_a_plain_module_with_one_list_of_blocks_needs_no_blocks_and_says_how_it_
     anatomy = read_anatomy(Plain())
     assert stacks(anatomy) == [("decoder", "layers", 3)]
     assert anatomy.embeddings == ("project.weight", "project.bias")
-    assert anatomy.final_norms == ("score.weight", "score.bias")
+    assert anatomy.head == ("score.weight", "score.bias")
+    assert anatomy.final_norms == ()
     (note,) = anatomy.notes
     assert "told by the order of registration" in note
 

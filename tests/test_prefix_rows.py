@@ -8,8 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from transformers.modeling_outputs import ImageClassifierOutput
 
+from hf_freeze import FreezePlan, PrefixCache, freeze
 from hf_freeze.errors import CannotCache
+from hf_freeze.prefix.build import TOKENS_CPU, Rows, _batches
 from hf_freeze.prefix.rows import PREFIX_KEY, read_rows
 
 TOKENS = st.lists(st.integers(0, 63), min_size=1, max_size=9)  # 0 is the padding's id too: a row may hold it
@@ -165,6 +169,107 @@ def test_an_input_without_tokens_counts_for_its_own_row():
 def test_a_plain_value_counts_for_every_row():
     batch = batch_of([[5, 6]])
     assert digest(batch | {"task": "a"}) != digest(batch | {"task": "b"})
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+
+def images(count: int = 3, side: int = 32) -> torch.Tensor:
+    """[count, 3, side, side]"""
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def test_an_image_is_known_by_its_pixels_alone():
+    pixels = images()
+    together = read_rows({"pixel_values": pixels, "labels": torch.tensor([0, 1, 2])}, with_target=False)
+    assert together.digests == tuple(digest({"pixel_values": pixels[row : row + 1]}) for row in range(3))
+    assert (together.spans, together.widths) == ({}, {})
+    moved = pixels.clone()
+    moved[1, 2, 31, 31] += 1e-3
+    assert [a == b for a, b in zip(together.digests, read_rows({"pixel_values": moved}, with_target=False).digests,
+                                   strict=True)] == [True, False, True]  # fmt: skip
+
+
+def test_channels_last_in_memory_is_the_same_image():
+    pixels = images()
+    assert digest({"pixel_values": pixels}) == digest({"pixel_values": pixels.to(memory_format=torch.channels_last)})
+
+
+def test_an_image_counts_as_many_tokens_as_its_patches_and_a_text_as_its_tokens():
+    assert read_rows({"pixel_values": images(2, 224)}, with_target=False).dense_tokens == 196
+    assert read_rows({"pixel_values": images(2, 8)}, with_target=False).dense_tokens == 1
+    assert read_rows(batch_of([[5, 6], [7]]), with_target=False).dense_tokens == 0
+    assert read_rows(batch_of([[5, 6]]) | {"pixel_values": images(1)}, with_target=False).dense_tokens == 0
+
+
+@pytest.mark.parametrize(("budget", "sizes"), [(None, [10, 2]), (4 * 196, [4, 4, 4]), (1, [1] * 12)])
+def test_a_pass_over_images_keeps_to_its_budget(budget, sizes):
+    rows = Rows(None, tuple(bytes([row]) for row in range(12)), ({},) * 12, (196,) * 12)
+    assert [len(batch) for batch in _batches(rows, list(range(12)), budget or TOKENS_CPU)] == sizes
+    assert (rows.tokens(0), rows.width(0)) == (196, 196)
+
+
+class Overwriting(nn.Module):
+    """A block that writes into what it is given, as an in-place ReLU does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.mix(states.relu_())
+        return out
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.layers = nn.ModuleList(Overwriting() for _ in range(3))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
+        states = self.stem(pixel_values)
+        for layer in self.layers:
+            states = layer(states)
+        logits = self.head(states.mean((2, 3)))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def image_rows(count: int = 8) -> list[dict[str, Any]]:
+    return [{"pixel_values": pixels, "labels": row % 2} for row, pixels in enumerate(images(count, 8))]
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_a_block_that_writes_into_its_states_leaves_a_batch_fit_for_another_time(memory, tmp_path):
+    torch.manual_seed(0)
+    model = Convolutions().to(memory_format=memory)
+    freeze(model, FreezePlan(encoder_blocks=2))
+    rows = image_rows()
+    cache = PrefixCache.build(model, rows, cache_dir=tmp_path, progress=False)
+    assert cache.cuts == (("encoder", 2),)
+    batch = cache.collator(rows[:4])
+    before = {name: states.clone() for name, states in batch[PREFIX_KEY].items()}
+    first, again = model(**batch).loss.item(), model(**batch).loss.item()
+    assert first == again
+    assert all(torch.equal(states, before[name]) for name, states in batch[PREFIX_KEY].items())
+    assert min(float(states.min()) for states in before.values()) < 0, "the block above has something to write"
+    del batch[PREFIX_KEY]
+    assert first == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    assert (cache.batches_used, cache.batches_unused) == (2, 1)
+
+
+def test_images_that_are_augmented_at_random_are_declined(tmp_path):
+    model = Convolutions()
+    freeze(model, FreezePlan(encoder_blocks=2))
+
+    def brighten(features: list[dict[str, Any]]) -> Any:
+        pixels = torch.stack([row["pixel_values"] for row in features])
+        return {"pixel_values": pixels + torch.rand(()), "labels": torch.tensor([row["labels"] for row in features])}
+
+    with pytest.raises(CannotCache, match=r"two different answers for row 0 \(random masking, augmentation"):
+        PrefixCache.build(model, image_rows(), brighten, cache_dir=tmp_path, progress=False)
 
 
 # --------------------------------------------------------------------------------------------------------------- labels

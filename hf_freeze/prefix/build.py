@@ -30,18 +30,23 @@ TOKENS_CPU, TOKENS_ACCELERATOR = 2048, 32768  # of one batch: the CPU's caches g
 
 @dataclass(frozen=True)
 class Rows:
-    """What is known of every row of a dataset: its place, digest and length in tokens."""
+    """What is known of every row of a dataset: its place, digest and length in tokens, or its work without any."""
 
     features: Any
     digests: tuple[bytes, ...]
     lengths: tuple[dict[str, int], ...]
+    dense_tokens: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.digests)
 
     def tokens(self, row: int) -> int:
-        """Tokens of a row on all sides."""
-        return max(1, sum(self.lengths[row].values()))
+        """Tokens of a row on all sides, an image's pixels as many as they are worth."""
+        return max(1, sum(self.lengths[row].values()) + self.dense_tokens[row])
+
+    def width(self, row: int) -> int:
+        """Tokens of a row on its longest side: what a batch of it is padded to."""
+        return max(1, *self.lengths[row].values(), self.dense_tokens[row])
 
 
 class _Features:
@@ -81,11 +86,13 @@ def read_dataset(dataset: Any, collator: Collator, model: nn.Module, *, with_tar
     features = _Features(dataset, model)
     digests: list[bytes] = []
     lengths: list[dict[str, int]] = []
+    dense: list[int] = []
     for row in _bar(range(len(dataset)), "reading rows", "row", progress):
         rows = read_rows(collate(collator, [features[row]]), with_target=with_target)
         digests.append(rows.digests[0])
         lengths.append({side: stop - start for side, ((start, stop),) in rows.spans.items()})
-    found = Rows(features, tuple(digests), tuple(lengths))
+        dense.append(rows.dense_tokens)
+    found = Rows(features, tuple(digests), tuple(lengths), tuple(dense))
     _check_collator(found, collator, with_target)
     return found
 
@@ -314,13 +321,9 @@ def _unique(rows: Rows) -> list[int]:
 
 def _batches(rows: Rows, missing: list[int], budget: int) -> Iterator[list[int]]:
     """Longest first, so that a batch that does not fit in memory fails at once; padding counts."""
-
-    def longest(row: int) -> int:
-        return max(rows.lengths[row].values(), default=1)
-
     batch: list[int] = []
-    for row in sorted(missing, key=lambda row: (-longest(row), row)):
-        if batch and (len(batch) + 1) * longest(batch[0]) > budget:
+    for row in sorted(missing, key=lambda row: (-rows.width(row), row)):
+        if batch and (len(batch) + 1) * rows.width(batch[0]) > budget:
             yield batch
             batch = []
         batch.append(row)

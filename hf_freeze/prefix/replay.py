@@ -252,7 +252,8 @@ class Replay:
             self._check_precision(device)
             if torch.is_autocast_enabled(device.type) and not torch.compiler.is_compiling():
                 self._casts.enter(torch.get_autocast_dtype(device.type))
-            return leaf.from_rows(self._states[leaf.name].to(device, non_blocking=True))
+            # A copy: what stands above the cut may write into it (an in-place ReLU), and the batch may come again.
+            return leaf.from_rows(self._states[leaf.name].to(device, non_blocking=True, copy=True))
         if leaf.kind == "input" and first is not None:
             return first
         shape = tuple(dim if isinstance(dim, int) else self._sizes[dim] for dim in leaf.dims)

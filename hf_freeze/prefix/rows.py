@@ -1,8 +1,8 @@
 """Rows of a batch, known by their content: where each row's real tokens lie, and a digest of them.
 
 A row is what the prefix sees of it: ids, mask, positions, token types, without padding, so that the same review is
-found again in any batch, order or shuffle. Labels count only where the decoder's input is made from them. Nothing
-here looks at a model or at a store.
+found again in any batch, order or shuffle. An input without tokens, such as an image's pixels, counts whole. Labels
+count only where the decoder's input is made from them. Nothing here looks at a model or at a store.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ SOURCE, TARGET = "source", "target"
 
 # What a batch holds beside the model's input: it says how to compute a loss, not what the prefix computes.
 BESIDE = frozenset({PREFIX_KEY, "labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_loss"})
+NUMBERS_A_TOKEN = 768  # of an input without tokens, to size a batch by: a vision transformer's patch, 16 x 16 x 3
 Span = tuple[int, int]
 
 
@@ -34,11 +35,13 @@ class BatchRows:
         digests: 16 bytes a row.
         spans: For each side, "source" and "target", the (start, stop) of each row's real tokens.
         widths: Padded width of each side that the batch has.
+        dense_tokens: Where the source has no tokens, as many as a row's numbers are worth; 0 where it has.
     """
 
     digests: tuple[bytes, ...]
     spans: dict[str, tuple[Span, ...]]
     widths: dict[str, int]
+    dense_tokens: int = 0
 
     def __len__(self) -> int:
         return len(self.digests)
@@ -62,6 +65,9 @@ def read_rows(batch: Mapping[str, Any], *, with_target: bool) -> BatchRows:
         >>> rows = read_rows(padded, with_target=False)
         >>> rows.spans["source"], rows.digests == read_rows(alone, with_target=False).digests
         (((0, 2),), True)
+        >>> image = read_rows({"pixel_values": torch.zeros(1, 3, 32, 32)}, with_target=False)
+        >>> image.spans, image.dense_tokens
+        ({}, 4)
     """
     inputs = {key: value for key, value in batch.items() if key not in BESIDE and value is not None}
     if not with_target:
@@ -80,7 +86,8 @@ def read_rows(batch: Mapping[str, Any], *, with_target: bool) -> BatchRows:
     for key in sorted(inputs):
         side = TARGET if key == "labels" or key.startswith("decoder_") else SOURCE
         _digest_input(key, inputs[key], states, spans.get(side), widths.get(side))
-    return BatchRows(tuple(state.digest() for state in states), spans, widths)
+    numbers = 0 if SOURCE in spans else max(tensor.numel() for tensor in tensors) // count
+    return BatchRows(tuple(state.digest() for state in states), spans, widths, -(-numbers // NUMBERS_A_TOKEN))
 
 
 def _spans(

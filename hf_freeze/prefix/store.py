@@ -250,7 +250,10 @@ class Store:
             return
         digests = np.frombuffer(b"".join(digest for digest, _ in self._waiting), dtype=np.uint8).reshape(-1, 16)
         lengths = np.array([[len(row[spec.name]) for spec in self.specs] for _, row in self._waiting], dtype=np.int64)
-        tensors = {spec.name: torch.cat([row[spec.name] for _, row in self._waiting]) for spec in self.specs}
+        # Contiguous, since safetensors writes nothing else: an image model may keep its channels last.
+        tensors = {
+            spec.name: torch.cat([row[spec.name] for _, row in self._waiting]).contiguous() for spec in self.specs
+        }
         tensors |= {_DIGESTS: torch.from_numpy(digests.copy()), _LENGTHS: torch.from_numpy(lengths)}
         name = SHARDS.replace("*", uuid.uuid4().hex)
         temporary = self.folder / f"{name}.tmp"

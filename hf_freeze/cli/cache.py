@@ -1,0 +1,112 @@
+"""`hf-freeze cache`: what prefix caches lie in a folder, told from their manifests, and how to be rid of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hf_freeze.cli import Say, Told
+from hf_freeze.errors import FreezeError
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = """\
+Lists or clears caches of frozen prefixes. They can always be built again. A cache that a run trains from stays.
+
+  hf-freeze cache list
+  hf-freeze cache list --cache_dir out/prefix --json
+  hf-freeze cache clear
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments."""
+    parser.add_argument("action", choices=("list", "clear"), help="list: nothing is changed; clear: remove them")
+    parser.add_argument("--cache_dir", help="the folder of the caches; ~/.cache/hf_freeze/prefix by default")
+
+
+def run(args: argparse.Namespace, say: Say) -> Told:
+    """Lists or clears the caches of a folder.
+
+    Raises:
+        FreezeError: There is no such folder.
+    """
+    from hf_freeze.embedded import cache_folder
+
+    folder = cache_folder() / "prefix" if args.cache_dir is None else Path(args.cache_dir).expanduser()
+    if args.cache_dir is not None and not folder.is_dir():
+        raise FreezeError(f"--cache_dir {folder} was asked for; there is no such folder.")
+    return _listed(folder) if args.action == "list" else _cleared(folder)
+
+
+def _listed(folder: Path) -> Told:
+    from hf_freeze.report import Table, count_text
+
+    caches = [_describe(manifest) for manifest in _manifests(folder)]
+    caches.sort(key=lambda cache: cache["last_used"], reverse=True)
+    rows = tuple(
+        (
+            Path(cache["folder"]).name,
+            count_text(cache["bytes"], "B"),
+            "?" if cache["rows"] is None else f"{cache['rows']:,}",
+            cache["model"],
+            cache["cuts"],
+            cache["last_used"].replace("T", " ")[:16],
+        )
+        for cache in caches
+    )
+    total = sum(cache["bytes"] for cache in caches)
+    line = f"{len(caches)} caches, {count_text(total, 'B')}. Times are UTC."
+    table = Table(f"Prefix caches in {folder}", ("folder", "size", "rows", "model", "cuts", "last used"), rows, (line,))
+    text = str(table) if caches else f"No prefix caches in {folder}."
+    return Told(text, {"cache_dir": str(folder), "bytes": total, "caches": caches})
+
+
+def _manifests(folder: Path) -> list[Path]:
+    from hf_freeze.prefix.store import MANIFEST
+
+    return sorted(folder.glob(f"*/{MANIFEST}"))
+
+
+def _describe(manifest: Path) -> dict[str, Any]:
+    """What a manifest and the headers of its shards say; no state is read, and nothing is marked as used."""
+    from hf_freeze.prefix.store import SHARDS
+
+    place = manifest.parent
+    used = datetime.fromtimestamp(manifest.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    size = sum(path.stat().st_size for path in place.iterdir() if path.is_file())
+    told: dict[str, Any] = {"folder": str(place), "bytes": size, "rows": None, "last_used": used}
+    try:
+        key = json.loads(manifest.read_text(encoding="utf-8"))["key"]
+        # A store knows its model by the digest of the frozen weights, whatever folder they came from.
+        told |= {"model": f"weights {key['weights'][:8]}", "precision": key["precision"], "key": key}
+        told["cuts"] = ", ".join(f"{stack} {blocks}" for stack, blocks in key["cuts"])
+        told["rows"] = sum(_rows(shard) for shard in place.glob(SHARDS))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        told = {"model": "damaged", "cuts": "", "damage": repr(error), **told}
+    return told
+
+
+def _rows(shard: Path) -> int:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(shard, framework="pt") as file:
+            return int(file.get_slice("row_digests").get_shape()[0])
+    except SafetensorError as error:
+        raise ValueError(f"{shard.name}: {error}") from error
+
+
+def _cleared(folder: Path) -> Told:
+    from hf_freeze.prefix import PrefixCache
+
+    before = len(_manifests(folder))
+    freed = PrefixCache.clear(folder)
+    kept = len(_manifests(folder))
+    text = f"{before - kept} caches removed from {folder}, {freed / 1e6:,.1f} MB freed"
+    if kept:
+        text += f"; {kept} stay: runs train from them, or they are no caches of this version"
+    return Told(text, {"cache_dir": str(folder), "removed": before - kept, "kept": kept, "bytes_freed": freed})

@@ -1,0 +1,213 @@
+"""Models by what a user has of them: a full model, adapters, a delta, a hub id, or a config alone.
+
+Loads in fp32 unless asked otherwise, safetensors and JSON only, and no code that a model brings. Whatever a foreign
+loader raises becomes an error that names what was asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+
+from hf_freeze.delta import DELTA_FILE, is_delta, load_delta
+from hf_freeze.embedded import EMBEDDED_NAME, embedded_model
+from hf_freeze.errors import FreezeError, ModelError
+from hf_freeze.freezing import kind_of_digest
+
+__all__ = [
+    "load_base",
+    "load_config",
+    "load_generator",
+    "load_model",
+    "load_tokenizer",
+    "load_with_delta",
+    "model_class",
+    "model_from_config",
+    "source_of",
+]
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+def source_of(name: str) -> str:
+    """What transformers is to load for a name: the embedded model's folder, a folder, or a hub id.
+
+    Raises:
+        ModelError: a path where no folder is, or a folder that holds no model.
+    """
+    if name == EMBEDDED_NAME:
+        return str(embedded_model())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any((path / file).exists() for file in ("config.json", ADAPTER_FILE)) and not is_delta(path):
+            held = ", ".join(sorted(entry.name for entry in path.iterdir())[:3]) or "nothing"
+            raise ModelError(
+                f"{name} was given as model; there is no config.json in it, but {held}. Give a model's folder."
+            )
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"{name} was given as model; there is no such folder. Give a model's folder or a hub id.")
+    return name
+
+
+def load_config(source: str) -> Any:
+    """The config of a model.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    with _worded(source):
+        return AutoConfig.from_pretrained(source)
+
+
+def model_class(config: Any) -> Any:
+    """The class that the config names, where transformers has it; else the one for generating."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type):
+            return found
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def load_model(source: str) -> Any:
+    """A full model in the dtype of its weights.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    config = load_config(source)
+    with _worded(source):
+        return model_class(config).from_pretrained(source, dtype="auto")
+
+
+def model_from_config(config: Any) -> Any:
+    """A model without weights, on the meta device: in a moment, at any size.
+
+    Raises:
+        ModelError: its class makes none.
+    """
+    with _worded(str(config._name_or_path or config.model_type)), torch.device("meta"):
+        kind = model_class(config)
+        return kind(config) if issubclass(kind, PreTrainedModel) else kind.from_config(config)
+
+
+def load_generator(name: str, base_model: str | None, dtype: torch.dtype) -> tuple[Any, Any, bool]:
+    """A model that writes summaries, its tokenizer, and whether its weights are in `dtype`.
+
+    Args:
+        name: a folder with a full model, PEFT adapters or a delta; a hub id; or the embedded model's name.
+        base_model: where the base of a delta lies now; None is where the delta says.
+        dtype: of the weights. A delta is loaded in the dtype that it was trained in, whatever is asked here.
+
+    Raises:
+        FreezeError: it is no model, or its base is gone.
+    """
+    source = source_of(name)
+    if is_delta(source):
+        model = load_with_delta(source, base_model)
+        base = str(model.config._name_or_path)
+        return model, load_tokenizer(source, base), model.dtype == dtype
+    if base_model is not None:
+        raise FreezeError(f"--base_model was given, and {name} is no delta; only a delta needs it. Leave it out.")
+    base, revision = source, None
+    adapted = (Path(source) / ADAPTER_FILE).exists()
+    with _worded(name):
+        if adapted:
+            from peft import PeftConfig, PeftModel
+
+            adapter = PeftConfig.from_pretrained(source)
+            base, revision = adapter.base_model_name_or_path, adapter.revision
+    model = load_base(base, dtype, revision)
+    if adapted:
+        with _worded(name):
+            model = PeftModel.from_pretrained(model, source)
+    return model, load_tokenizer(source, None), True
+
+
+def load_base(source: str, dtype: torch.dtype, revision: str | None = None) -> Any:
+    """A full model with a head that writes text.
+
+    Args:
+        source: a folder or a hub id.
+        dtype: of the weights.
+        revision: of a hub id.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    with _worded(source):
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return auto_class.from_pretrained(source, revision=revision, dtype=dtype)
+
+
+def load_with_delta(delta: str, base_model: str | None) -> Any:
+    """A delta on its base.
+
+    Args:
+        delta: its folder.
+        base_model: where the base lies now; None is where the delta says.
+
+    Raises:
+        FreezeError: the base is gone or another one, or the delta is damaged.
+    """
+    if base_model is None:
+        try:
+            return load_delta(delta)
+        except ModelError as error:
+            raise ModelError(f"{error} (With --base_model you can say where the base lies now.)") from error
+    if not is_delta(delta):
+        raise FreezeError(f"--base_model was given with {delta}, which is no folder of save_delta. Leave it out.")
+    with _worded(base_model):
+        values = json.loads((Path(delta) / DELTA_FILE).read_text(encoding="utf-8"))
+        kinds = [kind_of_digest(digest).split(" ")[0] for digest in values["frozen"].values()]
+        dtypes = [found for found in (getattr(torch, kind, None) for kind in kinds) if found is not None]
+        floating = [found for found in dtypes if found.is_floating_point]
+        source = source_of(base_model)
+        kind = model_class(AutoConfig.from_pretrained(delta))  # the delta's config says what class was frozen
+        base = kind.from_pretrained(source, dtype=floating[0] if floating else torch.float32)
+    return load_delta(delta, base)
+
+
+def load_tokenizer(source: str, base: str | None) -> Any:
+    """The tokenizer that lies with a model, or with its base.
+
+    Raises:
+        ModelError: there is none that can be read.
+    """
+    places = [place for place in (source, base) if place is not None]
+    failures = []
+    for place in places:
+        try:
+            return AutoTokenizer.from_pretrained(place)
+        except (OSError, ValueError) as error:
+            failures.append(error)
+    raise ModelError(
+        f"{source} was given as model; its tokenizer cannot be read: {_line(failures[-1])}. Save the base's tokenizer "
+        f"there too (merge_delta writes the model only)."
+    ) from failures[-1]
+
+
+@contextmanager
+def _worded(name: str) -> Iterator[None]:
+    try:
+        yield
+    except FreezeError:
+        raise
+    except Exception as error:  # a foreign loader may raise anything
+        raise ModelError(
+            f"{name} was given as model; it cannot be loaded here: {_line(error)}. Give a folder with config.json and "
+            f"weights, a hub id, or {EMBEDDED_NAME!r}."
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

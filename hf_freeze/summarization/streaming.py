@@ -1,0 +1,628 @@
+"""Summaries of files of any size, in bounded memory: window by window, resumed after a kill to the same bytes.
+
+Rows are taken in windows. What a window gives is appended to OUTPUT.partial and flushed to disk, and only then noted in
+OUTPUT.partial.json; a torn end that was not noted is cut off again. The finished file is renamed. Of several processes
+the first reads and writes, and each generates its share of each window. Nothing here loads a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from hf_freeze.anatomy import unwrap
+from hf_freeze.checkpoints import json_digest
+from hf_freeze.errors import FreezeError, ReviewsError, nearest
+from hf_freeze.freezing import named_tensors, tensor_digest
+from hf_freeze.summarization.generation import generate_summaries
+from hf_freeze.summarization.grouping import GroupStore, fits_prompt, group_key, merge_summaries, summarize_groups
+from hf_freeze.summarization.prompts import SummaryPrompt, read_prompt
+from hf_freeze.summarization.resumable import ResumableFile, check_free
+from hf_freeze.summarization.reviews import _choose_columns
+from hf_freeze.summarization.row_files import GivenRows, Row, RowFiles, RowLines, row_text
+
+__all__ = ["WINDOW_ROWS", "FileReport", "check_places", "stream_summaries", "summarize_file"]
+
+WINDOW_ROWS = 512  # 32 batches of 16: sorted by length little of them is padding, and a kill costs a minute or so
+WINDOW_CHARACTERS = 4_000_000  # of all texts of a window, for rows that are books
+COUNT_COLUMN = "review_count"  # of a group, in the output
+BAR_ROWS = 4096  # between two moves of the bar while a file is only read
+
+Summarize = Callable[[Sequence[str]], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What became of a file. Prints as a few lines.
+
+    Attributes:
+        output: The finished file.
+        rows: Rows that were read, by this run and those before it.
+        lines: Lines that were written: a row each, or a group each.
+        blank: Lines of them without a summary, since there was no review to summarise.
+        text_column: Where the reviews were.
+        rows_before: Rows that earlier runs had done.
+        seconds: Of this run.
+        notes: What is correct, but worth knowing.
+    """
+
+    output: Path
+    rows: int
+    lines: int
+    blank: int
+    text_column: str
+    rows_before: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        done = self.rows - self.rows_before
+        what = "summaries" if self.lines == self.rows else f"groups from {self.rows:,} rows"
+        told = [f"{self.lines:,} {what} in {self.output}: {done / max(self.seconds, 1e-9):,.1f} rows a second"]
+        if self.rows_before:
+            told.append(f"  went on after row {self.rows_before:,}")
+        if self.blank:
+            told.append(f"  {self.blank:,} without a summary: there was no review")
+        return "\n".join([*told, *(f"  note: {note}" for note in self.notes)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return {**asdict(self), "output": str(self.output)}
+
+
+def summarize_file(
+    model: Any,
+    tokenizer: Any,
+    source: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+    output: str | os.PathLike[str],
+    *,
+    prompt: SummaryPrompt | None = None,
+    text_column: str | None = None,
+    group_by: str | None = None,
+    summary_column: str = "summary",
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    num_beams: int = 1,
+    precision: str | None = None,
+    window_rows: int = WINDOW_ROWS,
+    total_rows: int | None = None,
+    progress: bool = True,
+    say: Callable[[str], object] | None = None,
+    **generate_kwargs: Any,
+) -> FileReport:
+    """Summarises a file of any size in bounded memory; called again after a kill, it ends with the same bytes.
+
+    Called again with another model, prompt, input, column or option it refuses to go on; `batch_size` and the number of
+    processes may change (less memory, other machines), which can move a summary by rounding and is noted. Under several
+    processes every one of them must call. Changes neither model nor tokenizer.
+
+    Args:
+        model: As in `generate_summaries`.
+        tokenizer: Its tokenizer.
+        source: As in `stream_summaries`.
+        output: As in `stream_summaries`.
+        prompt: What the model was trained with (`load_prompt`); `read_prompt(tokenizer, model.config)` by default.
+        text_column: The column with the review; guessed from its name by default.
+        group_by: One summary for all reviews with the same value in this column.
+        summary_column: The column that is added.
+        batch_size: Reviews at once.
+        max_new_tokens: The longest summary; the prompt's `max_summary_tokens` by default.
+        num_beams: 1 is greedy.
+        precision: As in `generate_summaries`.
+        window_rows: As in `stream_summaries`.
+        total_rows: As in `stream_summaries`.
+        progress: A bar with the time left.
+        say: As in `stream_summaries`.
+        **generate_kwargs: For `model.generate`.
+
+    Returns:
+        The report, in every process.
+
+    Raises:
+        FreezeError: As `stream_summaries` and `generate_summaries` raise.
+
+    >>> import tempfile
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from hf_freeze.summarization.tokenizer_fit import doctest_tokenizer
+    >>> sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes))
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "reviews.csv").write_text("id,review\\n7,Good mug.\\n8,\\n")
+    >>> report = summarize_file(model, doctest_tokenizer(), folder / "reviews.csv", folder / "summaries.csv",
+    ...     max_new_tokens=4, progress=False)
+    >>> report.rows, report.blank, (folder / "summaries.csv").read_text().splitlines()[::2]
+    (2, 1, ['id,review,summary', '8,,'])
+    """
+    if prompt is None:
+        prompt = read_prompt(tokenizer, unwrap(model).config, max_summary_tokens=max_new_tokens or 64)
+    new_tokens = max_new_tokens or prompt.max_summary_tokens
+
+    def summarize(texts: Sequence[str]) -> list[str]:
+        return generate_summaries(
+            model,
+            tokenizer,
+            texts,
+            prompt=prompt,
+            batch_size=batch_size,
+            max_new_tokens=new_tokens,
+            num_beams=num_beams,
+            precision=precision,
+            progress=False,
+            **generate_kwargs,
+        )
+
+    facts: dict[str, Any] = {}
+    if _rank_and_world()[0] == 0:
+        core = unwrap(model)
+        wording = [
+            prompt.kind,
+            prompt.head,
+            prompt.tail,
+            prompt.source_specials,
+            prompt.stop_ids,
+            prompt.control_tokens,
+        ]
+        facts = {
+            "model": json_digest(sorted((name, tensor_digest(tensor)) for name, tensor in named_tensors(core))),
+            "prompt": json_digest([*wording, prompt.max_source_tokens]),
+            "tokenizer": json_digest(sorted(tokenizer.get_vocab().items())),
+            "max_new_tokens": new_tokens,
+            "num_beams": num_beams,
+            "precision": precision or str(core.dtype).removeprefix("torch."),
+            "options of generate": {name: str(value) for name, value in sorted(generate_kwargs.items())},
+        }
+    return stream_summaries(
+        summarize,
+        source,
+        output,
+        text_column=text_column,
+        group_by=group_by,
+        summary_column=summary_column,
+        fits=fits_prompt(prompt),
+        window_rows=window_rows,
+        total_rows=total_rows,
+        facts=facts,
+        circumstances={"batch_size": batch_size, "device": unwrap(model).device.type, "torch": torch.__version__},
+        progress=progress,
+        say=say,
+    )
+
+
+def stream_summaries(
+    summarize: Summarize,
+    source: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+    output: str | os.PathLike[str],
+    *,
+    text_column: str | None = None,
+    group_by: str | None = None,
+    summary_column: str = "summary",
+    fits: Callable[[str], bool] | None = None,
+    window_rows: int = WINDOW_ROWS,
+    total_rows: int | None = None,
+    facts: Mapping[str, Any] | None = None,
+    circumstances: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    say: Callable[[str], object] | None = None,
+) -> FileReport:
+    """What `summarize_file` does, with any function from texts to summaries.
+
+    Files are read through once before anything is summarised, so that a broken row in the last line stops a run at its
+    beginning. With `group_by` that pass copies the texts to a store on disk beside the output, as large as they are
+    (`GroupStore`), since the rows of a group may lie anywhere; a group larger than a window is summarised in parts.
+
+    Args:
+        summarize: From texts that are not blank to their summaries, in order; always the same for the same texts.
+        source: A file or folder as in `RowFiles`, or rows as mappings; an iterable is read once and must give the same
+            rows again when a run is resumed.
+        output: A .csv, .tsv or .jsonl file that does not exist. Each row keeps all its columns and its place, and gets
+            the summary. With `group_by`: the group, `review_count` (of those not blank) and the summary, groups in the
+            order of their first rows.
+        text_column: The column with the review; guessed from its name by default.
+        group_by: The column that tells the group. White space around its values does not count.
+        summary_column: The column that is added.
+        fits: For groups: whether the model takes a text whole (`fits_prompt`); None: always.
+        window_rows: Rows that are summarised together, and at most lost by a kill; a window also ends at 4 million
+            characters. Memory grows with it.
+        total_rows: Rows of an iterable, for the time left; files are counted.
+        facts: JSON values by name that a run must share with the one it goes on from.
+        circumstances: The same for what may change and is then noted.
+        progress: Bars with the time left.
+        say: Takes messages on the way, such as the column that was guessed; None tells nobody.
+
+    Returns:
+        The report, in every process.
+
+    Raises:
+        ReviewsError: Rows or columns are not as asked, with the line; what was summarised before stays.
+        ResumeError: What lies there is of another run; the difference is named.
+        FreezeError: The output exists, is the input or cannot be written; another process writes it.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> rows = ({"product": f"p{n % 2}", "review": f"{n} stars"} for n in range(4))
+    >>> _ = stream_summaries(lambda texts: [text.replace("\\n", "; ") for text in texts], rows, folder / "out.csv",
+    ...     group_by="product", progress=False)
+    >>> print((folder / "out.csv").read_text().strip())
+    product,review_count,summary
+    p0,2,0 stars; 2 stars
+    p1,2,1 stars; 3 stars
+    """
+    rank, world = _rank_and_world()
+    if rank > 0:
+        return _follow(summarize)
+    lead = _Lead(summarize, world)
+    try:
+        if isinstance(window_rows, bool) or not isinstance(window_rows, int) or window_rows < 1:
+            raise FreezeError(f"window_rows={window_rows!r} was asked for; it is a whole number, 1 or more.")
+        told = {"processes": world, **(circumstances or {})}
+        job = _Job(lead, fits, text_column, group_by, summary_column, window_rows, progress, say or _be_quiet)
+        if total_rows is None and isinstance(source, Sized) and not isinstance(source, str):
+            total_rows = len(source)
+        report = _run(job, source, Path(output).expanduser(), total_rows, dict(facts or {}), told)
+    except Exception as error:
+        lead.end(error)
+        raise
+    lead.end(report)
+    return report
+
+
+def check_places(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    text_column: str | None = None,
+    group_by: str | None = None,
+    summary_column: str = "summary",
+) -> None:
+    """Looks at files and columns without reading rows, so that a mistake need not wait for a model to load.
+
+    Args:
+        source, output, text_column, group_by, summary_column: As in `stream_summaries`.
+
+    Raises:
+        FreezeError: What `stream_summaries` would raise before its first row.
+    """
+    path = Path(output).expanduser()
+    rows = _open_source(source, path)
+    job = _Job(_nothing, None, text_column, group_by, summary_column, 1, False, _be_quiet)
+    _text_column(job, rows)
+    _lines_of(job, rows, path)
+    check_free(path)
+
+
+def _nothing(texts: Sequence[str]) -> Sequence[str]:
+    """Summarises nothing."""
+    return []
+
+
+def _be_quiet(message: str) -> None:
+    """Says nothing."""
+
+
+class _Job(NamedTuple):
+    """What was asked, but for places."""
+
+    summarize: Summarize
+    fits: Callable[[str], bool] | None
+    text_column: str | None
+    group_by: str | None
+    summary_column: str
+    window_rows: int
+    progress: bool
+    say: Callable[[str], object]
+
+
+class _Entry(NamedTuple):
+    """A text on its way, with its group ("" without groups) or, without groups, its row."""
+
+    group: str
+    text: str
+    row: Row | None = None
+
+    @property
+    def mark(self) -> bytes:
+        """What must be the same when a run goes on."""
+        if self.row is None:
+            return json.dumps([self.group, self.text]).encode()
+        return (self.row.text or json.dumps(dict(self.row.values), default=str)).encode()
+
+    @property
+    def characters(self) -> int:
+        if self.row is None or self.row.text:
+            return len(self.row.text if self.row else self.text)
+        return sum(len(cell) for cell in self.row.values.values() if isinstance(cell, str))
+
+
+@dataclass(frozen=True)
+class _OpenGroup:
+    """The group of which a window held a part only: the summaries of its parts, and how many reviews they are of."""
+
+    parts: list[str] = field(default_factory=list)
+    reviews: int = 0
+
+
+class _Step(NamedTuple):
+    """What one window gave."""
+
+    entries: list[_Entry]
+    lines: list[str]
+    blank: int
+    open_group: _OpenGroup
+
+
+@dataclass(frozen=True)
+class _Done:
+    """How far a run is."""
+
+    rows: int = 0
+    lines: int = 0
+    blank: int = 0
+    open_group: _OpenGroup = field(default_factory=_OpenGroup)
+
+    @classmethod
+    def read(cls, state: Mapping[str, Any]) -> _Done:
+        return cls(**{**state, "open_group": _OpenGroup(**state["open_group"])}) if state else cls()
+
+    def after(self, step: _Step) -> _Done:
+        rows, lines = self.rows + len(step.entries), self.lines + len(step.lines)
+        return _Done(rows, lines, self.blank + step.blank, step.open_group)
+
+
+def _run(
+    job: _Job, source: Any, output: Path, total: int | None, facts: dict[str, Any], circumstances: dict[str, Any]
+) -> FileReport:
+    started = time.perf_counter()
+    rows = _open_source(source, output)
+    text_column = _text_column(job, rows)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(ResumableFile(output))
+        if job.group_by is None:
+            total = _count(rows, text_column, job.progress) if isinstance(rows, RowFiles) else total
+            entries = (_Entry("", row_text(row, text_column), row) for row in rows)
+        else:
+            store = stack.enter_context(GroupStore(output.with_name(f".{output.name}.groups.tmp")))
+            _fill(store, rows, text_column, job.group_by, job.progress)
+            total, entries = store.rows, (_Entry(group, text) for group, text in store)
+            job.say(f"{store.rows:,} rows of {store.groups:,} groups by {job.group_by!r}")
+        _choose_columns(rows.name, list(rows.columns), text_column, None, False)  # JSON lines may name more by now
+        lines = _lines_of(job, rows, output)
+        asked = {"text_column": text_column, "window_rows": job.window_rows, "group_by": job.group_by}
+        asked |= {"summary_column": job.summary_column, "header": lines.header}
+        done = before = _Done.read(file.begin({**facts, **asked}, circumstances))
+        if before.rows:
+            job.say(f"{file.path} goes on after row {before.rows:,}")
+        file.skip((entry.mark for entry in entries), before.rows)
+        with _bar("summaries", "row", total, job.progress, initial=before.rows) as bar:
+            for step in _steps(job, entries, lines, before.open_group):
+                header = "" if done.rows else lines.header
+                done = done.after(step)
+                file.append(header + "".join(step.lines), (entry.mark for entry in step.entries), asdict(done))
+                bar.update(len(step.entries))
+        if not done.rows:
+            raise ReviewsError(f"{rows.name} has no rows. Give at least one review.")
+        file.finish()
+    notes = tuple(f"{note}: summaries may differ from one whole run's by rounding" for note in file.notes)
+    seconds = time.perf_counter() - started
+    return FileReport(output, done.rows, done.lines, done.blank, text_column, before.rows, seconds, notes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The input
+
+
+def _open_source(source: Any, output: Path) -> RowFiles | GivenRows:
+    if not isinstance(source, str | os.PathLike):
+        return GivenRows(source)
+    path = Path(source).expanduser()
+    same = output.exists() and path.exists() and output.samefile(path)
+    if same or output.parent.resolve() == path.resolve():
+        raise FreezeError(
+            f"The summaries were to be written to {output}, which {'is the input' if same else 'lies in the input'}. "
+            f"Choose another place."
+        )
+    return RowFiles(path)
+
+
+def _text_column(job: _Job, rows: RowFiles | GivenRows) -> str:
+    """The column of the reviews. Of JSON lines only the first is known here: one may lack the column that is asked."""
+    columns = list(rows.columns)
+    if job.group_by is not None and job.group_by not in columns:
+        raise ReviewsError(
+            f"group_by={job.group_by!r} was asked for, but {rows.name} has no such column. It has "
+            f"{', '.join(map(repr, columns))}; nearest: {nearest(job.group_by, columns)}."
+        )
+    if job.group_by == COUNT_COLUMN:
+        raise ReviewsError(
+            f"group_by={COUNT_COLUMN!r} was asked for; the output has a column of that name for the number of reviews. "
+            f"Rename the input's."
+        )
+    later = isinstance(rows, RowFiles) and rows.kind == "JSON lines" and job.text_column is not None
+    text_column = (
+        str(job.text_column) if later else _choose_columns(rows.name, columns, job.text_column, None, False)[0]
+    )
+    how = "guessed from its name" if job.text_column is None else "as asked"
+    job.say(f"{rows.name}: reviews in column {text_column!r} ({how})")
+    return text_column
+
+
+def _lines_of(job: _Job, rows: RowFiles | GivenRows, output: Path) -> RowLines:
+    if job.group_by is None:
+        return RowLines(output, list(rows.columns), job.summary_column, rows.separator, rows.header)
+    return RowLines(output, [job.group_by, COUNT_COLUMN], job.summary_column, rows.separator)
+
+
+def _count(rows: RowFiles, text_column: str, progress: bool) -> int:
+    """Reads all rows, so that a broken one is known before anything is summarised; how many there are."""
+    count = 0
+    for row in _under_bar(rows, "checking", progress):
+        row_text(row, text_column)
+        count += 1
+    return count
+
+
+def _fill(store: GroupStore, rows: RowFiles | GivenRows, text_column: str, group_by: str, progress: bool) -> None:
+    for row in _under_bar(rows, "grouping", progress):
+        store.add(group_key(row.values.get(group_by), group_by, row.place), row_text(row, text_column))
+
+
+def _under_bar(rows: RowFiles | GivenRows, label: str, progress: bool) -> Iterator[Row]:
+    """The rows, under a bar of bytes for a file."""
+    if not isinstance(rows, RowFiles):
+        yield from rows
+        return
+    with _bar(label, "B", rows.total_bytes, progress) as bar:
+        for number, row in enumerate(rows, 1):
+            yield row
+            if number % BAR_ROWS == 0:
+                bar.update(rows.position - bar.n)
+        bar.update(rows.position - bar.n)
+
+
+def _bar(label: str, unit: str, total: int | None, progress: bool, initial: int = 0) -> Any:
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(desc=label, unit=unit, total=total, initial=initial, unit_scale=unit == "B", disable=not progress)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows
+
+
+def _steps(job: _Job, entries: Iterator[_Entry], lines: RowLines, open_group: _OpenGroup) -> Iterator[_Step]:
+    if job.group_by is None:
+        for window in _windows(entries, job.window_rows):
+            summaries = _each_summarized(job, [entry.text for entry in window])
+            written = [
+                lines.line(entry.row, summary)
+                for entry, summary in zip(window, summaries, strict=True)
+                if entry.row is not None
+            ]
+            yield _Step(window, written, sum(not entry.text.strip() for entry in window), _OpenGroup())
+        return
+    for window, closed in _group_windows(entries, job.window_rows):
+        step = _group_step(job, window, closed, lines, open_group)
+        open_group = step.open_group
+        yield step
+
+
+def _each_summarized(job: _Job, texts: list[str]) -> list[str]:
+    wanted = [text for text in texts if text.strip()]
+    made = list(job.summarize(wanted)) if wanted else []
+    if len(made) != len(wanted):
+        raise FreezeError(
+            f"summarize was given {len(wanted)} texts and returned {len(made)} summaries. Return one each."
+        )
+    rest = iter(made)
+    return [next(rest) if text.strip() else "" for text in texts]
+
+
+def _windows(entries: Iterator[_Entry], window_rows: int) -> Iterator[list[_Entry]]:
+    window: list[_Entry] = []
+    characters = 0
+    for entry in entries:
+        window.append(entry)
+        characters += entry.characters
+        if len(window) >= window_rows or characters >= WINDOW_CHARACTERS:
+            yield window
+            window, characters = [], 0
+    if window:
+        yield window
+
+
+def _group_windows(entries: Iterator[_Entry], window_rows: int) -> Iterator[tuple[list[_Entry], bool]]:
+    """Windows that end where a group ends, but for a group that is larger than one; and whether it does end there.
+
+    Where a window begins depends on its beginning only, so that a resumed run has the same ones.
+    """
+    window: list[_Entry] = []
+    characters, border = 0, 0  # border: where the last group of the window begins
+    for entry in entries:
+        if window and entry.group != window[-1].group:
+            border = len(window)
+        # Again for what is kept: alone it may be too much, and a run that begins with it would yield it here, too.
+        while window and (len(window) >= window_rows or characters >= WINDOW_CHARACTERS):
+            yield window[: border or len(window)], border > 0
+            window = window[border:] if border else []
+            characters, border = sum(kept.characters for kept in window), 0
+        window.append(entry)
+        characters += entry.characters
+    if window:
+        yield window, True
+
+
+def _group_step(job: _Job, window: list[_Entry], closed: bool, lines: RowLines, open_group: _OpenGroup) -> _Step:
+    """The groups of a window; the first may go on from the window before, the last into the next."""
+    groups = [
+        (name, [e.text for e in of if e.text.strip()]) for name, of in itertools.groupby(window, lambda e: e.group)
+    ]
+    summaries = summarize_groups([texts for _, texts in groups], job.summarize, job.fits)
+    counts = [len(texts) for _, texts in groups]
+    counts[0] += open_group.reviews
+    parts = [*open_group.parts, *([summaries[0]] if summaries[0] else [])]
+    if not closed:  # one group and no end of it
+        return _Step(window, [], 0, _OpenGroup(parts, counts[0]))
+    summaries[0] = merge_summaries([parts], job.summarize, job.fits)[0]
+    written = [
+        lines.line(Row({str(job.group_by): name, COUNT_COLUMN: count}, f"group {name!r}"), summary)
+        for (name, _), count, summary in zip(groups, counts, summaries, strict=True)
+    ]
+    return _Step(window, written, counts.count(0), _OpenGroup())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def _rank_and_world() -> tuple[int, int]:
+    """Asks torch, not accelerate's PartialState: making one fixes the device for a whole session of its user."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+class _Lead:
+    """`summarize` for the first process: hands the texts to the others, which call it at the same time."""
+
+    def __init__(self, summarize: Summarize, world: int) -> None:
+        self.summarize = summarize
+        self.world = world
+        self.together = True  # False: the others have raised what this one raised
+
+    def __call__(self, texts: Sequence[str]) -> Sequence[str]:
+        self._tell(list(texts))
+        try:
+            return self.summarize(texts)
+        except Exception:
+            self.together = False
+            raise
+
+    def end(self, outcome: FileReport | Exception) -> None:
+        """Lets the others return or raise the same."""
+        if self.together:
+            told = isinstance(outcome, FreezeError | FileReport)
+            self._tell(outcome if told else FreezeError(f"{type(outcome).__name__}: {outcome}"))
+
+    def _tell(self, message: Any) -> None:
+        if self.world > 1:
+            dist.broadcast_object_list([message])
+
+
+def _follow(summarize: Summarize) -> FileReport:
+    """The other processes: summarise what the first one hands out, until it tells how it ended."""
+    while True:
+        told: list[Any] = [None]
+        dist.broadcast_object_list(told)
+        if isinstance(told[0], list):
+            summarize(told[0])
+        elif isinstance(told[0], FileReport):
+            return told[0]
+        else:
+            raise told[0]

@@ -1,0 +1,253 @@
+"""Rows of files of any size, and the lines that are written from them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_freeze.errors import ReviewsError
+from hf_freeze.summarization import row_files
+from hf_freeze.summarization.row_files import GivenRows, Row, RowFiles, RowLines, row_text, spreadsheet_safe
+
+
+def written(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def values(path: Path) -> list[dict[str, Any]]:
+    return [dict(row.values) for row in RowFiles(path)]
+
+
+def copied(path: Path, ending: str) -> str:
+    """The file as it is written back with the summary "S" in each row."""
+    files = RowFiles(path)
+    lines = RowLines(Path(f"out{ending}"), list(files.columns), "summary", files.separator, files.header)
+    return lines.header + "".join(lines.line(row, "S") for row in files)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "id,text\n007,NA\n8,\n"),
+        ("a.csv", "\ufeffid,text\r\n007,NA\r\n\r\n8,\r\n"),
+        ("a.csv", "id;text\n007;NA\n8;\n"),
+        ("a.tsv", "id\ttext\n007\tNA\n8\t\n"),
+        ("a.jsonl", '{"id": "007", "text": "NA"}\n\n{"id": "8", "text": ""}\n'),
+    ],
+)
+def test_each_format_gives_its_cells_as_they_are_written(name: str, content: str, tmp_path: Path) -> None:
+    assert values(written(tmp_path, name, content)) == [{"id": "007", "text": "NA"}, {"id": "8", "text": ""}]
+
+
+def test_parquet_rows_come_in_order_and_keep_their_types(tmp_path: Path) -> None:
+    rows = [{"id": number, "text": f"review {number}", "tags": ["a"]} for number in range(3000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=700)
+    assert values(tmp_path / "a.parquet") == rows
+
+
+def test_a_folder_is_read_in_the_order_of_its_names_and_its_files_must_agree(tmp_path: Path) -> None:
+    written(tmp_path, "2.csv", "id,text\n2,b\n")
+    written(tmp_path, "1.csv", "id,text\n1,a\n")
+    written(tmp_path, "notes.md", "not a table")
+    assert [row["id"] for row in values(tmp_path)] == ["1", "2"]
+    written(tmp_path, "3.csv", "id,review\n3,c\n")
+    with pytest.raises(ReviewsError, match=r"3\.csv has the columns .*Files of one folder must agree"):
+        RowFiles(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,text\n1,a\n2,b,c\n", r"line 3 has 3 cells, but the header has 2: '2,b,c'\. Put quotes around"),
+        ("id,text\n1,a\n2\n3,c\n", r"line 3 has 1 cells.*empty ones too: it has none for 'text'"),
+        ('id,text\n1,a\n2,"never closed\n3,c\n', r"begins at line 3 is broken.*never closed"),
+        ('id,text\n1,"a" b\n', r"begins at line 2 is broken.*text follows a closing quote"),
+        ('id,text\n1,"two\nlines"\n2,b,c\n', r"line 4 has 3 cells"),
+        ("id,id\n1,a\n", "header names 'id' more than once"),
+        ("", "is empty .0 bytes."),
+        ("\n \n", "is empty .blank lines only."),
+    ],
+)
+def test_a_broken_table_is_an_error_that_names_the_line(content: str, message: str, tmp_path: Path) -> None:
+    path = written(tmp_path, "a.csv", content)
+    with pytest.raises(ReviewsError, match=message):
+        values(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": \n', r"line 2 is not JSON"),
+        ('{"text": "a"}\n["a"]\n', r"line 2 is an array, not an object"),
+        ('{"text": "a"}\n{"text": "\\ud83d"}\n', r"line 2 holds half a character"),
+        ("[" * 5000, r"line 1 is not JSON"),
+    ],
+)
+def test_a_broken_json_line_is_an_error_that_names_it(content: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ReviewsError, match=message):
+        values(written(tmp_path, "a.jsonl", content))
+
+
+def test_bytes_that_are_no_utf8_are_named_by_line_wherever_they_stand(tmp_path: Path) -> None:
+    for content in (b"id,t\xe9xt\n1,a\n", b"id,text\n" + b"1,a\n" * 5000 + b"2,caf\xe9\n"):
+        with pytest.raises(ReviewsError, match=r"not UTF-8: byte 0xe9 at offset \d+ \(line (1|5002)\)"):
+            values(written(tmp_path, "a.csv", content))
+
+
+def test_a_quote_that_is_never_closed_does_not_swallow_a_large_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_files, "LONGEST_CELL", 1000)
+    path = written(tmp_path, "a.csv", 'id,text\n1,"open\n' + "2,b\n" * 10_000)
+    with pytest.raises(ReviewsError, match=r"begins at line 2 is broken \(field larger"):
+        values(path)
+    path = written(tmp_path, "a.jsonl", '{"text": "' + "a" * 2000 + '"}\n')
+    with pytest.raises(ReviewsError, match=r"line 1 is longer than 1,000 characters.*JSON array is not JSON lines"):
+        values(path)
+
+
+def test_the_limit_of_cells_of_everybody_else_stays_as_it_was(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    assert len(values(written(tmp_path, "a.csv", "text\n" + "a" * 200_000 + "\n"))[0]["text"]) == 200_000
+    assert csv.field_size_limit() == before
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ReviewsError, match="is not a Parquet file"):
+        RowFiles(written(tmp_path, "a.parquet", "id,text\n1,a\n"))
+    path = tmp_path / "b.parquet"
+    pq.write_table(pa.table({"text": [f"{n} {'x' * 50}" for n in range(20_000)]}), path, compression="none")
+    content = bytearray(path.read_bytes())
+    content[4:400] = b"\xff" * 396
+    with pytest.raises(ReviewsError, match="is damaged after row 0"):
+        values(written(tmp_path, "b.parquet", bytes(content)))
+
+
+def test_a_missing_file_names_the_nearest_and_an_unknown_ending_those_that_are_known(tmp_path: Path) -> None:
+    written(tmp_path, "reviews.csv", "text\na\n")
+    with pytest.raises(ReviewsError, match=r"No file or folder.*holds 'reviews\.csv'"):
+        RowFiles(tmp_path / "reviws.csv")
+    with pytest.raises(ReviewsError, match=r"ends in '\.xlsx'.*\.csv, \.tsv"):
+        RowFiles(written(tmp_path, "a.xlsx", "x"))
+    with pytest.raises(ReviewsError, match="neither a file nor a folder"):
+        RowFiles("/dev/null")
+
+
+def test_position_ends_at_the_size_of_all_files(tmp_path: Path) -> None:
+    for name in ("1.jsonl", "2.jsonl"):
+        written(tmp_path, name, '{"text": "a"}\n' * 10)
+    files = RowFiles(tmp_path)
+    for _ in files:
+        assert 0 < files.position <= files.total_bytes
+    assert files.position == files.total_bytes
+
+
+def test_given_rows_must_be_mappings() -> None:
+    with pytest.raises(ReviewsError, match="an iterable of mappings is expected"):
+        GivenRows({"review": "a"})
+    with pytest.raises(ReviewsError, match="The given rows are none"):
+        GivenRows([])
+    with pytest.raises(ReviewsError, match=r"Row 2 is str \('b'\); a mapping is expected"):
+        list(GivenRows(iter([{"review": "a"}, "b"])))  # type: ignore[list-item]
+
+
+def test_a_cell_that_is_no_text_is_an_error_and_a_missing_one_is_blank() -> None:
+    assert row_text(Row({"id": 1}, "row 1"), "text") == ""
+    with pytest.raises(ReviewsError, match=r"row 1 holds a number in column 'text', and a text is expected: 7"):
+        row_text(Row({"text": 7}, "row 1"), "text")
+
+
+def test_ten_times_the_rows_take_no_more_memory() -> None:
+    def rows(count: int) -> Iterator[dict[str, str]]:
+        return ({"id": str(number), "review": f"review {number} " + "x" * 200} for number in range(count))
+
+    peaks = []
+    for count in (2_000, 20_000):
+        tracemalloc.start()
+        assert sum(1 for _ in GivenRows(rows(count))) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 20_000, "200 bytes a row would be 3.6 MB more"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+FORMULAS = ["=cmd|' /C calc'!A0", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "  =1", "＝1"]
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_a_summary_that_begins_like_a_formula_is_text_in_a_table_and_itself_in_json(formula: str) -> None:
+    assert spreadsheet_safe(formula) == f"'{formula}"
+    for ending in (".csv", ".tsv"):
+        line = RowLines(Path(f"out{ending}"), ["id"], "summary").line(Row({"id": "7"}, ""), formula)
+        cells = next(csv.reader(io.StringIO(line, newline=""), delimiter="\t" if ending == ".tsv" else ","))
+        assert cells == ["7", f"'{formula}"]
+    line = RowLines(Path("out.jsonl"), ["id"], "summary").line(Row({"id": "7"}, ""), "=1")
+    assert line == '{"id": "7", "summary": "=1"}\n'
+
+
+@pytest.mark.parametrize("text", ["Good mug.", "5 stars", "a = b", "'quoted'", ""])
+def test_other_summaries_are_written_as_they_are(text: str) -> None:
+    assert spreadsheet_safe(text) == text
+
+
+def test_formulas_of_the_input_are_kept_as_they_were(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.csv", "id,review\n=cmd|' /C calc'!A0,@SUM(A1)\n")
+    assert copied(path, ".csv") == "id,review,summary\n=cmd|' /C calc'!A0,@SUM(A1),S\n"
+
+
+CELLS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00"), max_size=12)
+
+
+@settings(max_examples=50)
+@given(rows=st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=4), sign=st.sampled_from(",;\t"))
+def test_whatever_cells_hold_comes_back_the_same(
+    rows: list[tuple[str, str]], sign: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("cells", numbered=True)
+    with (folder / "a.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter=sign).writerows([("id", "text"), *rows])
+    (folder / "b.csv").write_bytes(copied(folder / "a.csv", ".csv").encode())
+    assert [row["summary"] for row in values(folder / "b.csv")] == ["S"] * len(rows)
+    assert [(row["id"], row["text"]) for row in values(folder / "b.csv")] == rows
+    (folder / "b.jsonl").write_bytes(copied(folder / "a.csv", ".jsonl").encode())
+    assert [(row["id"], row["text"]) for row in values(folder / "b.jsonl")] == rows
+
+
+def test_a_json_object_is_written_back_by_its_own_characters(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.jsonl", '{"price": 1.10, "text":"caf\\u00e9" }\n{}\n')
+    assert copied(path, ".jsonl") == '{"price": 1.10, "text":"caf\\u00e9", "summary": "S"}\n{"summary": "S"}\n'
+
+
+def test_parquet_values_become_cells(tmp_path: Path) -> None:
+    row = {"id": 7, "price": 1.5, "new": True, "tags": ["a"], "none": None}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    assert copied(tmp_path / "a.parquet", ".csv").splitlines()[1] == '7,1.5,true,"[""a""]",,S'
+
+
+def test_the_output_ending_and_its_column_are_checked() -> None:
+    with pytest.raises(ReviewsError, match=r"ends in '\.xlsx'; written are \.csv, \.tsv and \.jsonl"):
+        RowLines(Path("out.xlsx"), ["id"], "summary")
+    with pytest.raises(ReviewsError, match=r"column 'summary', which the input has already.*'new_summary'"):
+        RowLines(Path("out.csv"), ["id", "summary"], "summary")
+
+
+def test_a_row_with_a_new_column_is_never_written_without_it() -> None:
+    lines = RowLines(Path("out.csv"), ["id", "text"], "summary")
+    with pytest.raises(ReviewsError, match=r"row 3 has the column 'txt', which the rows before it had not.*'text'"):
+        lines.line(Row({"id": "7", "txt": "a"}, "row 3"), "S")
+    with pytest.raises(ReviewsError, match=r"row 4 has the column 'summary'"):
+        RowLines(Path("out.jsonl"), ["id"], "summary").line(Row({"summary": "old"}, "row 4"), "S")

@@ -1,0 +1,544 @@
+"""Summaries of a file: in order, in bounded memory, and the same bytes however often the run is killed."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import re
+import signal
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from hf_freeze.errors import FreezeError, ResumeError, ReviewsError
+from hf_freeze.summarization import streaming
+from hf_freeze.summarization.resumable import ResumableFile, facts_before
+from hf_freeze.summarization.row_files import RowFiles
+from hf_freeze.summarization.streaming import FileReport, check_places, stream_summaries, summarize_file
+from tests.tokenizer_makers import byte_level, llama_config
+
+ROWS = [{"id": str(n), "product": f"p{n % 3}", "review": f"text {n}" if n % 4 else " "} for n in range(11)]
+
+
+def upper(texts: Sequence[str]) -> list[str]:
+    return [text.upper().replace("\n", "/") for text in texts]
+
+
+def table(path: Path, rows: Sequence[dict[str, str]] = ROWS) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def stream(source: Any, output: Path, summarize: Any = upper, **options: Any) -> FileReport:
+    return stream_summaries(summarize, source, output, **{"progress": False, "window_rows": 3, **options})
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+class Stopped(Exception):
+    """A run that ends in the middle."""
+
+
+def stopping_after(calls: int) -> Callable[[Sequence[str]], list[str]]:
+    def summarize(texts: Sequence[str]) -> list[str]:
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            raise Stopped
+        return upper(texts)
+
+    return summarize
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl"])
+def test_every_row_keeps_its_columns_and_its_place(ending: str, tmp_path: Path) -> None:
+    output = tmp_path / f"out{ending}"
+    report = stream(table(tmp_path / "in.csv"), output)
+    assert [dict(row.values) for row in RowFiles(output)] == [
+        {**row, "summary": row["review"].upper().strip()} for row in ROWS
+    ]
+    assert (report.rows, report.lines, report.blank, report.text_column) == (11, 11, 3, "review")
+    assert left(tmp_path) == sorted(["in.csv", output.name])
+
+
+def test_texts_are_handed_out_a_window_at_a_time_without_blank_ones() -> None:
+    calls: list[list[str]] = []
+
+    def summarize(texts: Sequence[str]) -> list[str]:
+        calls.append(list(texts))
+        return list(texts)
+
+    job = streaming._Job(summarize, None, "review", None, "summary", 3, False, print)
+    entries = [streaming._Entry("", row["review"]) for row in ROWS]
+    assert [len(window) for window in streaming._windows(iter(entries), 3)] == [3, 3, 3, 2]
+    assert streaming._each_summarized(job, ["a", " ", "b"]) == ["a", "", "b"]
+    assert calls == [["a", "b"]]
+
+
+def test_a_window_of_books_ends_before_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "WINDOW_CHARACTERS", 100)
+    entries = [streaming._Entry("g", "x" * size) for size in (60, 60, 10, 300, 10)]
+    assert [len(window) for window in streaming._windows(iter(entries), 512)] == [2, 2, 1]
+
+
+def test_eight_times_the_rows_take_no_more_memory(tmp_path: Path) -> None:
+    def rows(count: int) -> Iterator[dict[str, str]]:
+        return ({"id": str(number), "review": f"review {number} " + "x" * 200} for number in range(count))
+
+    peaks = []
+    for count in (1_000, 8_000):
+        tracemalloc.start()
+        assert stream(rows(count), tmp_path / f"{count}.jsonl", window_rows=256).rows == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 100_000, "200 bytes a row would be 1.4 MB more"
+
+
+def test_a_broken_last_row_stops_the_run_before_anything_is_summarised(tmp_path: Path) -> None:
+    path = table(tmp_path / "in.csv")
+    path.write_text(path.read_text() + "11,p1\n")
+    with pytest.raises(ReviewsError, match=r"in\.csv, line 13 has 2 cells"):
+        stream(path, tmp_path / "out.csv", stopping_after(0))
+    assert left(tmp_path) == ["in.csv"]
+
+
+def test_a_column_that_json_lines_bring_later_is_in_the_table_from_its_header_on(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"review": "a"}\n' * 5 + '{"review": "b", "id": 7}\n')
+    stream(path, tmp_path / "out.csv")
+    lines = (tmp_path / "out.csv").read_text().splitlines()
+    assert (lines[0], lines[1], lines[6]) == ("review,id,summary", "a,,A", "b,7,B")
+    path.write_text('{"review": "a"}\n{"review": "b", "summary": "old"}\n')
+    with pytest.raises(ReviewsError, match="'summary', which the input has already"):
+        stream(path, tmp_path / "other.jsonl", stopping_after(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_column": "reviw"}, r"text_column='reviw' was asked for.*nearest: 'review'"),
+        ({"group_by": "produkt"}, r"group_by='produkt' was asked for.*nearest: 'product'"),
+        ({"summary_column": "id"}, r"column 'id', which the input has already"),
+        ({"window_rows": 0}, r"window_rows=0 was asked for; it is a whole number, 1 or more"),
+    ],
+)
+def test_a_wrong_option_is_named_with_the_nearest_valid_one(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = table(tmp_path / "in.csv")
+    with pytest.raises(FreezeError, match=message):
+        stream(path, tmp_path / "out.csv", stopping_after(0), **options)
+    if "window_rows" not in options:
+        with pytest.raises(FreezeError, match=message):
+            check_places(path, tmp_path / "out.csv", **options)
+    assert left(tmp_path) == ["in.csv"]
+
+
+def test_a_column_that_no_json_line_has_is_named_after_the_check(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"review": "a"}\n{"review": "b", "body": "c"}\n')
+    with pytest.raises(ReviewsError, match=r"text_column='bod' was asked for.*nearest: 'body'"):
+        stream(path, tmp_path / "out.csv", stopping_after(0), text_column="bod")
+    stream(path, tmp_path / "out.csv", text_column="body")
+    assert (tmp_path / "out.csv").read_text().splitlines()[2] == "b,c,C"
+
+
+def test_a_cell_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"review": "a"}\n{"review": 7}\n')
+    with pytest.raises(ReviewsError, match=r"line 2 holds a number in column 'review'"):
+        stream(path, tmp_path / "out.csv", stopping_after(0))
+
+
+def test_the_input_is_never_written_over(tmp_path: Path) -> None:
+    path = table(tmp_path / "in.csv")
+    before = path.read_bytes()
+    (tmp_path / "link.csv").symlink_to(path)
+    for output in (path, tmp_path / "link.csv", tmp_path / "sub" / ".." / "in.csv"):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        with pytest.raises(FreezeError, match="which is the input"):
+            stream(path, output)
+        with pytest.raises(FreezeError, match="which is the input"):
+            check_places(path, output)
+    with pytest.raises(FreezeError, match="which lies in the input"):
+        stream(tmp_path, tmp_path / "out.csv")
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_is_there_is_never_written_over(tmp_path: Path) -> None:
+    (tmp_path / "out.csv").write_text("mine")
+    with pytest.raises(FreezeError, match="exists already"):
+        stream(table(tmp_path / "in.csv"), tmp_path / "out.csv")
+    with pytest.raises(FreezeError, match="exists already"):
+        check_places(tmp_path / "in.csv", tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("content", "message"), [("", "is empty"), ("id,review\n", "has no rows")])
+def test_a_file_without_rows_is_an_error_and_leaves_nothing(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text(content)
+    with pytest.raises(ReviewsError, match=message):
+        stream(tmp_path / "in.csv", tmp_path / "out.csv")
+    assert left(tmp_path) == ["in.csv"]
+
+
+def test_another_number_of_summaries_than_texts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FreezeError, match="given 2 texts and returned 1 summaries"):
+        stream(table(tmp_path / "in.csv"), tmp_path / "out.csv", lambda texts: ["one"])
+
+
+def test_a_folder_that_is_missing_is_made(tmp_path: Path) -> None:
+    stream(ROWS, tmp_path / "a" / "b" / "out.csv")
+    assert left(tmp_path / "a" / "b") == ["out.csv"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups
+
+
+def test_each_group_gets_one_line_in_the_order_of_first_rows(tmp_path: Path) -> None:
+    report = stream(table(tmp_path / "in.csv"), tmp_path / "out.csv", group_by="product", window_rows=100)
+    assert (tmp_path / "out.csv").read_text().splitlines() == [
+        "product,review_count,summary",
+        "p0,3,TEXT 3/TEXT 6/TEXT 9",
+        "p1,3,TEXT 1/TEXT 7/TEXT 10",
+        "p2,2,TEXT 2/TEXT 5",
+    ]
+    assert (report.rows, report.lines, report.blank) == (11, 3, 0)
+    assert left(tmp_path) == ["in.csv", "out.csv"], "the store is gone"
+
+
+def test_a_group_of_blank_reviews_keeps_its_line(tmp_path: Path) -> None:
+    rows = [{"product": "p", "review": " "}, {"product": "q", "review": "a"}, {"product": "p", "review": ""}]
+    report = stream(rows, tmp_path / "out.csv", group_by="product")
+    assert (tmp_path / "out.csv").read_text() == "product,review_count,summary\np,0,\nq,1,A\n"
+    assert report.blank == 1
+
+
+@pytest.mark.parametrize("window_rows", [1, 2, 3, 4, 7, 100])
+def test_a_group_larger_than_a_window_loses_no_review(window_rows: int, tmp_path: Path) -> None:
+    rows = [{"product": "ab"[n in (0, 4, 5)], "review": f"r{n}"} for n in range(12)]
+    stream(rows, tmp_path / "out.csv", lambda texts: [t.replace("\n", " ") for t in texts], group_by="product",
+           window_rows=window_rows)  # fmt: skip
+    lines = (tmp_path / "out.csv").read_text().splitlines()
+    assert lines[1:] == ["b,3,r0 r4 r5", "a,9," + " ".join(f"r{n}" for n in range(12) if n not in (0, 4, 5))]
+
+
+def test_windows_of_groups_begin_at_the_same_places_wherever_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "WINDOW_CHARACTERS", 100)
+    sizes = [("a", 10), ("b", 150), ("b", 10), ("b", 60), ("b", 60), ("c", 10), ("c", 99), ("d", 1), ("e", 1), ("f", 1)]
+    entries = [streaming._Entry(group, "x" * size) for group, size in sizes]
+    windows = list(streaming._group_windows(iter(entries), 3))
+    assert [entry for window, _ in windows for entry in window] == entries
+    begin = 0
+    for number, (window, _) in enumerate(windows):
+        assert list(streaming._group_windows(iter(entries[begin:]), 3)) == windows[number:]
+        begin += len(window)
+
+
+def test_a_row_without_a_group_is_named_before_anything_is_summarised(tmp_path: Path) -> None:
+    path = table(tmp_path / "in.csv", [*ROWS, {"id": "11", "product": " ", "review": "a"}])
+    with pytest.raises(ReviewsError, match=r"in\.csv, line 13 has nothing in column 'product'"):
+        stream(path, tmp_path / "out.csv", stopping_after(0), group_by="product")
+    assert left(tmp_path) == ["in.csv"]
+
+
+def test_a_group_column_of_the_name_of_ours_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ReviewsError, match="the output has a column of that name"):
+        stream([{"review_count": "1", "review": "a"}], tmp_path / "out.csv", group_by="review_count")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed
+
+
+def killed_at(step: int, run: Callable[[], object]) -> bool:
+    """Runs in a process that kills itself, without any clean-up, before its n-th step to disk; whether it did."""
+
+    def dying(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any) -> Any:
+            nonlocal step
+            step -= 1
+            if step < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args)
+
+        return wrapped
+
+    child = os.fork()
+    if child == 0:
+        try:
+            for name in ("fsync", "replace", "unlink"):
+                setattr(os, name, dying(getattr(os, name)))
+            run()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0 or os.WIFSIGNALED(status)
+    return status != 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks of itself")
+@pytest.mark.parametrize("group_by", [None, "product"])
+def test_a_run_killed_at_any_step_ends_with_the_bytes_of_an_undisturbed_one(
+    group_by: str | None, tmp_path: Path
+) -> None:
+    source = table(tmp_path / "in.csv", ROWS)
+    options: dict[str, Any] = {"group_by": group_by, "window_rows": 4, "facts": {"model": "a"}}
+    stream(source, tmp_path / "whole.csv", **options)
+    whole = (tmp_path / "whole.csv").read_bytes()
+    step, killed = 0, True
+    while killed:
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        output = folder / "out.csv"
+        killed = killed_at(step, lambda to=output: stream(source, to, **options))
+        if output.exists():  # killed when it was whole already
+            assert output.read_bytes() == whole
+        else:
+            assert killed
+            stream(source, output, **options)
+            assert output.read_bytes() == whole
+            assert left(folder) == ["out.csv"]
+        step += 1
+    assert step > 10
+
+
+def test_a_run_killed_again_and_again_goes_on(tmp_path: Path) -> None:
+    stream(ROWS, tmp_path / "whole.csv")
+    for _ in range(3):
+        with pytest.raises(Stopped):
+            stream(ROWS, tmp_path / "out.csv", stopping_after(1))
+    said: list[str] = []
+    report = stream(ROWS, tmp_path / "out.csv", say=said.append)
+    assert report.rows_before == 9
+    assert "went on after row 9" in str(report)
+    assert any("goes on after row 9" in line for line in said)
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_a_torn_end_that_was_not_noted_is_cut_off(tmp_path: Path) -> None:
+    stream(ROWS, tmp_path / "whole.csv")
+    with pytest.raises(Stopped):
+        stream(ROWS, tmp_path / "out.csv", stopping_after(2))
+    with (tmp_path / "out.csv.partial").open("a") as file:
+        file.write('6,p0,"half a ro')
+    stream(ROWS, tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def half(folder: Path, rows: Sequence[dict[str, str]] = ROWS, **options: Any) -> Path:
+    """An output of which two windows are there."""
+    with pytest.raises(Stopped):
+        stream(rows, folder / "out.csv", stopping_after(2), facts={"model": "a"}, **options)
+    return folder / "out.csv"
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (ROWS, {"facts": {"model": "b"}}, r"its model was 'a', and 'b' was asked for"),
+        (ROWS, {"facts": {"model": "a"}, "window_rows": 4}, r"its window_rows was 3, and 4 was asked for"),
+        (ROWS, {"facts": {"model": "a"}, "text_column": "id"}, r"its text_column was 'review', and 'id'"),
+        (ROWS[1:], {"facts": {"model": "a"}}, r"begun with another input: its first 6 rows"),
+        (ROWS[:4], {"facts": {"model": "a"}}, r"begun with another input: its first 6 rows"),
+        ([{**ROWS[0], "id": "x"}, *ROWS[1:]], {"facts": {"model": "a"}}, "begun with another input"),
+    ],
+)
+def test_another_run_does_not_go_on_from_this_one(
+    rows: list[dict[str, str]], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    output = half(tmp_path)
+    before = (tmp_path / "out.csv.partial").read_bytes()
+    with pytest.raises(ResumeError, match=message):
+        stream(rows, output, **options)
+    assert (tmp_path / "out.csv.partial").read_bytes() == before
+    assert stream(ROWS, output, facts={"model": "a"}).rows_before == 6, "the right one still does"
+
+
+def test_rows_that_were_added_behind_are_summarised_too(tmp_path: Path) -> None:
+    output = half(tmp_path)
+    more = [*ROWS, {"id": "11", "product": "p1", "review": "more"}]
+    stream(more, output, facts={"model": "a"})
+    stream(more, tmp_path / "whole.csv")
+    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_what_may_change_is_noted(tmp_path: Path) -> None:
+    output = half(tmp_path, circumstances={"batch_size": 16})
+    report = stream(ROWS, output, facts={"model": "a"}, circumstances={"batch_size": 8})
+    assert "note: batch_size was 16, and is 8 from here on: summaries may differ" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda partial, side: partial.write_bytes(b"x" + partial.read_bytes()[1:]), "does not hold what was written"),
+        (lambda partial, side: partial.write_bytes(partial.read_bytes()[:-1]), "does not hold what was written"),
+        (lambda partial, side: partial.unlink(), "does not hold what was written"),
+        (lambda partial, side: side.unlink(), "is there without out.csv.partial.json"),
+        (lambda partial, side: side.write_text("{"), "cannot be read"),
+        (lambda partial, side: side.write_text("{}"), "cannot be read"),
+        (lambda partial, side: side.write_text(re.sub('"version": 1', '"version": 9', side.read_text())), "version 9"),
+    ],
+)
+def test_a_damaged_half_is_refused_with_what_to_remove(damage: Any, message: str, tmp_path: Path) -> None:
+    output = half(tmp_path)
+    damage(tmp_path / "out.csv.partial", tmp_path / "out.csv.partial.json")
+    with pytest.raises(ResumeError, match=message) as told:
+        stream(ROWS, output, facts={"model": "a"})
+    assert "emove" in str(told.value)
+
+
+def test_two_runs_never_write_one_output(tmp_path: Path) -> None:
+    with (
+        ResumableFile(tmp_path / "out.csv"),
+        pytest.raises(FreezeError, match=r"Another process is writing .*out\.csv\.partial"),
+    ):
+        stream(ROWS, tmp_path / "out.csv")
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_when_it_is_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream(ROWS, tmp_path / "whole.csv")
+    fsync, calls = os.fsync, 0
+
+    def full(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FreezeError, match=r"could not be written: No space left on device\. What was noted stays"):
+        stream(ROWS, tmp_path / "out.csv")
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert stream(ROWS, tmp_path / "out.csv").rows_before == 6
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_a_write_that_takes_only_a_part_is_gone_on_with(tmp_path: Path) -> None:
+    stream(ROWS, tmp_path / "whole.csv")
+    with ResumableFile(tmp_path / "out.csv") as file:
+        raw = file._file
+
+        class Slow:
+            """A file that takes three bytes at a time."""
+
+            def write(self, content: memoryview) -> int:
+                return raw.write(content[:3])
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(raw, name)
+
+        file._file = Slow()  # type: ignore[assignment]
+        file.begin({}, {})
+        file.append((tmp_path / "whole.csv").read_text(), [], {})
+        file.finish()
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_the_facts_of_an_unfinished_run_can_be_asked_for(tmp_path: Path) -> None:
+    output = half(tmp_path)
+    assert facts_before(output)["model"] == "a"
+    (tmp_path / "out.csv.partial.json").write_text("[]")
+    assert facts_before(output) == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With a model
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[Any, Any]:
+    tokenizer = byte_level(["</s>", "<pad>"], eos_token="</s>", pad_token="<pad>")
+    return LlamaForCausalLM(llama_config(eos_token_id=0, pad_token_id=1)), tokenizer
+
+
+def test_a_file_gets_the_summaries_of_generate_summaries_and_goes_on_after_a_stop(
+    tiny: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 3, "progress": False, "window_rows": 4, "batch_size": 2}
+    source = table(tmp_path / "in.csv")
+    report = summarize_file(*tiny, source, tmp_path / "whole.jsonl", **options)
+    assert report.to_dict()["output"] == str(tmp_path / "whole.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
+    assert [{name: row[name] for name in ROWS[0]} for row in rows] == ROWS
+    assert [bool(row["review"].strip()) for row in rows] == [bool(row["summary"]) for row in rows]
+
+    made = streaming.generate_summaries
+    calls = 0
+
+    def stopping(*args: Any, **given: Any) -> list[str]:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise Stopped
+        return made(*args, **given)
+
+    monkeypatch.setattr(streaming, "generate_summaries", stopping)
+    with pytest.raises(Stopped):
+        summarize_file(*tiny, source, tmp_path / "out.jsonl", **options)
+    assert summarize_file(*tiny, source, tmp_path / "out.jsonl", **options).rows_before == 4
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_another_model_does_not_go_on_from_this_one(
+    tiny: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny
+    options: dict[str, Any] = {"progress": False, "window_rows": 4}
+    made = streaming.generate_summaries
+    stopping = iter([False, True])
+    monkeypatch.setattr(
+        streaming, "generate_summaries", lambda *a, **g: [t[:2] for t in a[2]] if not next(stopping) else made(None)
+    )
+    with pytest.raises(TypeError):
+        summarize_file(model, tokenizer, ROWS, tmp_path / "out.csv", **options)
+    other = LlamaForCausalLM(llama_config(eos_token_id=0, pad_token_id=1))
+    with pytest.raises(ResumeError, match="its model was"):
+        summarize_file(other, tokenizer, ROWS, tmp_path / "out.csv", **options)
+    with pytest.raises(ResumeError, match="its num_beams was 1, and 2"):
+        summarize_file(model, tokenizer, ROWS, tmp_path / "out.csv", num_beams=2, **options)
+
+
+def test_groups_that_a_model_cannot_take_whole_are_summarised_in_parts(
+    tiny: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_freeze.summarization.prompts import read_prompt
+
+    model, tokenizer = tiny
+    prompt = read_prompt(tokenizer, model.config, max_source_tokens=80, max_summary_tokens=4)
+    lengths: list[int] = []
+
+    def short(model: Any, tokenizer: Any, texts: Sequence[str], **given: Any) -> list[str]:
+        lengths.extend(len(text.splitlines()) for text in texts)
+        return [text.split()[0] for text in texts]
+
+    monkeypatch.setattr(streaming, "generate_summaries", short)
+    rows = [{"product": "p", "review": f"w{n} " + "zq " * 12} for n in range(6)]
+    report = summarize_file(
+        model, tokenizer, rows, tmp_path / "out.csv", prompt=prompt, group_by="product", progress=False
+    )
+    assert (report.rows, report.lines) == (6, 1)
+    assert len(lengths) > 2
+    assert lengths[-1] > 1, "the last one is a summary of summaries"
+    assert (tmp_path / "out.csv").read_text().splitlines()[1] == "p,6,w0"
