@@ -20,6 +20,7 @@ from hf_freeze.plan import FreezePlan
 
 if TYPE_CHECKING:
     from hf_freeze.adapters import adapt_upper
+    from hf_freeze.advice import Advice, advise
     from hf_freeze.checkpoints import DeltaCheckpoints, guard_checkpoints, resume_from
     from hf_freeze.delta import load_delta, merge_delta, save_delta
     from hf_freeze.depth import sweep_depths
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
     from hf_freeze.stages import Stage, gradual, load_stages, save_stages, train_in_stages
     from hf_freeze.summarization.generation import generate_summaries
     from hf_freeze.summarization.rouge import compute_rouge
+    from hf_freeze.summarization.streaming import summarize_file
     from hf_freeze.supervision import SupervisedLogits, all_logits, supervised_logits_only
     from hf_freeze.sweep_report import SweepReport, draw_sweep
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Advice",
     "Anatomy",
     "CacheDamaged",
     "CannotCache",
@@ -52,6 +55,7 @@ __all__ = [
     "SupervisedLogits",
     "SweepReport",
     "adapt_upper",
+    "advise",
     "all_logits",
     "compute_rouge",
     "draw_sweep",
@@ -67,6 +71,7 @@ __all__ = [
     "resume_from",
     "save_delta",
     "save_stages",
+    "summarize_file",
     "supervised_logits_only",
     "sweep_depths",
     "thaw",
@@ -80,6 +85,8 @@ _LATER = {  # heavier rooms, imported when they are asked for
     "all_logits": "hf_freeze.supervision",
     "supervised_logits_only": "hf_freeze.supervision",
     "adapt_upper": "hf_freeze.adapters",
+    "Advice": "hf_freeze.advice",
+    "advise": "hf_freeze.advice",
     "DeltaCheckpoints": "hf_freeze.checkpoints",
     "guard_checkpoints": "hf_freeze.checkpoints",
     "resume_from": "hf_freeze.checkpoints",
@@ -95,6 +102,7 @@ _LATER = {  # heavier rooms, imported when they are asked for
     "train_in_stages": "hf_freeze.stages",
     "generate_summaries": "hf_freeze.summarization.generation",
     "compute_rouge": "hf_freeze.summarization.rouge",
+    "summarize_file": "hf_freeze.summarization.streaming",
     "SweepReport": "hf_freeze.sweep_report",
     "draw_sweep": "hf_freeze.sweep_report",
 }

@@ -14,7 +14,7 @@
         goes on from the last whole checkpoint in out/run; starts there where there is none
 
 It reads the model's anatomy, freezes, says what that saves, trains with Trainer, proves that the frozen weights did not
-move, and writes model, scores, predictions and a model card into --output_dir.
+move, and writes model, scores, predictions, a model card and report.html, a page about the run, into --output_dir.
 """
 
 import gc
@@ -54,23 +54,30 @@ from hf_freeze import (
     verify_frozen,
 )
 from hf_freeze.embedded import EMBEDDED_NAME, cache_folder, embedded_model
+from hf_freeze.machine import peak_bytes, read_hardware
 from hf_freeze.summarization import (
+    DataFacts,
     SummaryCollator,
     SummaryTrainer,
     SummaryTrainingArguments,
     check_tokenizer,
     encode_reviews,
     first_sentence,
+    group_baselines,
+    keep_card,
     loss_table,
     new_output_folder,
+    read_group_splits,
     read_prompt,
     read_splits,
     sample_text,
     save_prompt,
+    save_run,
     score_table,
     shipped_reviews,
     write_card,
     write_jsonl,
+    write_run_report,
 )
 
 
@@ -124,6 +131,13 @@ class DataArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "A hub id, instead of files."})
     text_column: str | None = field(default=None, metadata={"help": "None guesses, and says so."})
     summary_column: str | None = field(default=None, metadata={"help": "None guesses, and says so."})
+    group_by: str | None = field(
+        default=None,
+        metadata={
+            "help": "One summary for all reviews with the same value in this column; a * in --text_column and "
+            "--summary_column ('rev*') stands for several columns of one row."
+        },
+    )
     prompt_template: str | None = field(
         default=None, metadata={"help": "Text around {review}; none: the chat template, else a plain one."}
     )
@@ -193,17 +207,16 @@ def main() -> None:
     if stages:
         say(f"That is stage 1 of {len(stages)}, and so is the forecast. The cache is built, unless --cache_prefix off.")
     say(f"One batch on one device; a step takes {args.gradient_accumulation_steps} of them on {args.world_size}:")
-    say(
-        forecast(
-            model,
-            plan,
-            batch_size=args.train_batch_size,
-            **mean_lengths(encoded["train"].dataset, prompt),
-            epochs=math.ceil(args.num_train_epochs),
-            dtype="bfloat16" if args.bf16 else "float32",
-            rows=len(rows["train"]),
-        )
+    costs = forecast(
+        model,
+        plan,
+        batch_size=args.train_batch_size,
+        **mean_lengths(encoded["train"].dataset, prompt),
+        epochs=math.ceil(args.num_train_epochs),
+        dtype="bfloat16" if args.bf16 else "float32",
+        rows=len(rows["train"]),
     )
+    say(costs)
     say(f"Precision {args.chosen_precision}")
     for note in (*prompt.notes, *encoded["train"].notes):
         say(f"note: {note}")
@@ -213,7 +226,8 @@ def main() -> None:
 
     # The trainer: few widths instead of hundreds: each new shape costs a CPU a kernel of its own, in time and memory.
     pad_multiple = 32 if prompt.max_tokens is None or prompt.max_tokens % 32 == 0 else None
-    monitor = FreezeMonitor(figures=bool(args.report_to), say=say)  # one for all stages: drift is from the beginning
+    figures = bool(args.report_to) or 4 * trainable < 2e9  # drift needs a copy of what trains: not without being asked
+    monitor = FreezeMonitor(figures=figures, say=say)  # one for all stages: drift is from the beginning
 
     def make_trainer() -> SummaryTrainer:
         trainer = SummaryTrainer(
@@ -225,6 +239,9 @@ def main() -> None:
             processing_class=tokenizer,
         )
         monitor.put_first(trainer)
+        if not args.report_to:  # no reporter needs its figures: behind the progress bar, whose lines stay short
+            callbacks = trainer.callback_handler.callbacks
+            callbacks.append(callbacks.pop(0))
         return trainer
 
     trainer = checkpoint = None
@@ -251,7 +268,7 @@ def main() -> None:
     before = generate_summaries(model, tokenizer, test_reviews, **settings)
 
     # Train.
-    cache, cache_seconds = None, 0.0
+    cache, saving, cache_seconds = None, None, 0.0
     if stages:
         started = time.perf_counter()
         where = model_args.prefix_cache_dir or cache_folder() / "prefix"
@@ -290,7 +307,8 @@ def main() -> None:
     # Score.
     say("\nSummaries of the test reviews after training:")
     after = generate_summaries(model, tokenizer, test_reviews, **settings)
-    references = list(rows["test"]["summary"])
+    references = list(rows["test"]["references" if data_args.group_by else "summary"])  # of several the best counts
+    trivial = group_baselines(rows["test"]) if data_args.group_by else {}
     scores = {
         "first sentence (baseline)": compute_rouge([first_sentence(review) for review in test_reviews], references),
         "before (zero-shot)": compute_rouge(before, references),
@@ -298,9 +316,10 @@ def main() -> None:
     }
     baseline, zero_shot, trained = scores.values()
     samples = [
-        {**row, "reference": row["summary"], "before": old, "after": new}
-        for row, old, new in zip(rows["test"], before, after, strict=True)
+        {**row, "reference": row["summary"], "before": old, "after": new, "rougeL": round(float(score), 1)}
+        for row, old, new, score in zip(rows["test"], before, after, trained.per_example["rougeL"], strict=True)
     ]
+    scores = {**{f"{name} (baseline)": compute_rouge(made, references) for name, made in trivial.items()}, **scores}
     say(f"\n{score_table(scores)}\n\n{sample_text(samples)}")
 
     # Save. Trainer writes on the first process only, and shards where the model is sharded.
@@ -331,8 +350,7 @@ def main() -> None:
         plan.save_pretrained(args.output_dir)
         save_prompt(prompt, data_args.prompt_template, args.output_dir, num_beams=settings["num_beams"])
         write_jsonl(Path(args.output_dir) / "predictions.jsonl", samples)
-        facts = {key: metrics[key] for key in ("train_rows", "train_seconds", "precision", "world_size")}
-        facts |= {"upper": model_args.upper, "trainable_parameters": trainable, "torch": torch.__version__}
+        data, hardware = describe_data(data_args, splits, rows), read_hardware(args.device, args.world_size)
         write_card(
             args.output_dir,
             base=model_args.model_name_or_path,
@@ -340,13 +358,51 @@ def main() -> None:
             scores=scores,
             losses=losses,
             samples=samples,
-            facts=facts
-            | {"upper": model_args.upper, "trained parameters": f"{trainable:,}", "torch": torch.__version__},
+            facts={
+                "trained parameters": f"{trainable:,} ({model_args.upper})",
+                "seconds of training": train_seconds,
+                "seconds of the prefix cache": cache_seconds,
+                "epochs, learning rate": f"{args.num_train_epochs:g}, {args.learning_rate:g}",
+                "reviews a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+                "precision": args.chosen_precision.name,
+                "processes": args.world_size,
+            },
+            data=data,
+            log_history=trainer.state.log_history,
+            hardware=hardware,
+            seconds=train_seconds + cache_seconds,
         )
+        built = cache.report if cache else None
+        save_run(
+            args.output_dir,
+            base=model_args.model_name_or_path,
+            report=report,
+            costs=None if stages else costs,  # of the first stage only
+            prediction=saving,
+            measured={
+                "batch_seconds": None if stages else trainer.batch_seconds,
+                "build_seconds": built and built.seconds,
+                "cache_bytes": built and built.stored_bytes,
+                "peak_bytes": peak_bytes(args.device),
+            },
+            hardware=hardware,
+            data={
+                name: f"{Path(reviews.source).name}: {reviews.rows_read:,} rows read, {len(rows[name]):,} used"
+                for name, reviews in splits.items()
+            },
+            notes=(*prompt.notes, *encoded["train"].notes),
+        )
+        write_run_report(args.output_dir)
+    if args.push_to_hub:  # again, with the card and the report: save_model has pushed before there were any
+        if chief:
+            keep_card(trainer)
+        trainer.push_to_hub(commit_message="Card, scores and report")
     say(
         f"\nModel, scores and predictions: {args.output_dir}\n"
+        f"All of the run on one page: {Path(args.output_dir) / 'report.html'}\n"
         f"Summarise a new file with it:\n"
-        f"  python recipes/summarize_file.py {args.output_dir} reviews.csv -o summaries.jsonl"
+        f"  hf-freeze summarize {args.output_dir} reviews.csv -o summaries.csv"
+        + (f" --group_by {data_args.group_by}" if data_args.group_by else "")
     )
 
 
@@ -417,11 +473,26 @@ def load_reviews(data_args: DataArguments, seed: int) -> dict:
         sources = [
             s or (data_args.dataset_name if name in known else None) for s, name in zip(sources, splits, strict=True)
         ]
-    if not any(sources):
+    if not any(sources) and not data_args.group_by:
         return shipped_reviews()
     if not sources[0]:
-        raise FreezeError("--validation_file or --test_file was given without --train_file. Give --train_file too.")
-    return read_splits(*sources, text_column=data_args.text_column, summary_column=data_args.summary_column, seed=seed)
+        raise FreezeError("Validation, test or --group_by was given without --train_file. Give --train_file too.")
+    columns = {"text_column": data_args.text_column, "summary_column": data_args.summary_column}
+    if data_args.group_by:
+        return read_group_splits(*sources, group_by=data_args.group_by, **columns, seed=seed)
+    return read_splits(*sources, **columns, seed=seed)
+
+
+def describe_data(data_args: DataArguments, splits: dict, rows: dict) -> DataFacts:
+    """What the model card says of the reviews; a language is known of the shipped ones only."""
+    given = data_args.dataset_name or data_args.train_file
+    return DataFacts(
+        name=Path(given).name if given else "the reviews that hf_freeze ships",
+        rows={name: len(dataset) for name, dataset in rows.items()},
+        hub_id=data_args.dataset_name,
+        language=None if given else "en",
+        scored="validation" if splits["test"].dataset is splits["validation"].dataset else "test",
+    )
 
 
 def load_model(model_args: ModelArguments):

@@ -444,3 +444,21 @@ def test_whoever_needs_the_released_prefix_gets_it(tmp_path: Path) -> None:
         need()
         assert not away()
         assert torch.equal(model(**plain).logits, wanted)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bart", "t5"])
+def test_rows_as_short_as_the_sample_has_rows_are_cached(kind: str, tmp_path: Path) -> None:
+    """Titles of three tokens: the number of rows and of target tokens are told apart all the same."""
+    model = frozen_model(kind, dropout=False)
+    two_stacks = kind in TWO_STACKS
+    rows = [
+        {"input_ids": [5 + n, 6, 7, 8][: 4 if two_stacks else 3], "labels": [9, 10 + n, 2],
+         "attention_mask": [1] * (4 if two_stacks else 3)}
+        for n in range(6)
+    ]  # fmt: skip
+    collator = collator_for(kind, model)
+    cache = PrefixCache.build(model, rows, collator, cache_dir=tmp_path, progress=False)
+    model.train()
+    plain = model(**collator(rows[:4])).loss
+    torch.testing.assert_close(model(**cache.collator(rows[:4])).loss, plain, rtol=1e-5, atol=0)
+    assert cache.batches_used == 1

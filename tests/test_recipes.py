@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from huggingface_hub import ModelCard
 
 from hf_freeze.summarization import shipped_reviews
 from tests.tiny import tiny_folder
@@ -63,7 +64,13 @@ def test_a_model_goes_through_the_whole_recipe(kind: str, tmp_path: Path) -> Non
     predictions = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
     assert [row["review"] for row in predictions] == shipped_reviews()["test"].dataset["review"][:4]
     assert {"reference", "before", "after"} <= set(predictions[0])
-    assert "What was frozen" in (output / "README.md").read_text()
+    card = ModelCard.load(output / "README.md")
+    assert "What was frozen" in card.text
+    assert round(found["test_rouge1"], 2) == card.data.eval_results[0].metric_value
+    page = (output / "report.html").read_text()
+    assert "Not in the folder" not in page
+    assert "Forecast and measured" in page
+    assert "://" not in page.partition("<main>")[0], "the page asks for nothing"
 
     screen = done.stdout
     order = [
@@ -75,7 +82,7 @@ def test_a_model_goes_through_the_whole_recipe(kind: str, tmp_path: Path) -> Non
         "unchanged",
         "ROUGE-Lsum",
         "reference:",
-        "summarize_file.py",
+        "hf-freeze summarize",
     ]
     places = [screen.index(text) for text in order]
     assert places == sorted(places)
@@ -84,7 +91,9 @@ def test_a_model_goes_through_the_whole_recipe(kind: str, tmp_path: Path) -> Non
         summaries = tmp_path / "summaries.jsonl"
         reviews = tmp_path / "reviews.csv"
         reviews.write_text('id,review\n7,"Good mug, weak handle."\n8,Broke in a day.\n')
-        again = run(str(ROOT / "recipes" / "summarize_file.py"), str(output), str(reviews), "-o", str(summaries))
+        again = run(
+            "-m", "hf_freeze.cli", "summarize", str(output), str(reviews), "-o", str(summaries), "--precision=fp32"
+        )
         assert again.returncode == 0, again.stderr[-3000:]
         assert [json.loads(line)["id"] for line in summaries.read_text().splitlines()] == ["7", "8"]
 
@@ -142,7 +151,7 @@ def test_adapters_on_the_upper_blocks_are_saved_as_such_and_summarise_a_file(kin
     reviews = tmp_path / "reviews.csv"
     reviews.write_text('id,review\n7,"Good mug, weak handle."\n')
     again = run(
-        str(ROOT / "recipes" / "summarize_file.py"), str(output), str(reviews), "-o", str(tmp_path / "summaries.jsonl")
+        "-m", "hf_freeze.cli", "summarize", str(output), str(reviews), "-o", str(tmp_path / "s.csv"), "--precision=fp32"
     )
     assert again.returncode == 0, again.stderr[-3000:]
 

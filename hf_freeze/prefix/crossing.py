@@ -257,11 +257,15 @@ def _sizes(batch: Mapping[str, Any], shorter: Mapping[str, Any], anatomy: Anatom
 
 
 def _shorten(batch: Mapping[str, Any], anatomy: Anatomy, *, tokens: bool = True) -> dict[str, Any]:
-    """The batch with a row less and the last token of each row cut off; two tokens on the target's side where it is as
-    wide as the source's, to tell them apart.
+    """The batch with a row less and the last token of each row cut off; more tokens on a side that is as wide as there
+    are rows, or as the other side, to tell them apart.
     """
     sizes = _widths(batch, anatomy)
-    less = {SOURCE: 1, TARGET: 2 if sizes.get(SOURCE) == sizes.get(TARGET) else 1}
+    less: dict[str, int] = {}
+    for side in (SOURCE, TARGET):
+        taken = {1 if name == "rows" else less[name] for name in ("rows", *less) if sizes[name] == sizes.get(side)}
+        if side in sizes:
+            less[side] = next(count for count in (1, 2, 3) if count not in taken)
     shorter = dict(batch)
     for key, value in batch.items():
         if not isinstance(value, torch.Tensor) or value.dim() == 0 or value.shape[0] != sizes["rows"]:

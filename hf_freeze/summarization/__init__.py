@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from hf_freeze.summarization.card import DataFacts, keep_card, write_card
 from hf_freeze.summarization.collation import SummaryCollator
 from hf_freeze.summarization.generation import generate_summaries
+from hf_freeze.summarization.group_data import group_baselines, group_reviews, read_group_splits
 from hf_freeze.summarization.prompts import SummaryPrompt, encode_reviews, read_prompt
 from hf_freeze.summarization.results import (
     load_prompt,
@@ -11,11 +13,11 @@ from hf_freeze.summarization.results import (
     sample_text,
     save_prompt,
     score_table,
-    write_card,
     write_jsonl,
 )
 from hf_freeze.summarization.reviews import Reviews, overlap, read_reviews, read_splits, shipped_reviews
 from hf_freeze.summarization.rouge import RougeScores, compute_rouge, first_sentence
+from hf_freeze.summarization.run_report import save_run, write_run_report
 from hf_freeze.summarization.tokenizer_fit import check_tokenizer
 from hf_freeze.summarization.training import (
     SummaryTrainer,
@@ -25,6 +27,7 @@ from hf_freeze.summarization.training import (
 )
 
 __all__ = [
+    "DataFacts",
     "Reviews",
     "RougeScores",
     "SummaryCollator",
@@ -37,17 +40,23 @@ __all__ = [
     "encode_reviews",
     "first_sentence",
     "generate_summaries",
+    "group_baselines",
+    "group_reviews",
+    "keep_card",
     "load_prompt",
     "loss_table",
     "new_output_folder",
     "overlap",
+    "read_group_splits",
     "read_prompt",
     "read_reviews",
     "read_splits",
     "sample_text",
     "save_prompt",
+    "save_run",
     "score_table",
     "shipped_reviews",
     "write_card",
     "write_jsonl",
+    "write_run_report",
 ]

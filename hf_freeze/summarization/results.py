@@ -1,25 +1,32 @@
-"""What a run leaves behind: the table of scores, samples to read, predictions as JSONL, and the model card.
+"""What a run leaves behind: the table of scores, samples to read, predictions as JSONL, and its prompt.
 
-Only words and writes; scores come from `rouge`, names and counts from the freeze report.
+Only words and writes; scores come from `rouge`. The model card is `card`'s, the page for a browser `run_report`'s.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_freeze.errors import FreezeError
-from hf_freeze.freezing import FreezeReport
 from hf_freeze.report import Table
 from hf_freeze.summarization.prompts import SummaryPrompt, read_prompt
 from hf_freeze.summarization.rouge import RougeScores
 
-__all__ = ["load_prompt", "new_output_folder", "sample_text", "save_prompt", "score_table", "write_card", "write_jsonl"]
+__all__ = [
+    "METRICS",
+    "load_prompt",
+    "new_output_folder",
+    "sample_text",
+    "save_prompt",
+    "score_table",
+    "write_jsonl",
+    "write_whole",
+]
 
 PROMPT_FILE = "summary_prompt.json"
 RUN_FILES = (
@@ -77,24 +84,27 @@ def sample_text(rows: Sequence[Mapping[str, Any]], count: int = 5, width: int = 
         review = textwrap.shorten(str(row["review"]), 400, placeholder=" ...")
         pairs = {"review": review, **{key: str(row.get(key) or "") for key in ("reference", "before", "after")}}
         lines = [
-            textwrap.fill(text, width, initial_indent=f"{key:>9}: ", subsequent_indent=" " * 11)
+            textwrap.fill(text, width, initial_indent=f"{key:>9}: ", subsequent_indent=" " * 11) or f"{key:>9}:"
             for key, text in pairs.items()
         ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Writes a file under a temporary name and renames it: it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """One JSON object a line, the file whole or not at all."""
-    _write_whole(Path(path), "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
+    write_whole(Path(path), "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
 
 
 def save_prompt(
@@ -107,7 +117,7 @@ def save_prompt(
         "max_summary_tokens": prompt.max_summary_tokens,
         "num_beams": num_beams,
     }
-    _write_whole(Path(folder) / PROMPT_FILE, json.dumps(values, indent=2) + "\n")
+    write_whole(Path(folder) / PROMPT_FILE, json.dumps(values, indent=2) + "\n")
 
 
 def load_prompt(tokenizer: Any, config: Any, folder: str | os.PathLike[str]) -> tuple[SummaryPrompt, int]:
@@ -116,61 +126,3 @@ def load_prompt(tokenizer: Any, config: Any, folder: str | os.PathLike[str]) -> 
     values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     num_beams = int(values.pop("num_beams", 1))
     return read_prompt(tokenizer, config, **values), num_beams
-
-
-def write_card(
-    folder: str | os.PathLike[str],
-    *,
-    base: str,
-    report: FreezeReport,
-    scores: Mapping[str, RougeScores],
-    losses: Table,
-    samples: Sequence[Mapping[str, Any]],
-    facts: Mapping[str, Any],
-) -> None:
-    """Writes README.md, the model card: what was frozen, losses, ROUGE, samples, how to use it."""
-    use = f"python recipes/summarize_file.py {Path(folder).as_posix()} reviews.csv -o summaries.jsonl"
-    fact_lines = [f"- {name}: {value}" for name, value in facts.items()]
-    plan = json.dumps(report.plan.to_dict())
-    text = "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: summarization",
-            "tags:",
-            "- hf_freeze",
-            "---",
-            "",
-            f"# Review summaries from {base}, partly frozen",
-            "",
-            "Fine-tuned with hf_freeze: the lower part of the base model holds the same bits as before.",
-            "",
-            "## What was frozen",
-            "",
-            report.to_markdown(),
-            "",
-            f"Plan: `{plan}`",
-            "",
-            "## Results",
-            "",
-            losses.to_markdown(),
-            "",
-            score_table(scores).to_markdown(),
-            "",
-            "## Samples",
-            "",
-            "```",
-            sample_text(samples),
-            "```",
-            "",
-            "## Facts",
-            "",
-            *fact_lines,
-            "",
-            "## Use",
-            "",
-            f"    {use}",
-            "",
-        ]
-    )
-    _write_whole(Path(folder) / "README.md", text)
