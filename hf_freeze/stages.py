@@ -419,9 +419,8 @@ class _Run:
         report, later = self._enter(number, trainer)
         before = self.results[-1].best_metric if self.results else None
         blocks = _trained_blocks(read_anatomy(model), set(report.trainable_names))
-        say(
-            f"Stage {number} of {len(self.stages)}: the top {blocks}, {report.trainable_parameters:,} parameters train."
-        )
+        what = f"{blocks} block{'s' * (blocks != 1)}, {report.trainable_parameters:,} parameters"
+        say(f"Stage {number} of {len(self.stages)}: {what} train.")
         checkpoint = resume_from(trainer, True) if self.under_way else None
         state = (
             TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)) if checkpoint else TrainerState()
