@@ -57,6 +57,7 @@ def plain_style() -> Iterator[Any]:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
+        "axes.axisbelow": True,
         "grid.color": "0.9",
         "legend.frameon": False,
         "image.cmap": GREYS,
