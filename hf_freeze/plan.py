@@ -310,7 +310,10 @@ Use an int for a number of blocks, or "all".
                 by_part.update(dict.fromkeys(rest, True))
             elif heads and self.tied_head == "train":
                 by_part.update(dict.fromkeys(tie.names, False))
-                reasons.append(f"{heads[0]} is the same tensor as {tie.names[0]}: both train (tied_head='train').")
+                train = "both train (tied_head='train')"
+                if not anatomy.parameters[tie.names[0]].requires_grad:
+                    train += ", but were frozen before and stay so: thaw(model) first, or set requires_grad"
+                reasons.append(f"{heads[0]} is the same tensor as {tie.names[0]}: {train}.")
             else:
                 by_part.update(dict.fromkeys(tie.names, True))
                 other = next(name for name in tie.names if name not in frozen)

@@ -724,3 +724,12 @@ def test_freezing_again_after_peft_wrapped_the_frozen_model_is_refused() -> None
     wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(FreezeError, match="inside it was frozen before it was wrapped"):
         freeze(wrapped)
+
+
+def test_a_tied_head_that_was_frozen_before_is_not_said_to_train() -> None:
+    model = build("gpt2")
+    freeze(model, FreezePlan(decoder_blocks=2))
+    again = freeze(model, FreezePlan(decoder_blocks=2, tied_head="train"))
+    assert "but were frozen before and stay so: thaw(model) first" in " ".join(str(again).split())
+    thaw(model)
+    assert "both train (tied_head='train')." in str(freeze(model, FreezePlan(decoder_blocks=2, tied_head="train")))
