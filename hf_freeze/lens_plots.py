@@ -229,9 +229,8 @@ def draw_attention(attention: AttentionMap, path: Target) -> tuple[Path, Path]:
             axis.set_title(f"head {head}", fontsize=9)
             axis.set_xticks(range(len(keys)), keys, rotation=90, fontsize=60 * cell)
             axis.set_yticks(range(len(queries)), queries, fontsize=60 * cell)
-            axis.tick_params(
-                labelbottom=head + columns >= heads
-            )  # the lowest of its column, in a last row cut short too
+            lowest = head + columns >= heads  # of its column, in a last row cut short too
+            axis.tick_params(labelbottom=lowest)
         figure.colorbar(
             image, ax=axes, label="weight, on a square-root scale", ticks=(0.0, 0.05, 0.2, 0.5, 1.0), aspect=40
         )

@@ -22,7 +22,16 @@ import torch
 
 from hf_freeze.report import count_text
 
-__all__ = ["Hardware", "device_name", "library_versions", "peak_bytes", "read_hardware", "reset_peak", "status_bytes"]
+__all__ = [
+    "Hardware",
+    "cpu_cores",
+    "device_name",
+    "library_versions",
+    "peak_bytes",
+    "read_hardware",
+    "reset_peak",
+    "status_bytes",
+]
 
 POWERCAP = Path("/sys/class/powercap")  # the Linux kernel's interface to RAPL
 WATTS_A_CORE = 12.0  # Green Algorithms (Lannelongue et al. 2021) for a CPU that is not in its list
@@ -110,7 +119,7 @@ def read_hardware(device: torch.device | str | None = None, processes: int = 1) 
         (1, True)
     """
     device = torch.device(device) if device else torch.accelerator.current_accelerator() or torch.device("cpu")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cpu_cores()
     if device.type == "cuda":
         told = torch.cuda.get_device_properties(device)
         watts = _gpu_watts(str(getattr(told, "uuid", "")))
@@ -136,6 +145,15 @@ def read_hardware(device: torch.device | str | None = None, processes: int = 1) 
         watts_source=assumed if watts is None else limit,
         watts_assumed=watts is None,
     )
+
+
+def cpu_cores() -> int:
+    """CPU cores that this process may use.
+
+    >>> cpu_cores() >= 1
+    True
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_name(device: torch.device) -> str:
@@ -203,7 +221,7 @@ def status_bytes(field: str) -> int:
 
 
 def _gpu_watts(uuid: str) -> float | None:
-    """The enforced limit of one NVIDIA GPU; None where nvidia-smi is missing or does not know (MIG slices)."""
+    """The power limit of one NVIDIA GPU; None where nvidia-smi is missing or does not know (MIG slices)."""
     which = [f"--id=GPU-{uuid.removeprefix('GPU-')}"] if uuid else []
     command = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits", *which]
     try:

@@ -9,8 +9,6 @@ Nothing is trained for good. In --output_dir, if it is given: freeze_plan.json, 
 advice.json.
 """
 
-import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, HfArgumentParser
 
 from hf_freeze import FreezeError, advise
+from hf_freeze.checkpoints import write_json
 from hf_freeze.embedded import EMBEDDED_NAME, embedded_model
 from hf_freeze.precision import choose_precision
 from hf_freeze.summarization import SummaryCollator, read_splits, shipped_reviews
@@ -64,6 +63,8 @@ def main() -> None:
     sources = (asked.train_file, asked.validation_file, None)
     columns = {"text_column": asked.text_column, "summary_column": asked.summary_column}
     splits = read_splits(*sources, **columns) if any(sources) else shipped_reviews()
+    for name in ("train", "validation"):
+        print(f"{name}: {splits[name]}")
     prompt = read_prompt(
         tokenizer,
         model.config,
@@ -71,7 +72,10 @@ def main() -> None:
         max_source_tokens=asked.max_source_tokens,
         max_summary_tokens=asked.max_summary_tokens,
     )
-    train, validation = (encode_reviews(splits[name].dataset, prompt).dataset for name in ("train", "validation"))
+    encoded = {name: encode_reviews(splits[name].dataset, prompt) for name in ("train", "validation")}
+    for note in (*prompt.notes, *encoded["train"].notes):
+        print(f"note: {note}")
+    train, validation = (encoded[name].dataset for name in ("train", "validation"))
     if asked.train_rows is not None:
         train = train.shuffle(seed=asked.seed).select(range(min(asked.train_rows, len(train))))
 
@@ -94,10 +98,7 @@ def main() -> None:
     print(f"\n{advice}")
     if asked.output_dir is not None:
         advice.plan.save_pretrained(asked.output_dir)
-        path = Path(asked.output_dir) / "advice.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(advice.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(Path(asked.output_dir) / "advice.json", advice.to_dict())
         print(f"\nThe plan and the advice: {asked.output_dir}")
 
 

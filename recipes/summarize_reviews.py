@@ -178,7 +178,7 @@ def main() -> None:
 
     # Read the data first: a wrong column should not wait for a model to load.
     with args.main_process_first(desc="reading reviews"):
-        splits = load_reviews(data_args, args.seed)
+        splits, scored = load_reviews(data_args, args.seed)
     for name, reviews in splits.items():
         say(f"{name}: {reviews}")
     rows = {name: reviews.dataset for name, reviews in splits.items()}
@@ -292,7 +292,7 @@ def main() -> None:
         cache, saving, cache_seconds = build_cache(model_args, args, model, trainer, encoded, say)
         say(f"\nTraining {trainable:,} of {report.total_parameters:,} parameters:")
         train_seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
-        if saving is not None:
+        if saving is not None and not checkpoint:  # else the batches before are missing
             say(saving.measured(trainer.batch_seconds, cache.report.seconds if cache else None))
         if cache is not None:
             say(f"{cache.batches_used} batches ran from the cache, {cache.batches_unused} training batches did not.")
@@ -350,7 +350,8 @@ def main() -> None:
         plan.save_pretrained(args.output_dir)
         save_prompt(prompt, data_args.prompt_template, args.output_dir, num_beams=settings["num_beams"])
         write_jsonl(Path(args.output_dir) / "predictions.jsonl", samples)
-        data, hardware = describe_data(data_args, splits, rows), read_hardware(args.device, args.world_size)
+        since = " since it was resumed" if checkpoint else ""  # Trainer's clock starts anew
+        data, hardware = describe_data(data_args, rows, scored), read_hardware(args.device, args.world_size)
         write_card(
             args.output_dir,
             base=model_args.model_name_or_path,
@@ -360,7 +361,7 @@ def main() -> None:
             samples=samples,
             facts={
                 "trained parameters": f"{trainable:,} ({model_args.upper})",
-                "seconds of training": train_seconds,
+                f"seconds of training{since}": train_seconds,
                 "seconds of the prefix cache": cache_seconds,
                 "epochs, learning rate": f"{args.num_train_epochs:g}, {args.learning_rate:g}",
                 "reviews a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -377,10 +378,10 @@ def main() -> None:
             args.output_dir,
             base=model_args.model_name_or_path,
             report=report,
-            costs=None if stages else costs,  # of the first stage only
+            costs=None if stages or model_args.upper != "full" else costs,  # else not of what was trained
             prediction=saving,
             measured={
-                "batch_seconds": None if stages else trainer.batch_seconds,
+                "batch_seconds": None if stages or checkpoint else trainer.batch_seconds,  # else not of all batches
                 "build_seconds": built and built.seconds,
                 "cache_bytes": built and built.stored_bytes,
                 "peak_bytes": peak_bytes(args.device),
@@ -390,7 +391,11 @@ def main() -> None:
                 name: f"{Path(reviews.source).name}: {reviews.rows_read:,} rows read, {len(rows[name]):,} used"
                 for name, reviews in splits.items()
             },
-            notes=(*prompt.notes, *encoded["train"].notes),
+            notes=(
+                *prompt.notes,
+                *encoded["train"].notes,
+                *([f"Seconds and energy of training are those{since}."] if since else []),
+            ),
         )
         write_run_report(args.output_dir)
     if args.push_to_hub:  # again, with the card and the report: save_model has pushed before there were any
@@ -464,8 +469,8 @@ def read_stages(model_args: ModelArguments, model, epochs: float) -> list:
     return gradual(model, start, step, number, plan=model_args.plan(), epochs=epochs)
 
 
-def load_reviews(data_args: DataArguments, seed: int) -> dict:
-    """The splits: the user's files, a hub data set, or the shipped reviews."""
+def load_reviews(data_args: DataArguments, seed: int) -> tuple[dict, str]:
+    """The user's files, a hub data set or the shipped reviews as splits, and which of them the test rows are from."""
     sources = [data_args.train_file, data_args.validation_file, data_args.test_file]
     if data_args.dataset_name:
         known = get_dataset_split_names(data_args.dataset_name)
@@ -474,16 +479,17 @@ def load_reviews(data_args: DataArguments, seed: int) -> dict:
             s or (data_args.dataset_name if name in known else None) for s, name in zip(sources, splits, strict=True)
         ]
     if not any(sources) and not data_args.group_by:
-        return shipped_reviews()
+        return shipped_reviews(), "test"
     if not sources[0]:
         raise FreezeError("Validation, test or --group_by was given without --train_file. Give --train_file too.")
+    scored = "test" if sources[2] else "validation"
     columns = {"text_column": data_args.text_column, "summary_column": data_args.summary_column}
     if data_args.group_by:
-        return read_group_splits(*sources, group_by=data_args.group_by, **columns, seed=seed)
-    return read_splits(*sources, **columns, seed=seed)
+        return read_group_splits(*sources, group_by=data_args.group_by, **columns, seed=seed), scored
+    return read_splits(*sources, **columns, seed=seed), scored
 
 
-def describe_data(data_args: DataArguments, splits: dict, rows: dict) -> DataFacts:
+def describe_data(data_args: DataArguments, rows: dict, scored: str) -> DataFacts:
     """What the model card says of the reviews; a language is known of the shipped ones only."""
     given = data_args.dataset_name or data_args.train_file
     return DataFacts(
@@ -491,7 +497,7 @@ def describe_data(data_args: DataArguments, splits: dict, rows: dict) -> DataFac
         rows={name: len(dataset) for name, dataset in rows.items()},
         hub_id=data_args.dataset_name,
         language=None if given else "en",
-        scored="validation" if splits["test"].dataset is splits["validation"].dataset else "test",
+        scored=scored,
     )
 
 

@@ -399,6 +399,12 @@ def pad_to_five(features: Rows, label_filler: int = -100) -> dict[str, torch.Ten
     }
 
 
+def test_labels_of_a_decoder_are_not_measured_by_the_mask_of_its_encoder():
+    rows = [{"input_ids": [5] * (2 + n % 3), "attention_mask": [1] * (2 + n % 3), "labels": [6] * 4} for n in range(40)]
+    advice = ask(tiny_model("bart"), rows, data_collator=pad_to_five, depths=[3, 2])
+    assert not any("Padded places" in text for text in advice.warnings)
+
+
 def test_labels_of_padding_are_told():
     rows = echo_rows(40, seed=1)
     for row in rows[20:]:

@@ -490,6 +490,15 @@ def test_a_merge_that_is_not_what_it_should_be_is_removed(
     assert "config rms_norm_eps: 0.5 instead of" in done.err
     assert not (tmp_path / "merged").exists()
 
+    def torn(source: str, output: Path, model: Any) -> Path:
+        made(source, output, model)
+        (output / "model.safetensors").unlink()
+        return output
+
+    monkeypatch.setattr(delta, "merge_delta", torn)
+    assert ran("merge", folder / "delta", "-o", tmp_path / "merged").code == 1
+    assert not (tmp_path / "merged").exists()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # cache, doctor, sweep
@@ -551,6 +560,7 @@ def test_sweep_trains_tells_and_draws_again(folder: Path, tmp_path: Path, ran: C
     grid += ["--cpu_threads", "1", "--learning_rates", "1e-3", "--references", "", "--disable_tqdm", "true"]
     first = ran("sweep", *grid, "--output_dir", tmp_path / "sweep", "--json")
     assert first.code == 0, first.err
+    assert "train: " in first.err, "where the rows are from, and what was guessed"
     assert [run["depth"] for run in first.values["runs"]] == ["pretrained", 2]
     assert all(Path(path).stat().st_size for path in first.values["files"])
     (tmp_path / "sweep" / "table.md").unlink()

@@ -76,6 +76,20 @@ def test_blank_reviews_and_blank_summaries_of_parts_are_left_out() -> None:
     assert summarize.calls == [["a"]], "one alone is taken as it is"
 
 
+def test_summaries_that_a_model_leaves_blank_are_not_summarised_again() -> None:
+    calls: list[list[str]] = []
+
+    def summarize(texts: Sequence[str]) -> list[str]:
+        calls.append(list(texts))
+        return ["" if "blank" in text else f"{text}!" for text in texts]
+
+    def fits(text: str) -> bool:
+        return text.count("\n") < 2
+
+    assert merge_summaries([["blank", "a", "b", "c"], ["blank", "blank"]], summarize, fits) == ["b\nc!", ""]
+    assert calls == [["blank\na", "b\nc", "blank\nblank"]]
+
+
 def test_a_line_break_within_a_review_does_not_read_as_its_end() -> None:
     assert join_reviews(["a\r\nb\u2028c", " d "]) == "a b c\nd"
 
@@ -97,7 +111,7 @@ def test_fits_prompt_counts_the_whole_prompt() -> None:
     assert len(prompt.encode(longer)["input_ids"]) == 60, "and that one is cut"
 
 
-@pytest.mark.parametrize("value", [None, "", " "])
+@pytest.mark.parametrize("value", [None, "", " ", float("nan")])
 def test_a_row_without_a_group_is_an_error(value: object) -> None:
     with pytest.raises(ReviewsError, match=r"x\.csv, line 4 has nothing in column 'product'.*one group"):
         group_key(value, "product", "x.csv, line 4")

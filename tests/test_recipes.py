@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -37,6 +38,28 @@ def run(*command: str, processes: int | None = None, **environment: str) -> subp
 
 def results(folder: Path) -> dict:
     return json.loads((folder / "all_results.json").read_text())
+
+
+@pytest.mark.parametrize("grouped", [{}, {"group_by": "product"}])
+def test_validation_rows_that_are_scored_are_never_called_test_rows(
+    grouped: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("summarize_reviews", RECIPE)
+    assert spec is not None
+    assert spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "summarize_reviews", recipe)  # its dataclasses look themselves up there
+    spec.loader.exec_module(recipe)
+    rows = "".join(f"p{n},Review {n} is long.,Summary {n}.\n" for n in range(12))
+    (tmp_path / "train.csv").write_text(f"product,review,summary\n{rows}")
+    (tmp_path / "test.csv").write_text("product,review,summary\nq,Another review.,Another.\n")
+    found = {}
+    for test_file in (None, str(tmp_path / "test.csv")):
+        given = recipe.DataArguments(train_file=str(tmp_path / "train.csv"), test_file=test_file, **grouped)
+        splits, scored = recipe.load_reviews(given, seed=1)
+        rows_used = {name: reviews.dataset for name, reviews in splits.items()}
+        found[test_file is not None] = recipe.describe_data(given, rows_used, scored).scored
+    assert found == {False: "validation", True: "test"}
 
 
 @pytest.mark.parametrize("kind", ["bart", "llama", "gpt2"])
@@ -189,6 +212,9 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path: Path) -> 
     done = run(RECIPE, *given, "--output_dir", str(output), "--resume_from_checkpoint=last")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Going on from" in done.stdout
+    told = [json.loads((folder / "run.json").read_text()) for folder in (whole, output)]
+    assert ["batch_seconds" in each["measured"] for each in told] == [True, False], "some batches ran before"
+    assert told[1]["notes"][-1] == "Seconds and energy of training are those since it was resumed."
     states = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (whole, output)]
     losses = [[row["loss"] for row in state if "loss" in row] for state in states]
     assert losses[0] == losses[1]

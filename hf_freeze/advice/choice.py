@@ -251,7 +251,8 @@ def gradient_reason(gradients: Any, probe: DepthProbe) -> str:
     """Where the data pulls, before training."""
     ranked = sorted(zip(gradients.relative, gradients.parts, strict=True), reverse=True)
     strongest = ", ".join(f"{part} ({value:.2g})" for value, part in ranked[:3])
+    share = 100 * (probe.gradient_share or 0.0)
     return (
-        f"Before training its blocks hold {100 * (probe.gradient_share or 0.0):.0f} % of the gradient relative to "
+        f"Before training, the blocks above those {probe.depth} hold {share:.0f} % of the gradient relative to "
         f"weights (Auto-RGN) of all blocks; the data pulls most at {strongest}."
     )

@@ -139,15 +139,12 @@ class Probe:
 
     @contextmanager
     def at(self, depth: int) -> Iterator[None]:
-        """The model frozen at a depth and fed from the cache; afterwards thawed, with the weights it had."""
-        weights: list[tuple[nn.Parameter, torch.Tensor]] = []
+        """The model frozen at a depth and fed from the cache; afterwards thawed. `train` puts weights back itself."""
         try:
             freeze(self.core, self.plans[depth], blocks=self.blocks)
-            weights = [(p, p.detach().clone()) for p in self.core.parameters() if p.requires_grad]
             self._cache = self._open(depth)
             yield
         finally:
-            self._restore(weights)
             if self._cache is not None:
                 self._cache.close()
                 self._cache = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,7 @@ class Advice:
             **{name: list(value) if isinstance(value, tuple) else value for name, value in values.items()},
             "plan": self.plan.to_dict(),
             "probes": [
-                asdict(probe) | {"plan": probe.plan.to_dict(), "rates": [list(pair) for pair in probe.rates]}
+                asdict(probe) | {"plan": probe.plan.to_dict(), "rates": [_pair(*pair) for pair in probe.rates]}
                 for probe in self.probes
             ],
             "gradients": self.gradients.to_dict() if self.gradients else None,
@@ -122,6 +123,11 @@ class Advice:
         )
         rows = (given, *(_row(probe, self.blocks) for probe in self.probes))
         return Table(f"{self.model_class}: which depth to freeze", columns, rows, lines)
+
+
+def _pair(rate: float, loss: float) -> list[float | None]:
+    """A rate and its loss; null for one that diverged, since JSON has no infinity."""
+    return [rate, loss if math.isfinite(loss) else None]
 
 
 def _row(probe: DepthProbe, blocks: int) -> tuple[str, ...]:

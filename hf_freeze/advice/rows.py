@@ -174,8 +174,11 @@ def _read_row(core: Any, dataset: Any, place: int, collator: Collator) -> Row:
 
 def _shifts_labels(core: Any, ids: Any, labels: torch.Tensor) -> bool:
     causal = bool(getattr(core, "can_generate", lambda: False)())
-    two_stacks = getattr(getattr(core, "config", None), "is_encoder_decoder", False)
-    return causal and not two_stacks and isinstance(ids, torch.Tensor) and ids.shape == labels.shape
+    return causal and not _has_two_stacks(core) and isinstance(ids, torch.Tensor) and ids.shape == labels.shape
+
+
+def _has_two_stacks(core: Any) -> bool:
+    return bool(getattr(getattr(core, "config", None), "is_encoder_decoder", False))
 
 
 def _forward_names(core: Any) -> set[str]:
@@ -222,7 +225,8 @@ def row_warnings(rows: ProbeRows, collator: Collator, core: Any, tokenizer: Any)
     ordered = sorted(every, key=lambda row: row.tokens)
     batch = collator([ordered[0].feature, ordered[-1].feature])
     labels, mask = batch.get("labels"), batch.get("attention_mask")
-    both = isinstance(labels, torch.Tensor) and isinstance(mask, torch.Tensor)
+    # Of two stacks the mask is the encoder's and the labels are the decoder's, of the same shape only by chance.
+    both = isinstance(labels, torch.Tensor) and isinstance(mask, torch.Tensor) and not _has_two_stacks(core)
     if both and labels.shape == mask.shape and bool((labels[mask == 0] != IGNORED_LABEL).any()):
         found.append(
             f"Padded places have labels: the loss learns padding. Pad labels with {IGNORED_LABEL}, as "
@@ -245,7 +249,7 @@ def _tokenizer_warnings(rows: ProbeRows, core: Any, tokenizer: Any) -> list[str]
     declared = [getattr(source, "eos_token_id", None) for source in sources]
     named = [role_id(tokenizer, "eos"), *(end for ids in declared for end in (ids if isinstance(ids, list) else [ids]))]
     ends = {int(end) for end in named if end is not None}
-    looked_at = rows.train[:SEEN_ROWS]
+    looked_at = rows.seen
     labels = [row.batch["labels"].flatten().tolist() for row in looked_at if "labels" in row.batch]
     generates = hasattr(core, "can_generate") and core.can_generate()
     if generates and labels and not any(ends & set(row) for row in labels):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
 import platform
 import shutil
 import sys
@@ -105,8 +104,9 @@ def _version(name: str) -> str | None:
 def _devices() -> list[str]:
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = [f"CPU, {cores} cores for this process, {torch.get_num_threads()} threads in torch"]
+    from hf_freeze.machine import cpu_cores
+
+    found = [f"CPU, {cpu_cores()} cores for this process, {torch.get_num_threads()} threads in torch"]
     kind = torch.accelerator.current_accelerator()
     if kind is not None:
         for index in range(torch.accelerator.device_count()):

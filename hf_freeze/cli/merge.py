@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, say: Say) -> Told:
     merge_delta(args.delta, output, model)
     try:
         tensors = _check(output, model, base)
-    except FreezeError:
+    except BaseException:  # what was not checked to the end must not lie there as if it were
         shutil.rmtree(output)
         raise
     beside = _copy_beside(args.delta, base, output, say)

@@ -1,7 +1,7 @@
 """Models by what a user has of them: a full model, adapters, a delta, a hub id, or a config alone.
 
-Loads in fp32 unless asked otherwise, safetensors and JSON only, and no code that a model brings. Whatever a foreign
-loader raises becomes an error that names what was asked.
+Runs no code that a model brings. Weights come in the dtype that is asked for; where none is, in their own. Whatever a
+foreign loader raises becomes an error that names what was asked.
 """
 
 from __future__ import annotations

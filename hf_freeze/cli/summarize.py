@@ -138,6 +138,8 @@ def _join(cpu_threads: int | None) -> Any:
     """The device of this process, which then is in one group with all that the launcher started."""
     import torch
 
+    from hf_freeze.machine import cpu_cores
+
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
@@ -146,8 +148,7 @@ def _join(cpu_threads: int | None) -> Any:
     if device.type == "cpu":
         # accelerate's launcher sets OMP_NUM_THREADS=1 where nobody asked, which leaves the other cores idle.
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(cpu_threads or max(1, cores // neighbours))
+        torch.set_num_threads(cpu_threads or max(1, cpu_cores() // neighbours))
     return device
 
 

@@ -100,6 +100,7 @@ def run(args: argparse.Namespace, say: Say) -> Told:
     Raises:
         FreezeError: The grid, the model or the reviews are not as needed.
     """
+    from hf_freeze.summarization.results import write_whole
     from hf_freeze.sweep_report import SweepReport
 
     asked = SweepArguments(**{each.name: getattr(args, each.name) for each in fields(SweepArguments)})
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace, say: Say) -> Told:
         _sweep(asked, training, folder, say)
     report = SweepReport.load(folder, quality=asked.quality)
     written = [folder / "runs.jsonl", folder / "table.md"]
-    written[-1].write_text(report.table().to_markdown() + "\n", encoding="utf-8")
+    write_whole(written[-1], report.table().to_markdown() + "\n")
     written += _drawn(report, folder, say)
     text = f"{report}\n\nRuns, table and plot: {', '.join(map(str, written))}"
     values = {
@@ -133,7 +134,10 @@ def _sweep(asked: SweepArguments, args: Any, folder: Path, say: Say) -> None:
 
     depths, seeds, sizes = (_numbers(text, int) for text in (asked.depths, asked.seeds, asked.train_rows))
     rates = _numbers(asked.learning_rates, float)
-    splits = {name: reviews.dataset for name, reviews in _reviews(asked).items()}  # a wrong column waits for no model
+    splits = {}
+    for name, reviews in _reviews(asked).items():  # a wrong column waits for no model
+        say(f"{name}: {reviews}")
+        splits[name] = reviews.dataset
     for name, most in (("validation", asked.max_validation_rows), ("test", asked.max_test_rows)):
         splits[name] = splits[name].select(range(min(most, len(splits[name]))))
     make_model, tokenizer = _model(asked.model_name_or_path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import sqlite3
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,16 @@ from typing import Any, Self
 from hf_freeze.errors import FreezeError, ReviewsError
 from hf_freeze.summarization.prompts import SummaryPrompt
 
-__all__ = ["GroupStore", "fits_prompt", "group_key", "join_reviews", "merge_summaries", "summarize_groups"]
+__all__ = [
+    "Fits",
+    "GroupStore",
+    "Summarize",
+    "fits_prompt",
+    "group_key",
+    "join_reviews",
+    "merge_summaries",
+    "summarize_groups",
+]
 
 Summarize = Callable[[Sequence[str]], Sequence[str]]
 Fits = Callable[[str], bool]
@@ -92,7 +102,9 @@ def merge_summaries(groups: Sequence[Sequence[str]], summarize: Summarize, fits:
         # At least two of them in a pack, whether they fit or not: otherwise their number might never fall.
         packs = [list(_packs(group, fits, at_least=2)) if len(group) > 1 else [] for group in summaries]
         merged = _summarized(packs, summarize, lone_stays=True)
-        summaries = [new or old[:1] for new, old in zip(merged, summaries, strict=True)]
+        summaries = [
+            [text for text in new if text.strip()] if new else old for new, old in zip(merged, summaries, strict=True)
+        ]
     return [group[0] if group else "" for group in summaries]
 
 
@@ -141,7 +153,8 @@ def group_key(value: Any, column: str, place: str) -> str:
             f"{place} holds {value!r:.60} in column {column!r}, and a name or number is expected. Group by another "
             f"column."
         )
-    key = "" if value is None else unicodedata.normalize("NFC", str(value).strip())
+    missing = value is None or (isinstance(value, float) and math.isnan(value))  # as pandas has it
+    key = "" if missing else unicodedata.normalize("NFC", str(value).strip())
     if not key:
         raise ReviewsError(
             f"{place} has nothing in column {column!r}, by which rows are grouped; all such rows would become one "

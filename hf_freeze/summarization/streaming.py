@@ -25,7 +25,15 @@ from hf_freeze.checkpoints import json_digest
 from hf_freeze.errors import FreezeError, ReviewsError, nearest
 from hf_freeze.freezing import named_tensors, tensor_digest
 from hf_freeze.summarization.generation import generate_summaries
-from hf_freeze.summarization.grouping import GroupStore, fits_prompt, group_key, merge_summaries, summarize_groups
+from hf_freeze.summarization.grouping import (
+    Fits,
+    GroupStore,
+    Summarize,
+    fits_prompt,
+    group_key,
+    merge_summaries,
+    summarize_groups,
+)
 from hf_freeze.summarization.prompts import SummaryPrompt, read_prompt
 from hf_freeze.summarization.resumable import ResumableFile, check_free
 from hf_freeze.summarization.reviews import _choose_columns
@@ -37,8 +45,6 @@ WINDOW_ROWS = 512  # 32 batches of 16: sorted by length little of them is paddin
 WINDOW_CHARACTERS = 4_000_000  # of all texts of a window, for rows that are books
 COUNT_COLUMN = "review_count"  # of a group, in the output
 BAR_ROWS = 4096  # between two moves of the bar while a file is only read
-
-Summarize = Callable[[Sequence[str]], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -206,7 +212,7 @@ def stream_summaries(
     text_column: str | None = None,
     group_by: str | None = None,
     summary_column: str = "summary",
-    fits: Callable[[str], bool] | None = None,
+    fits: Fits | None = None,
     window_rows: int = WINDOW_ROWS,
     total_rows: int | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -313,7 +319,7 @@ class _Job(NamedTuple):
     """What was asked, but for places."""
 
     summarize: Summarize
-    fits: Callable[[str], bool] | None
+    fits: Fits | None
     text_column: str | None
     group_by: str | None
     summary_column: str
