@@ -349,6 +349,16 @@ def test_the_table_prints_and_the_values_go_to_json(taught):
     assert others[0].rates[1][0] == others[0].rates[0][0] / 2
 
 
+def test_gradients_that_cannot_be_measured_cost_one_reason_and_no_advice(taught, monkeypatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise FreezeError("a gradient is not finite")
+
+    monkeypatch.setattr("hf_freeze.lens.block_gradients", refuse)
+    advice = ask(copy.deepcopy(taught), depths=[3, 2])
+    assert advice.gradients is None
+    assert any("was not measured: a gradient is not finite" in text for text in advice.reasons)
+
+
 def test_a_depth_that_does_not_fit_in_memory_is_not_probed(taught):
     needed = {probe.depth: probe.memory_bytes for probe in ask(copy.deepcopy(taught), depths=[3, 0]).probes}
     advice = ask(copy.deepcopy(taught), depths=[3, 0], memory_bytes=needed[3])

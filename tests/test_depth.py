@@ -223,6 +223,8 @@ def test_depth_counts_an_encoder_below_its_decoder():
     anatomy = read_anatomy(tiny_model("bart"))
     assert plan_at_depth(anatomy, 3) == FreezePlan(encoder_blocks=3, decoder_blocks=0)
     assert plan_at_depth(anatomy, 6) == FreezePlan(encoder_blocks=4, decoder_blocks=2)
+    llama = read_anatomy(tiny_model("llama"))
+    assert plan_at_depth(llama, 3, FreezePlan(encoder_blocks=2)) == FreezePlan(decoder_blocks=3), "either name will do"
     with pytest.raises(
         PlanError, match=r"depth of 9 was asked for; BartForConditionalGeneration has 8 blocks\. Use 0 to 8"
     ):

@@ -346,8 +346,12 @@ def _gradients(probe: Probe) -> Any:
     from hf_freeze.lens import block_gradients
 
     batch = move(probe.rows.batches[0], probe.device)
-    with autocast(probe.precision, probe.device):
-        return block_gradients(probe.core, [batch], blocks=probe.blocks, progress=False)
+    try:
+        with autocast(probe.precision, probe.device):
+            return block_gradients(probe.core, [batch], blocks=probe.blocks, progress=False)
+    except FreezeError as error:  # it only feeds one of the reasons
+        probe.notes.append(f"The gradient of each block was not measured: {error}")
+        return None
 
 
 def _search(
