@@ -981,8 +981,8 @@ def _table(made: Forecast) -> Table:
         rows += [_row(f"{name} *", beside.modes[name]) for name in ("frozen", "cached")]
     tokens = f"{made.source_tokens} + {made.target_tokens}"
     lines = [
-        f"A step: {made.batch_size} rows of {tokens} tokens, {made.dtype}; a run: {made.epochs} epochs of "
-        f"{made.rows:,} rows. LoRA: rank {made.lora_rank}.",
+        f"A step: {made.batch_size} rows of {tokens} tokens, {made.dtype}; a run: {made.epochs} "
+        f"epoch{'s' * (made.epochs != 1)} of {made.rows:,} rows. LoRA: rank {made.lora_rank}.",
         f"Cache {'pays' if made.cache_pays else 'does not pay'}: {made.why}",
     ]
     cached = made.modes["cached"]

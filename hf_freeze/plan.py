@@ -366,7 +366,10 @@ def plan_at_depth(anatomy: Anatomy, depth: int, plan: FreezePlan | None = None) 
         raise PlanError(
             f"A depth of {depth!r} was asked for; {anatomy.model_class} has {total} blocks. Use 0 to {total}."
         )
-    frozen: dict[str, Any] = {"encoder_blocks": None, "decoder_blocks": None}  # a model with one stack takes either name
+    frozen: dict[str, Any] = {
+        "encoder_blocks": None,
+        "decoder_blocks": None,
+    }  # a model with one stack takes either name
     for stack in anatomy.stacks:
         frozen[f"{stack.name}_blocks"] = min(depth, len(stack))
         depth -= frozen[f"{stack.name}_blocks"]

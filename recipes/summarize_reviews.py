@@ -362,7 +362,7 @@ def main() -> None:
             facts={
                 "trained parameters": f"{trainable:,} ({model_args.upper})",
                 f"seconds of training{since}": train_seconds,
-                "seconds of the prefix cache": cache_seconds,
+                "seconds of deciding on the prefix cache and building it": cache_seconds,
                 "epochs, learning rate": f"{args.num_train_epochs:g}, {args.learning_rate:g}",
                 "reviews a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
                 "precision": args.chosen_precision.name,

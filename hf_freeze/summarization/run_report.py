@@ -171,7 +171,7 @@ def _tiles(results: Mapping[str, Any]) -> str:
         tiles.append((f"parameters trained, of {count_text(total)}", f"{count_text(trained)}, {trained / total:.1%}"))
     if "train_seconds" in results:
         cache = results.get("cache_seconds") or 0.0
-        with_cache = f", {_seconds(cache)} for the cache" if cache else ""
+        with_cache = f", {_seconds(cache)} for deciding on the cache and building it" if cache else ""
         tiles.append((f"of training{with_cache}", _seconds(results["train_seconds"])))
     if results.get("frozen_unchanged"):
         count = f"{results['frozen_tensors']:,} " if "frozen_tensors" in results else ""
