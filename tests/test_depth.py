@@ -72,7 +72,8 @@ def test_runs_from_the_one_cache_end_as_plain_runs_do(sweep):
     assert not any(result.cached for result in plain.results)
     assert losses(cached).keys() == losses(plain).keys()
     for run, loss in losses(cached).items():
-        assert loss == pytest.approx(losses(plain)[run], rel=1e-5), run
+        # AdamW turns the rounding of small gradients into whole steps, on some processors more than on others.
+        assert loss == pytest.approx(losses(plain)[run], rel=1e-4), run
 
 
 def test_one_pass_computes_the_rows_of_every_depth(sweep):
