@@ -85,11 +85,11 @@ def nearest(asked: str, choices: Iterable[str], count: int = 3) -> str:
     >>> nearest("sumary", ["text", "summary", "rating"])
     "'summary'"
     >>> nearest("zzz", ["text", "summary", "rating", "id"])
-    "'text', 'summary', 'rating', ..."
+    "'text', 'summary', 'rating' and 1 more"
     """
     choices = list(choices)
     close = difflib.get_close_matches(asked, choices, n=count, cutoff=0.6)
     if close:
         return ", ".join(repr(choice) for choice in close)
     shown = ", ".join(repr(choice) for choice in choices[:count])
-    return shown + (", ..." if len(choices) > count else "")
+    return shown + (f" and {len(choices) - count} more" if len(choices) > count else "")

@@ -103,7 +103,7 @@ class FreezeReport:
         self.total_parameters = sum(sizes.values())
         self.trainable_parameters = sum(sizes[name] for name in self.trainable_names)
         self.frozen_parameters = self.total_parameters - self.trainable_parameters
-        self.table = freeze_table(anatomy, set(self.frozen_names), self.lowest_trainable, self._lines())
+        self.table = freeze_table(anatomy, set(self.frozen_names), self.lowest_trainable, self._lines(anatomy))
         # Tensors are matched by identity first: PEFT renames them when it wraps the model. Weak, or a report would
         # keep the model in memory.
         self.tensors = weakref.WeakValueDictionary(named_tensors(anatomy.model))
@@ -123,7 +123,7 @@ class FreezeReport:
         """Why nothing can be cached; "" where something can."""
         return self.resolved.why_no_cut
 
-    def _lines(self) -> list[str]:
+    def _lines(self, anatomy: Anatomy) -> list[str]:
         lines = list(self.resolved.reasons)
         if self.frozen_before:
             lines.append(
@@ -138,7 +138,10 @@ class FreezeReport:
             )
         if self.cuts:
             spans = {cut.stack: "block 0" if cut.blocks == 1 else f"blocks 0-{cut.blocks - 1}" for cut in self.cuts}
-            what = ", ".join(f"{stack} embeddings and {span}" for stack, span in spans.items())
+            embedded = {stack.name for stack in anatomy.stacks if stack.inputs or stack.input_parameters}
+            what = ", ".join(
+                f"{stack} {'embeddings and ' * (stack in embedded)}{span}" for stack, span in spans.items()
+            )
             lines.append(f"Can be cached: {what}.")
         else:
             lines.append(f"Nothing can be cached: {self.why_no_cut}")

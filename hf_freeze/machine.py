@@ -33,6 +33,7 @@ __all__ = [
     "status_bytes",
 ]
 
+CLEAR_REFS = Path("/proc/self/clear_refs")
 POWERCAP = Path("/sys/class/powercap")  # the Linux kernel's interface to RAPL
 WATTS_A_CORE = 12.0  # Green Algorithms (Lannelongue et al. 2021) for a CPU that is not in its list
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers")
@@ -186,19 +187,26 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> bool:
     """Starts counting anew: what was freed before is given back first, so that it does not count.
 
-    On Linux the kernel's high-water mark is reset through /proc/self/clear_refs; elsewhere nothing is measured on a
-    CPU.
+    Returns:
+        Whether it could. On Linux the kernel's high-water mark is reset through /proc/self/clear_refs, which some
+        containers do not let one write; elsewhere nothing is measured on a CPU.
     """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        with suppress(AttributeError):  # glibc alone has it
-            ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    if sys.platform != "linux":
+        return False
+    with suppress(AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -206,7 +214,7 @@ def peak_bytes(device: torch.device) -> int:
 
     Example:
         >>> device = torch.device("cpu")
-        >>> reset_peak(device)
+        >>> _ = reset_peak(device)
         >>> tensor = torch.ones(25_000_000)
         >>> peak_bytes(device) > 100_000_000 or sys.platform != "linux"
         True

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
 from hf_freeze import FreezeError, advise
 from hf_freeze.checkpoints import write_json
-from hf_freeze.embedded import EMBEDDED_NAME, embedded_model
+from hf_freeze.embedded import EMBEDDED_NAME
+from hf_freeze.loading import load_generator
 from hf_freeze.precision import choose_precision
 from hf_freeze.summarization import SummaryCollator, read_splits, shipped_reviews
 from hf_freeze.summarization.prompts import encode_reviews, read_prompt
@@ -53,12 +54,9 @@ class AdviceArguments:
 def main() -> None:
     (asked,) = HfArgumentParser(AdviceArguments).parse_args_into_dataclasses()
     depths, rates = numbers(asked.depths, int), numbers(asked.learning_rates, float)
-    source = str(embedded_model()) if asked.model_name_or_path == EMBEDDED_NAME else asked.model_name_or_path
-    two_stacks = AutoConfig.from_pretrained(source).is_encoder_decoder
-    auto_class = AutoModelForSeq2SeqLM if two_stacks else AutoModelForCausalLM
     device = torch.device(asked.device) if asked.device else torch.accelerator.current_accelerator() or "cpu"
-    model = auto_class.from_pretrained(source, dtype=torch.float32).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    model, tokenizer, _ = load_generator(asked.model_name_or_path, None, torch.float32)
+    model.to(device)
 
     sources = (asked.train_file, asked.validation_file, None)
     columns = {"text_column": asked.text_column, "summary_column": asked.summary_column}

@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, HfArgumentParser
+from peft import PeftModel
+from transformers import HfArgumentParser
 
-from hf_freeze import FreezeError, load_delta, read_anatomy
+from hf_freeze import FreezeError, read_anatomy
 from hf_freeze.checkpoints import write_json
-from hf_freeze.delta import is_delta
-from hf_freeze.embedded import EMBEDDED_NAME, embedded_model
+from hf_freeze.embedded import EMBEDDED_NAME
+from hf_freeze.errors import TokenizerMismatch
 from hf_freeze.lens import (
     activation_map,
     attention_map,
@@ -52,6 +52,7 @@ from hf_freeze.lens_plots import (
     draw_logit_lens,
     draw_similarity,
 )
+from hf_freeze.loading import load_generator
 from hf_freeze.plots import plain_style
 from hf_freeze.summarization import (
     SummaryCollator,
@@ -117,8 +118,8 @@ def main() -> None:
     rows = reviews.dataset.select(range(min(args.max_texts, len(reviews))))
     texts = list(rows["review"])
 
-    model, tokenizer = load_model(args.model_name_or_path), load_tokenizer(args.model_name_or_path)
-    other = load_model(args.compare_to) if args.compare_to else None
+    model, tokenizer = load(args.model_name_or_path)
+    other = load(args.compare_to)[0] if args.compare_to else None
     print(check_tokenizer(model, tokenizer, samples=texts))
     anatomy = read_anatomy(model)
     print(f"\n{anatomy}\n")
@@ -129,7 +130,10 @@ def main() -> None:
     read = {"targets": targets, "batch_size": args.batch_size, "max_tokens": args.max_tokens}
     own_words = text_batches(model, tokenizer, texts, **read)
     if summaries:
-        prompt = read_prompt(tokenizer, model.config, max_source_tokens=args.max_tokens)
+        try:
+            prompt = read_prompt(tokenizer, model.config, max_source_tokens=args.max_tokens)
+        except TokenizerMismatch as error:
+            raise FreezeError(f"--max_tokens {args.max_tokens} was asked for, as max_source_tokens. {error}") from error
         encoded = encode_reviews(rows, prompt).dataset
         collator = SummaryCollator(tokenizer, model)
         places = [range(at, min(at + args.batch_size, len(encoded))) for at in range(0, len(encoded), args.batch_size)]
@@ -235,33 +239,10 @@ def attention_pictures(model, tokenizer, anatomy, text: str, target: str | None,
     return pictures
 
 
-def load_model(source: str) -> Any:
-    """A whole model, a delta or an adapter on the base that it names, or the embedded model."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    if is_delta(source):
-        return load_delta(source).float().to(device)
-    path = embedded_model() if source == EMBEDDED_NAME else source
-    try:
-        adapter = PeftConfig.from_pretrained(path) if (Path(path) / "adapter_config.json").exists() else None
-        base = adapter.base_model_name_or_path if adapter else path
-        config = AutoConfig.from_pretrained(base)
-        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = auto_class.from_pretrained(base, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise FreezeError(
-            f"The model {source} was asked for; it is none that can be loaded here: {error}. Give a hub id, a folder "
-            f"that save_pretrained or save_delta wrote, or {EMBEDDED_NAME!r}."
-        ) from error
-    return (PeftModel.from_pretrained(model, path) if adapter else model).to(device)
-
-
-def load_tokenizer(source: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(embedded_model() if source == EMBEDDED_NAME else source)
-    except (OSError, ValueError) as error:
-        raise FreezeError(
-            f"{source} was given as model; its tokenizer cannot be read. Save the base's tokenizer there too."
-        ) from error
+def load(name: str) -> tuple[Any, Any]:
+    """A whole model, or a delta or an adapter on its base, in fp32 on the device; and its tokenizer."""
+    model, tokenizer, _ = load_generator(name, None, torch.float32)
+    return model.float().to(torch.accelerator.current_accelerator() or "cpu"), tokenizer
 
 
 PAGE = """<!doctype html>

@@ -55,6 +55,7 @@ from hf_freeze import (
 )
 from hf_freeze.embedded import EMBEDDED_NAME, cache_folder, embedded_model
 from hf_freeze.machine import peak_bytes, read_hardware
+from hf_freeze.prefix.store import MANIFEST
 from hf_freeze.summarization import (
     DataFacts,
     SummaryCollator,
@@ -264,7 +265,7 @@ def main() -> None:
         "progress": not args.disable_tqdm,
     }
     model.to(args.device)
-    say("\nSummaries of the test reviews before training:")
+    say(f"\nSummaries of the {scored} rows before training:")
     before = generate_summaries(model, tokenizer, test_reviews, **settings)
 
     # Train.
@@ -305,7 +306,7 @@ def main() -> None:
     say(f"\n{proof}")
 
     # Score.
-    say("\nSummaries of the test reviews after training:")
+    say(f"\nSummaries of the {scored} rows after training:")
     after = generate_summaries(model, tokenizer, test_reviews, **settings)
     references = list(rows["test"]["references" if data_args.group_by else "summary"])  # of several the best counts
     trivial = group_baselines(rows["test"]) if data_args.group_by else {}
@@ -320,7 +321,7 @@ def main() -> None:
         for row, old, new, score in zip(rows["test"], before, after, trained.per_example["rougeL"], strict=True)
     ]
     scores = {**{f"{name} (baseline)": compute_rouge(made, references) for name, made in trivial.items()}, **scores}
-    say(f"\n{score_table(scores)}\n\n{sample_text(samples)}")
+    say(f"\n{score_table(scores, scored)}\n\n{sample_text(samples)}")
 
     # Save. Trainer writes on the first process only, and shards where the model is sharded.
     trainer.save_model()
@@ -340,6 +341,7 @@ def main() -> None:
         "cache_seconds": cache_seconds,
         "train_rows": len(rows["train"]),
         "test_rows": len(test_reviews),
+        "scored_split": scored,
         "trainable_parameters": trainable,
         "total_parameters": report.total_parameters,
         "precision": args.chosen_precision.name,
@@ -531,6 +533,9 @@ def build_cache(model_args: ModelArguments, args: RunArguments, model, trainer: 
     steps = math.ceil(args.num_train_epochs * batches)
     if args.max_steps > 0:
         steps = args.max_steps * args.gradient_accumulation_steps
+    if model_args.cache_prefix == "auto" and steps <= batches and not has_caches(model_args.prefix_cache_dir):
+        say("note: no prefix cache: each row is trained on once, so that computing its states beforehand saves nothing")
+        return None, None, 0.0
     saving = None
     try:
         prepared = PrefixCache.prepare(model, rows, trainer.data_collator, **places)
@@ -560,6 +565,11 @@ def build_cache(model_args: ModelArguments, args: RunArguments, model, trainer: 
         say(f"{cache.release_prefix() / 1e6:,.0f} MB of frozen weights are away while training runs from the cache")
     trainer.data_collator = cache.collator
     return cache, saving, time.perf_counter() - started
+
+
+def has_caches(folder: str | None) -> bool:
+    """Whether a prefix cache of an earlier run may be found, perhaps with the rows of this one."""
+    return any(Path(folder or cache_folder() / "prefix").glob(f"*/{MANIFEST}"))
 
 
 def mean_lengths(dataset, prompt) -> dict[str, int]:

@@ -15,9 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
-from hf_freeze import FreezeError, FreezePlan, PrefixCache, freeze, read_anatomy, supervised_logits_only, thaw
+from hf_freeze import FreezeError, FreezePlan, PrefixCache, forecast, freeze, read_anatomy, supervised_logits_only, thaw
 from hf_freeze.advice import Advice, advise
 from hf_freeze.advice.choice import Comparison, depth_of, longer_run_rate, plan_warnings
 from hf_freeze.advice.probe import Probe, Trial
@@ -117,6 +125,20 @@ def test_probes_from_the_cache_end_as_probes_without_it(taught, monkeypatch):
     for one, other in zip(cached.probes, plain.probes, strict=True):
         assert one.validation_loss == pytest.approx(other.validation_loss, rel=1e-4)  # AdamW makes much of rounding
         assert one.train_loss == pytest.approx(other.train_loss, rel=1e-4)
+        assert one.memory_bytes < other.memory_bytes, "the forecast is of the mode that the run will have"
+        assert one.share_of_full < other.share_of_full
+
+
+def test_an_image_counts_by_its_patches():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    model = ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, num_labels=2, **sizes))
+    torch.manual_seed(0)
+    rows = [{"pixel_values": torch.randn(3, 16, 16), "labels": row % 2} for row in range(24)]
+    advice = advise(model, rows, depths=[3, 1], steps=2, batch_size=4, progress=False)
+    for probe in advice.probes:
+        named = {"batch_size": 4, "target_tokens": 1, "rows": 16, "dtype": "float32"}
+        expected = forecast(model, probe.plan, source_tokens=16, **named).modes["cached"]  # and [CLS] as target
+        assert (probe.memory_bytes, probe.share_of_full) == (expected.memory_bytes, expected.share_of_full)
 
 
 def refuse(*given: Any, **named: Any) -> None:

@@ -104,6 +104,7 @@ def test_help_names_every_command_and_each_command_has_examples(ran: Callable[..
         (["summarize", "m"], "the following arguments are required: reviews, -o/--output"),
         (["summarize", "m", "r.csv", "-o", "o.csv", "--batch_size", "x"], "invalid int value: 'x'"),
         (["cache", "drop"], "invalid choice: 'drop'"),
+        (["cache"], "the following arguments are required: list|clear"),
         (["doctor", "now"], "now is not known"),
     ],
 )  # fmt: skip
@@ -167,8 +168,8 @@ def test_summarize_writes_what_the_model_generates_beside_every_column(
 ) -> None:
     done = ran("summarize", folder / "bart", folder / "in.csv", "-o", tmp_path / "out.csv", *SMALL)
     assert done.code == 0, done.err
-    assert "10 summaries in" in done.out
-    assert "3 without a summary" in done.out
+    assert "7 summaries in" in done.out
+    assert "3 more without a summary" in done.out
     with (tmp_path / "out.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [{name: row[name] for name in ROWS[0]} for row in rows] == ROWS
@@ -205,6 +206,10 @@ def test_summarize_takes_adapters_by_their_base(folder: Path, tmp_path: Path, ra
     prompt, _ = load_prompt(tiny_tokenizer("llama"), base.config, tmp_path / "adapters")
     options: dict[str, Any] = {"prompt": prompt, "max_new_tokens": 4, "progress": False}
     assert summaries == generate_summaries(model, tiny_tokenizer("llama"), reviews, **options)
+
+    alone = ran("inspect", tmp_path / "adapters")
+    assert alone.code == 1
+    assert f"it holds adapters only. Give the base that they are for: {folder / 'llama'}." in alone.err
 
     config = tmp_path / "adapters" / "adapter_config.json"
     config.write_text(config.read_text().replace(str(folder / "llama"), str(tmp_path / "gone" / "base")))
@@ -336,7 +341,7 @@ def test_two_processes_write_the_rows_of_one(folder: Path, tmp_path: Path) -> No
         env=environment(), cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("10 summaries in") == 1
+    assert done.stdout.count("7 summaries in") == 1
     assert main([*words, "-o", str(tmp_path / "one.csv"), *SMALL, "--batch_size", "1"]) == 0
     assert (tmp_path / "two.csv").read_text() == (tmp_path / "one.csv").read_text()
     broken = [*launch, *words[:2], str(tmp_path / "broken.csv"), "-o", str(tmp_path / "three.csv"), *SMALL]
@@ -526,6 +531,8 @@ def test_caches_are_listed_with_rows_and_size_and_cleared(tmp_path: Path, ran: C
     assert {each["model"] == "damaged" for each in values["caches"]} == {True, False}
     whole = next(each for each in values["caches"] if each["model"] != "damaged")
     assert whole["rows"] == 2
+    assert whole["model"] == "LlamaForCausalLM"
+    assert "LlamaForCausalLM" in listed.out
     assert values["bytes"] == sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     cleared = ran("cache", "clear", "--cache_dir", place, "--json").values
     assert cleared["removed"] + cleared["kept"] == 2

@@ -98,7 +98,6 @@ def test_adapters_and_deltas_are_put_on_their_base(inspect_layers: Callable[...,
     freeze(model, FreezePlan(decoder_blocks=3))
     model.model.layers[3].mlp.up_proj.weight.data.mul_(1.5)
     save_delta(model, tmp_path / "delta")
-    tiny_tokenizer("llama").save_pretrained(tmp_path / "delta")
     given = ["--compare_to", str(base), "--output_dir", str(tmp_path / "of_delta")]
     inspect_layers("--model_name_or_path", str(tmp_path / "delta"), *given, *SMALL)
     drift = json.loads((tmp_path / "of_delta" / "drift.json").read_text())
@@ -123,9 +122,10 @@ def test_what_a_model_has_not_is_declined_on_the_page(
     [
         (["--max_texts=0"], "--max_texts 0 was asked for; use 1 or more"),
         (["--text_file", "missing.csv"], "missing.csv"),
-        (["--model_name_or_path", "/no/such/model"], "The model /no/such/model was asked for; it is none"),
-        (["--compare_to", "/no/such/model"], "The model /no/such/model was asked for; it is none"),
+        (["--model_name_or_path", "/no/such/model"], "/no/such/model was given as model; there is no such folder"),
+        (["--compare_to", "/no/such/model"], "/no/such/model was given as model; there is no such folder"),
         (["--attention_block=4"], "--attention_block 4 was asked for; the decoder has the blocks 0 to 3"),
+        (["--max_tokens=3"], "--max_tokens 3 was asked for, as max_source_tokens. No room: the text around a review"),
         (["--max_tokens=0"], "max_tokens=0; it is a whole number, 1 or more"),
     ],
 )

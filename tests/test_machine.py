@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from hf_freeze.machine import Hardware, _cpu_watts, _gpu_watts, library_versions, read_hardware
+from hf_freeze.machine import Hardware, _cpu_watts, _gpu_watts, library_versions, read_hardware, reset_peak
 
 
 def zone(powercap: Path, name: str, kind: str, microwatts: str | None) -> None:
@@ -74,3 +75,12 @@ def test_a_power_that_nobody_knows_gives_no_energy() -> None:
 def test_only_libraries_that_are_installed_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_freeze.machine.LIBRARIES", ("torch", "no-such-library"))
     assert list(library_versions()) == ["python", "hf_freeze", "torch"]
+
+
+def test_a_peak_that_cannot_be_reset_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("hf_freeze.machine.sys.platform", "linux")
+    monkeypatch.setattr("hf_freeze.machine.CLEAR_REFS", tmp_path / "clear_refs")
+    assert reset_peak(torch.device("cpu")) is True
+    assert (tmp_path / "clear_refs").read_text() == "5"
+    monkeypatch.setattr("hf_freeze.machine.CLEAR_REFS", tmp_path / "not" / "there")
+    assert reset_peak(torch.device("cpu")) is False

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -40,16 +42,34 @@ def results(folder: Path) -> dict:
     return json.loads((folder / "all_results.json").read_text())
 
 
-@pytest.mark.parametrize("grouped", [{}, {"group_by": "product"}])
-def test_validation_rows_that_are_scored_are_never_called_test_rows(
-    grouped: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The recipe as a module."""
     spec = importlib.util.spec_from_file_location("summarize_reviews", RECIPE)
     assert spec is not None
     assert spec.loader is not None
-    recipe = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "summarize_reviews", recipe)  # its dataclasses look themselves up there
-    spec.loader.exec_module(recipe)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "summarize_reviews", module)  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_one_epoch_is_not_probed_for_a_cache_unless_one_may_be_found(recipe: Any, tmp_path: Path) -> None:
+    asked = recipe.ModelArguments(prefix_cache_dir=str(tmp_path))
+    args = recipe.RunArguments(output_dir=str(tmp_path / "out"), num_train_epochs=1, precision="fp32")
+    encoded, said = {"train": SimpleNamespace(dataset=range(9))}, []
+    assert recipe.build_cache(asked, args, None, None, encoded, said.append) == (None, None, 0.0)
+    assert "each row is trained on once" in said[0]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / recipe.MANIFEST).write_text("{}")
+    with pytest.raises(AttributeError):  # it goes on to the model, and there is none here
+        recipe.build_cache(asked, args, None, None, encoded, said.append)
+
+
+@pytest.mark.parametrize("grouped", [{}, {"group_by": "product"}])
+def test_validation_rows_that_are_scored_are_never_called_test_rows(
+    grouped: dict[str, str], tmp_path: Path, recipe: Any
+) -> None:
     rows = "".join(f"p{n},Review {n} is long.,Summary {n}.\n" for n in range(12))
     (tmp_path / "train.csv").write_text(f"product,review,summary\n{rows}")
     (tmp_path / "test.csv").write_text("product,review,summary\nq,Another review.,Another.\n")

@@ -55,7 +55,7 @@ def test_the_table_of_scores_shows_intervals_where_there_are_any() -> None:
     table = score_table({"before": RougeScores(15.0, 15.0, 15.0, 15.0, 2, values, *ends), "after": plain})
     assert table.columns == ("summaries", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum")
     assert table.rows == (("before", *["15.0 [12.2, 18.8]"] * 4), ("after", *["15.0"] * 4))
-    assert table.lines == ("F1 x 100 on 2 test reviews, 95% bootstrap intervals in brackets, stemmed.",)
+    assert table.lines == ("F1 x 100 on 2 test rows, 95% bootstrap intervals in brackets, stemmed.",)
 
 
 def test_samples_are_spread_evenly_and_an_empty_summary_keeps_its_line() -> None:

@@ -456,6 +456,25 @@ def test_a_write_that_takes_only_a_part_is_gone_on_with(tmp_path: Path) -> None:
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
+def test_nobody_else_may_begin_before_the_file_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, refused = os.replace, []
+
+    def look(source: Path, target: Path) -> None:
+        if target == tmp_path / "out.csv":
+            with pytest.raises(FreezeError, match="Another process is writing") as caught, ResumableFile(target):
+                pass
+            refused.append(caught.value)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", look)
+    with ResumableFile(tmp_path / "out.csv") as file:
+        file.begin({}, {})
+        file.append("row\n", [], {})
+        file.finish()
+    assert len(refused) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+
+
 def test_the_facts_of_an_unfinished_run_can_be_asked_for(tmp_path: Path) -> None:
     output = half(tmp_path)
     assert facts_before(output)["model"] == "a"

@@ -213,9 +213,37 @@ def test_activation_checkpointing_trains_the_same_on_a_partly_frozen_model(kind:
 
 
 def test_the_loss_table_gives_each_epoch_a_row() -> None:
-    log = [{"loss": 2.0, "epoch": 1.0}, {"eval_loss": 1.5, "epoch": 1.0}, {"eval_loss": 1.4, "epoch": 2.0}]
+    log = [{"loss": 2.0, "epoch": 1.0, "step": 9}, {"eval_loss": 1.5, "epoch": 1.0}, {"eval_loss": 1.4, "epoch": 2.0}]
     rows = loss_table(log).rows
     assert rows == (("1", "2.000", "1.500"), ("2", "", "1.400"))
+
+
+def test_each_epoch_has_a_training_loss_however_few_its_steps(tmp_path: Path) -> None:
+    losses = {}
+    for logging_steps in (10, 1):
+        trainer = epochs_trainer(tmp_path, logging_steps=logging_steps, num_train_epochs=2.0)
+        trainer.train()
+        losses[logging_steps] = loss_table(trainer.state.log_history).rows
+    assert losses[10] == losses[1]
+    assert all(training for _, training, _ in losses[10])
+
+
+def test_a_run_that_is_all_warm_up_says_that_it_learns_nothing(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="A run of 1 steps is all warm-up"):
+        epochs_trainer(tmp_path, max_steps=1, warmup_steps=0.05).train()
+
+
+def epochs_trainer(folder: Path, **given: Any) -> SummaryTrainer:
+    """Four steps an epoch, each epoch evaluated."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer("llama")
+    freeze(model, FreezePlan(decoder_blocks=2))
+    args = SummaryTrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=2, precision="fp32", save_strategy="no", disable_tqdm=True,
+        **given,
+    )  # fmt: skip
+    rows = ragged_rows("llama")
+    collator = SummaryCollator(tokenizer, model)
+    return SummaryTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=collator)
 
 
 if __name__ == "__main__":

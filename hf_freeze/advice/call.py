@@ -143,12 +143,14 @@ def advise(
         bar = tqdm(desc="advice", disable=not progress, bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
         probe = Probe(core, anatomy, rows, data_collator, plans, batch_size, precision, blocks, bar, notes)
         with bar:
-            probe.check_loss()
-            costs = {depth: _forecast(probe, depth) for depth in plans}
+            places = probe.check_loss()
+            costs = {depth: _forecast(probe, depth, places) for depth in plans}
             considered = {depth: _unprobed(plans[depth], depth, costs[depth]) for depth in plans}
             able, limit = _affordable(considered, memory_bytes, core)
             gradients = _gradients(probe) if _full_memory(costs) <= limit else None
             comparison = _search(probe, able, considered, learning_rates, Path(cache_dir or folder), progress)
+            if not probe.cached:  # what was declined to the probe will be to the run
+                considered = {depth: _unprobed(plans[depth], depth, costs[depth], cached=False) for depth in plans}
     if gradients is not None:
         considered = {
             depth: replace(each, gradient_share=block_share(gradients, anatomy, plans[depth]))
@@ -281,10 +283,11 @@ def _plans(
     return {depth: plan_at_depth(anatomy, depth, base) for depth in sorted(wanted, reverse=True)}
 
 
-def _forecast(probe: Probe, depth: int) -> Forecast:
-    """The cost of a run at a depth, with the longest row of the probe as every row."""
+def _forecast(probe: Probe, depth: int, places: int) -> Forecast:
+    """The cost of a run at a depth, with the longest row of the probe as every row, or of so many places an image."""
     core, rows = probe.core, probe.rows
-    tokens, labels = max(row.tokens for row in rows.every), max(row.labels for row in rows.every)
+    tokens = max(row.tokens or places for row in rows.every)
+    labels = max(row.labels for row in rows.every)
     two_stacks = len(probe.anatomy.stacks) == 2
     half = probe.precision == "bf16" or next(core.parameters()).dtype in (torch.bfloat16, torch.float16)
     return forecast(
@@ -299,8 +302,8 @@ def _forecast(probe: Probe, depth: int) -> Forecast:
     )
 
 
-def _unprobed(plan: FreezePlan, depth: int, costs: Forecast) -> DepthProbe:
-    mode = costs.modes["frozen" if costs.why_no_cut else "cached"]
+def _unprobed(plan: FreezePlan, depth: int, costs: Forecast, *, cached: bool = True) -> DepthProbe:
+    mode = costs.modes["cached" if cached and not costs.why_no_cut else "frozen"]
     return DepthProbe(depth, plan, mode.trainable_parameters, mode.memory_bytes, mode.share_of_full)
 
 

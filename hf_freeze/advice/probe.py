@@ -237,13 +237,33 @@ class Probe:
         loss: torch.Tensor = self.core(**inputs)["loss"]
         return loss
 
-    def check_loss(self) -> None:
-        """Refuses a model without a loss, and one whose loss is not finite before anything was trained."""
+    @property
+    def cached(self) -> bool:
+        """Whether states come from the cache; False before `ready` and where it was declined."""
+        return self._prepared is not None
+
+    def check_loss(self) -> int:
+        """Runs a row; refuses a model without a loss, and one whose loss is not finite before anything was trained.
+
+        Returns:
+            The places that its first block saw: of an image, its patches. 1 where they are not in a row.
+        """
         name = type(self.core).__name__
         row = self.rows.train[0]
         self.core.eval()
-        with torch.no_grad(), autocast(self.precision, self.device):
-            output = self.core(**move(row.batch, self.device))
+        places = [1]
+
+        def look(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            states = next(iter([*given, named.get("hidden_states")]), None)
+            if isinstance(states, torch.Tensor) and states.dim() == 3:  # [rows, places, width]
+                places.append(states.shape[1])
+
+        handle = self.anatomy.stacks[0].blocks[0].modules[0].register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            with torch.no_grad(), autocast(self.precision, self.device):
+                output = self.core(**move(row.batch, self.device))
+        finally:
+            handle.remove()
         loss = output.get("loss") if isinstance(output, Mapping) else None
         if not isinstance(loss, torch.Tensor):
             raise FreezeError(
@@ -255,6 +275,7 @@ class Probe:
                 f"advise was asked for a {name} whose loss is {loss.item()} on a row of {row.tokens} tokens before any "
                 "training. A model in fp16 may overflow: load it in fp32 or bf16; else look for broken weights."
             )
+        return places[-1]
 
 
 @contextmanager

@@ -32,7 +32,10 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One row: as the dataset gives it, as a batch of its own, its tokens and the labels that a loss looks at."""
+    """One row: as the dataset gives it, as a batch of its own, its tokens and the labels that a loss looks at.
+
+    Of an input that has no tokens, such as an image, `tokens` is 0.
+    """
 
     feature: Any = field(repr=False)
     batch: Batch = field(repr=False)
@@ -158,7 +161,7 @@ def _read_row(core: Any, dataset: Any, place: int, collator: Collator) -> Row:
     by_token = isinstance(labels, torch.Tensor) and labels.dim() == 2 and not labels.is_floating_point()
     if by_token:
         _check_ids(core, labels[labels != IGNORED_LABEL], "labels")
-    tokens = int(mask.sum()) if isinstance(mask, torch.Tensor) else ids.numel() if isinstance(ids, torch.Tensor) else 1
+    tokens = int(mask.sum()) if isinstance(mask, torch.Tensor) else ids.numel() if isinstance(ids, torch.Tensor) else 0
     limit = _position_limit(core)
     if limit and tokens > limit:
         raise FreezeError(

@@ -24,7 +24,8 @@ Lists or clears caches of frozen prefixes. They can always be built again. A cac
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
-    parser.add_argument("action", choices=("list", "clear"), help="list: nothing is changed; clear: remove them")
+    what = "list: nothing is changed; clear: remove them"
+    parser.add_argument("action", choices=("list", "clear"), metavar="list|clear", help=what)
     parser.add_argument("--cache_dir", help="the folder of the caches; ~/.cache/hf_freeze/prefix by default")
 
 
@@ -52,14 +53,14 @@ def _listed(folder: Path) -> Told:
             Path(cache["folder"]).name,
             count_text(cache["bytes"], "B"),
             "?" if cache["rows"] is None else f"{cache['rows']:,}",
-            cache["model"],
+            Path(cache["model"]).name if Path(cache["model"]).is_absolute() else cache["model"],
             cache["cuts"],
             cache["last_used"].replace("T", " ")[:16],
         )
         for cache in caches
     )
     total = sum(cache["bytes"] for cache in caches)
-    line = f"{len(caches)} caches, {count_text(total, 'B')}. Times are UTC."
+    line = f"{len(caches)} cache{'s' * (len(caches) != 1)}, {count_text(total, 'B')}. Times are UTC."
     table = Table(f"Prefix caches in {folder}", ("folder", "size", "rows", "model", "cuts", "last used"), rows, (line,))
     text = str(table) if caches else f"No prefix caches in {folder}."
     return Told(text, {"cache_dir": str(folder), "bytes": total, "caches": caches})
@@ -80,9 +81,11 @@ def _describe(manifest: Path) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in place.iterdir() if path.is_file())
     told: dict[str, Any] = {"folder": str(place), "bytes": size, "rows": None, "last_used": used}
     try:
-        key = json.loads(manifest.read_text(encoding="utf-8"))["key"]
-        # A store knows its model by the digest of the frozen weights, whatever folder they came from.
-        told |= {"model": f"weights {key['weights'][:8]}", "precision": key["precision"], "key": key}
+        values = json.loads(manifest.read_text(encoding="utf-8"))
+        key = values["key"]
+        # A store knows its model by the digest of the frozen weights; the name is of the one that built it.
+        name = values.get("model") or f"weights {key['weights'][:8]}"
+        told |= {"model": name, "precision": key["precision"], "key": key}
         told["cuts"] = ", ".join(f"{stack} {blocks}" for stack, blocks in key["cuts"])
         told["rows"] = sum(_rows(shard) for shard in place.glob(SHARDS))
     except (ValueError, KeyError, TypeError, OSError) as error:

@@ -58,9 +58,9 @@ def run(args: argparse.Namespace, say: Say) -> Told:
         FreezeError: It is no model, its blocks cannot be told, or the plan does not fit it.
     """
     from hf_freeze.anatomy import read_anatomy
-    from hf_freeze.cli.models import source_of
     from hf_freeze.forecast import forecast
     from hf_freeze.freezing import freeze
+    from hf_freeze.loading import source_of
     from hf_freeze.report import anatomy_table
 
     source = source_of(args.model)
@@ -101,7 +101,7 @@ def _plan(args: argparse.Namespace, source: str) -> tuple[Any, str]:
 
 def _load(source: str, config_only: bool) -> tuple[Any, str]:
     """The model and how it was read: with its weights, or from its config on the meta device."""
-    from hf_freeze.cli.models import load_config, load_model, model_from_config
+    from hf_freeze.loading import load_config, load_model, model_from_config
 
     why = "as asked" if config_only else "since no weights lie with it"
     if not config_only and _has_weights(source):

@@ -37,8 +37,8 @@ def run(args: argparse.Namespace, say: Say) -> Told:
     Raises:
         FreezeError: The delta or its base is missing or damaged, the folder is taken, or the check failed.
     """
-    from hf_freeze.cli.models import load_with_delta
     from hf_freeze.delta import merge_delta
+    from hf_freeze.loading import load_with_delta
 
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -66,7 +66,7 @@ def _check(output: Path, model: Any, base: str) -> int:
     """
     import torch
 
-    from hf_freeze.cli.models import load_config, model_from_config
+    from hf_freeze.loading import load_config, model_from_config
 
     written, told = type(model).from_pretrained(output, dtype=model.dtype, output_loading_info=True)
     wrong = [
@@ -99,7 +99,7 @@ def _check(output: Path, model: Any, base: str) -> int:
 
 def _copy_beside(delta: str, base: str, output: Path, say: Say) -> list[str]:
     """Puts the tokenizer and the prompt there; says what could not be had."""
-    from hf_freeze.cli.models import load_tokenizer
+    from hf_freeze.loading import load_tokenizer
     from hf_freeze.summarization.results import PROMPT_FILE
 
     beside = []

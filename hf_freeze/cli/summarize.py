@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, say: Say) -> Told:
     _check_numbers(args)
     import torch
 
-    from hf_freeze.cli.models import load_generator, source_of
+    from hf_freeze.loading import load_generator, source_of
     from hf_freeze.precision import choose_precision
     from hf_freeze.summarization.streaming import WINDOW_ROWS, check_places, summarize_file
 

@@ -188,7 +188,7 @@ def _model(name: str) -> tuple[Callable[[], Any], Any]:
     """A function that loads the model anew at each call, and the tokenizer."""
     import torch
 
-    from hf_freeze.cli.models import load_base, load_tokenizer, source_of
+    from hf_freeze.loading import load_base, load_tokenizer, source_of
 
     source = source_of(name)
     return lambda: load_base(source, torch.float32), load_tokenizer(source, None)

@@ -496,10 +496,17 @@ def _open_or_create(prepared: Prepared, prefix: Prefix, chief: bool, reasons: li
                 reasons.append(str(damage))
             if opened is not None:
                 opened.close()
-            store = Store.create(place, key, [leaf.spec() for leaf in prefix.leaves("stream").values()])
+            specs = [leaf.spec() for leaf in prefix.leaves("stream").values()]
+            store = Store.create(place, key, specs, _name(prepared.model))
         _save_tables(prepared.model, prefix, store, prepared.rows_of(prefix), prepared.collator)
     _barrier()
     return store if chief else Store.open(place, key)
+
+
+def _name(core: Any) -> str:
+    """What people call a model: where it was loaded from, else its class."""
+    source = str(getattr(getattr(core, "config", None), "_name_or_path", "") or "")
+    return source or type(core).__name__
 
 
 def _save_tables(

@@ -85,12 +85,16 @@ class Store:
     # -------------------------------------------------------------------------------------------------- make and open
 
     @classmethod
-    def create(cls, folder: Path, key: dict[str, Any], specs: Sequence[StreamSpec]) -> Store:
-        """A store with a new manifest. Whole shards that lie in its folder stay: others may be training from them."""
+    def create(cls, folder: Path, key: dict[str, Any], specs: Sequence[StreamSpec], model: str = "") -> Store:
+        """A store with a new manifest. Whole shards that lie in its folder stay: others may be training from them.
+
+        Args:
+            model: What people call the model; it decides nothing.
+        """
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / TABLES).unlink(missing_ok=True)
-            manifest = {"format": FORMAT, "key": key, "streams": [asdict(spec) for spec in specs]}
+            manifest = {"format": FORMAT, "key": key, "streams": [asdict(spec) for spec in specs], "model": model}
             manifest["checksum"] = _manifest_checksum(manifest)
             _write_whole(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
         except OSError as error:

@@ -119,7 +119,7 @@ def write_card(
     if picture := _loss_picture(place, log_history):
         parts.append(f"![Loss per token in training and validation]({picture.name})")
     parts += [
-        score_table(scores).to_markdown(),
+        score_table(scores, data.scored if data else "test").to_markdown(),
         f"ROUGE counts words that {trained.count:,} summaries share with their references; it does not tell whether a "
         "summary is true. Read some before you trust it.",
         "## Samples",

@@ -61,8 +61,13 @@ def new_output_folder(asked: str, *, resuming: bool = False) -> Path:
     return folder
 
 
-def score_table(scores: Mapping[str, RougeScores]) -> Table:
-    """ROUGE of several systems side by side, each with its bootstrap interval."""
+def score_table(scores: Mapping[str, RougeScores], split: str = "test") -> Table:
+    """ROUGE of several systems side by side, each with its bootstrap interval.
+
+    Args:
+        scores: By the name of what was scored.
+        split: Whose rows were scored.
+    """
     rows = []
     for name, score in scores.items():
         low, high = score.low or {}, score.high or {}
@@ -72,7 +77,7 @@ def score_table(scores: Mapping[str, RougeScores]) -> Table:
             cells.append(f"{getattr(score, metric):.1f}{interval}")
         rows.append((name, *cells))
     first = next(iter(scores.values()))
-    line = f"F1 x 100 on {first.count} test reviews, {first.confidence:.0%} bootstrap intervals in brackets, stemmed."
+    line = f"F1 x 100 on {first.count} {split} rows, {first.confidence:.0%} bootstrap intervals in brackets, stemmed."
     return Table("ROUGE", ("summaries", *METRICS.values()), tuple(rows), (line,))
 
 

@@ -230,10 +230,12 @@ class ResumableFile:
 
     def finish(self) -> None:
         """Gives the file its name. Killed at any moment, it is whole under one of its two names."""
-        self._file.close()
+        if sys.platform == "win32":  # which renames no open file
+            self._file.close()
         with self._worded():
             os.replace(self.path, self.output)
             self.side.unlink()
+        self._file.close()  # and with it the lock: nobody else may begin before the name is there
 
     @property
     def _anew(self) -> str:

@@ -261,7 +261,8 @@ def _rouge(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
     ]
     curves = [curve for curve in curves if curve.points]
     parts.append(line_chart("ROUGE on the validation rows", curves, x_label="step", y_label="validation F1 x 100"))
-    count = f" on {results['test_rows']:,} test reviews" if "test_rows" in results else ""
+    split = results.get("scored_split", "test")
+    count = f" on {results['test_rows']:,} {split} rows" if "test_rows" in results else ""
     table = html_table(("summaries", *(name for name, _ in groups)), rows)
     low = "; bootstrap intervals in brackets" if "test_rouge1_low" in results else ""
     words = f"<p class='small'>F1 x 100{count}, stemmed{low}. ROUGE does not tell whether a summary is true.</p>"

@@ -73,12 +73,13 @@ class FileReport:
 
     def __str__(self) -> str:
         done = self.rows - self.rows_before
-        what = "summaries" if self.lines == self.rows else f"groups from {self.rows:,} rows"
-        told = [f"{self.lines:,} {what} in {self.output}: {done / max(self.seconds, 1e-9):,.1f} rows a second"]
+        by_row = self.lines == self.rows
+        what = f"{self.lines - self.blank:,} summaries" if by_row else f"{self.lines:,} groups from {self.rows:,} rows"
+        told = [f"{what} in {self.output}: {done / max(self.seconds, 1e-9):,.1f} rows a second"]
         if self.rows_before:
             told.append(f"  went on after row {self.rows_before:,}")
         if self.blank:
-            told.append(f"  {self.blank:,} without a summary: there was no review")
+            told.append(f"  {self.blank:,} {'more ' * by_row}without a summary: there was no review")
         return "\n".join([*told, *(f"  note: {note}" for note in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:

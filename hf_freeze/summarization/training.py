@@ -11,17 +11,19 @@ that is not finite stops the run before the optimizer sees it.
 import inspect
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
 from hf_freeze.anatomy import unwrap
 from hf_freeze.checkpoints import DeltaCheckpoints
 from hf_freeze.errors import FreezeError
+from hf_freeze.machine import cpu_cores
 from hf_freeze.monitor import training_diverged
 from hf_freeze.precision import Precision, choose_precision
 from hf_freeze.report import Table
@@ -168,8 +170,7 @@ class SummaryTrainingArguments(Seq2SeqTrainingArguments):
         if self.use_cpu:
             # accelerate's launcher sets OMP_NUM_THREADS=1 where nobody asked, which leaves the other cores idle.
             neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(self.cpu_threads or max(1, cores // neighbours))
+            torch.set_num_threads(self.cpu_threads or max(1, cpu_cores() // neighbours))
         if self.fp16 or (self.bf16 and self.precision == "fp32"):
             raise FreezeError(
                 f"--precision {self.precision} was asked for with {'--fp16' if self.fp16 else '--bf16'}; it is "
@@ -209,22 +210,32 @@ def _check_world_size(launched: int, formed: int) -> None:
 
 
 def loss_table(log_history: Sequence[dict[str, Any]]) -> Table:
-    """Training and validation loss per epoch, from Trainer's log: the mean of what was logged in that epoch.
+    """Training and validation loss per epoch, from Trainer's log: the mean over the steps of that epoch.
 
-    >>> print(loss_table([{"loss": 3.0, "epoch": 0.5}, {"loss": 2.0, "epoch": 1.0}, {"eval_loss": 2.2, "epoch": 1.0}])
-    ...     .to_dict()["rows"])
-    [{'epoch': '1', 'training loss': '2.500', 'validation loss': '2.200'}]
+    >>> log = [{"loss": 3.0, "step": 10}, {"loss": 1.0, "step": 15}, {"eval_loss": 2.2, "epoch": 1.0, "step": 15}]
+    >>> print(loss_table(log).to_dict()["rows"])
+    [{'epoch': '1', 'training loss': '2.333', 'validation loss': '2.200'}]
     """
     rows = []
-    seen = 0
-    for place, entry in enumerate(log_history):
-        if "eval_loss" not in entry:
-            continue
-        losses = [float(e["loss"]) for e in log_history[seen:place] if "loss" in e]
-        training = f"{sum(losses) / len(losses):.3f}" if losses else ""
-        rows.append((f"{entry['epoch']:.3g}", training, f"{entry['eval_loss']:.3f}"))
-        seen = place
+    total, steps, last = 0.0, 0, 0
+    for entry in log_history:
+        if "loss" in entry:  # the mean of the steps since the entry before
+            total += float(entry["loss"]) * (entry["step"] - last)
+            steps += entry["step"] - last
+            last = entry["step"]
+        if "eval_loss" in entry:
+            training = f"{total / steps:.3f}" if steps else ""
+            rows.append((f"{entry['epoch']:.3g}", training, f"{entry['eval_loss']:.3f}"))
+            total, steps = 0.0, 0
     return Table("Loss per token", ("epoch", "training loss", "validation loss"), tuple(rows))
+
+
+class _LogEachEpoch(TrainerCallback):
+    """Logs the training loss at the end of an epoch too, so that it stands beside that epoch's validation loss."""
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        control.should_log = args.logging_strategy != "no"
+        return control
 
 
 class SummaryTrainer(DeltaCheckpoints, Seq2SeqTrainer):
@@ -250,6 +261,7 @@ class SummaryTrainer(DeltaCheckpoints, Seq2SeqTrainer):
             ),
         )
         super().__init__(model=model, **arguments)
+        self.add_callback(_LogEachEpoch())
         self.supervised_logits, self.supervised_logits_reason = False, "--supervised_logits false"
         if getattr(args, "supervised_logits", True):
             self.supervised_logits, self.supervised_logits_reason = can_keep_supervised_logits(model)
@@ -272,6 +284,15 @@ class SummaryTrainer(DeltaCheckpoints, Seq2SeqTrainer):
         # A head alone leaves the group without weight decay empty, which DeepSpeed ZeRO-3 does not survive.
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
+            warnings.warn(
+                f"A run of {num_training_steps} steps is all warm-up (--warmup_steps {self.args.warmup_steps}): its "
+                "learning rate starts at 0 and never reaches --learning_rate. Use --warmup_steps 0, or more steps.",
+                stacklevel=2,
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows = self.train_dataset if train_dataset is None else train_dataset

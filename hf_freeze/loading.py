@@ -60,8 +60,14 @@ def load_config(source: str) -> Any:
     """The config of a model.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: it cannot be loaded, or holds adapters alone.
     """
+    adapter, config = (Path(source) / name for name in (ADAPTER_FILE, "config.json"))
+    if adapter.exists() and not config.exists():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ModelError(
+            f"{source} was given as model; it holds adapters only. Give the base that they are for: {base}."
+        )
     with _worded(source):
         return AutoConfig.from_pretrained(source)
 
