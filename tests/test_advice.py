@@ -137,7 +137,7 @@ def test_an_image_counts_by_its_patches():
     advice = advise(model, rows, depths=[3, 1], steps=2, batch_size=4, progress=False)
     for probe in advice.probes:
         named = {"batch_size": 4, "target_tokens": 1, "rows": 16, "dtype": "float32"}
-        expected = forecast(model, probe.plan, source_tokens=16, **named).modes["cached"]  # and [CLS] as target
+        expected = forecast(model, probe.plan, source_tokens=16 + 1, **named).modes["cached"]  # patches and [CLS]
         assert (probe.memory_bytes, probe.share_of_full) == (expected.memory_bytes, expected.share_of_full)
 
 

@@ -288,13 +288,13 @@ def _forecast(probe: Probe, depth: int, places: int) -> Forecast:
     core, rows = probe.core, probe.rows
     tokens = max(row.tokens or places for row in rows.every)
     labels = max(row.labels for row in rows.every)
-    two_stacks = len(probe.anatomy.stacks) == 2
+    reads_labels = [stack.name for stack in probe.anatomy.stacks] == ["decoder"]  # they are among its tokens
     half = probe.precision == "bf16" or next(core.parameters()).dtype in (torch.bfloat16, torch.float16)
     return forecast(
         core,
         probe.plans[depth],
         batch_size=probe.batch_size,
-        source_tokens=max(1, tokens if two_stacks else tokens - labels),
+        source_tokens=max(1, tokens - labels if reads_labels else tokens),
         target_tokens=max(1, labels),
         rows=rows.total,
         dtype="bfloat16" if half else "float32",
