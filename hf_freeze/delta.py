@@ -40,6 +40,7 @@ from hf_freeze.freezing import (
     whole_tensor,
 )
 from hf_freeze.plan import PLAN_FILE
+from hf_freeze.processes import rank_and_world
 
 __all__ = ["DeltaReport", "is_delta", "load_delta", "merge_delta", "save_delta"]
 
@@ -152,8 +153,8 @@ def save_delta(
     record, frozen, saved = _split(root)
     config: Any = getattr(root, "config", None)
     target = Path(folder)
-    several = dist.is_available() and dist.is_initialized()
-    first = not several or dist.get_rank() == 0
+    rank, world = rank_and_world()
+    first = rank == 0
     tensors = {}
     for name, tensor in saved.items():
         whole = whole_tensor(tensor).cpu().contiguous()  # every process takes part in gathering a shard
@@ -176,7 +177,7 @@ def save_delta(
                 _push(target, hub)
         except Exception as error:  # the other processes wait to be told
             failure = error
-    if several:
+    if world > 1:
         told = [str(failure) if failure else None]
         dist.broadcast_object_list(told)
         failure = failure or (FreezeError(told[0]) if told[0] else None)

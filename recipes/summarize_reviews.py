@@ -17,7 +17,6 @@ It reads the model's anatomy, freezes, says what that saves, trains with Trainer
 move, and writes model, scores, predictions, a model card and report.html, a page about the run, into --output_dir.
 """
 
-import gc
 import math
 import sys
 import time
@@ -56,6 +55,7 @@ from hf_freeze import (
 from hf_freeze.embedded import EMBEDDED_NAME, cache_folder, embedded_model
 from hf_freeze.machine import peak_bytes, read_hardware
 from hf_freeze.prefix.store import MANIFEST
+from hf_freeze.processes import leave_group
 from hf_freeze.summarization import (
     DataFacts,
     SummaryCollator,
@@ -537,6 +537,7 @@ def build_cache(model_args: ModelArguments, args: RunArguments, model, trainer: 
         say("note: no prefix cache: each row is trained on once, so that computing its states beforehand saves nothing")
         return None, None, 0.0
     saving = None
+    say("\nWhether the frozen part can be computed once, to the same bits, is tried on some rows ...")
     try:
         prepared = PrefixCache.prepare(model, rows, trainer.data_collator, **places)
         saving = prepared.predict(
@@ -578,14 +579,6 @@ def mean_lengths(dataset, prompt) -> dict[str, int]:
     labelled = sum(sum(label != -100 for label in labels) for labels in dataset["labels"]) / len(dataset)
     source = total if prompt.is_encoder_decoder else total - labelled
     return {"source_tokens": round(source), "target_tokens": round(labelled)}
-
-
-def leave_group() -> None:
-    """Ends the group of processes; what holds it goes first, or its threads may outlive the interpreter and abort."""
-    if torch.distributed.is_initialized():
-        gc.collect()
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

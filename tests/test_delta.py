@@ -28,7 +28,7 @@ from hf_freeze.delta import DELTA_FILE, FILES, STAGING, WEIGHTS_FILE, is_delta, 
 from hf_freeze.embedded import EMBEDDED_NAME
 from hf_freeze.errors import DeltaMismatch, FreezeError, ModelError
 from hf_freeze.freezing import RELEASED
-from tests.gloo import leave_group
+from hf_freeze.processes import leave_group
 from tests.tiny import tiny_model
 
 KINDS = ["llama", "gpt2", "bart", "t5"]

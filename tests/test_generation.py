@@ -551,7 +551,7 @@ def test_processes_together_give_what_one_gives(monkeypatch, world_size):
     shares: dict[int, Any] = {}
 
     def run(rank: int, gather: Any) -> list[str]:
-        monkeypatch.setattr(generation, "_rank_and_world_size", lambda: (rank, world_size))
+        monkeypatch.setattr(generation, "rank_and_world", lambda: (rank, world_size))
         monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
         return generate_summaries(model, tokenizer, reviews, max_new_tokens=4, progress=False)
 
@@ -574,7 +574,7 @@ def test_processes_together_give_what_one_gives(monkeypatch, world_size):
 def test_a_process_may_work_alone(monkeypatch):
     model, tokenizer = llama(), chat_tokenizer()
     expected = generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=4, progress=False)
-    monkeypatch.setattr(generation, "_rank_and_world_size", lambda: (1, 2))
+    monkeypatch.setattr(generation, "rank_and_world", lambda: (1, 2))
     alone = generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=4, progress=False, split=False)
     assert alone == expected
 
@@ -583,7 +583,7 @@ def test_a_sharded_model_runs_everything_in_every_process(monkeypatch):
     model, tokenizer = llama(), chat_tokenizer()
     expected = generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=4, progress=False)
     model.lm_head.weight.ds_id = 0
-    monkeypatch.setattr(generation, "_rank_and_world_size", lambda: (1, 2))
+    monkeypatch.setattr(generation, "rank_and_world", lambda: (1, 2))
     assert generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=4, progress=False) == expected
 
 
@@ -596,7 +596,7 @@ def test_the_progress_bar_counts_reviews_and_can_be_silent(capsys, monkeypatch):
     assert "5/5" in capsys.readouterr().err
     generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=2, progress=False)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(generation, "_rank_and_world_size", lambda: (1, 2))
+    monkeypatch.setattr(generation, "rank_and_world", lambda: (1, 2))
     monkeypatch.setattr(generation, "_gathered", lambda done, world_size: done)
     generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=2)
     assert capsys.readouterr().err == "", "only the first process shows a bar"

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from hf_freeze import FreezeError, FreezePlan, freeze
 from hf_freeze.errors import TrainingDiverged
+from hf_freeze.processes import leave_group
 from hf_freeze.summarization import SummaryCollator, SummaryTrainer, SummaryTrainingArguments, TokenLoss, loss_table
 from hf_freeze.summarization.training import LengthSampler, _check_world_size
-from tests.gloo import leave_group
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from hf_freeze import PrefixCache, read_anatomy
-from tests.gloo import leave_group
+from hf_freeze.processes import leave_group
 from tests.prefix_cases import collator_for, frozen_model, review_rows, trainer_losses
 
 

@@ -36,6 +36,7 @@ from hf_freeze.freezing import freeze_record
 from hf_freeze.plan import FreezePlan, plan_at_depth
 from hf_freeze.prefix.build import move
 from hf_freeze.prefix.replay import autocast
+from hf_freeze.processes import rank_and_world
 from hf_freeze.report import count_text
 
 __all__ = ["advise"]
@@ -228,10 +229,9 @@ def _check_settings(
 def _refuse_model(core: Any) -> None:
     """What cannot be probed, or would not be the same afterwards."""
     name = type(core).__name__
-    dist = torch.distributed
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if (world := rank_and_world()[1]) > 1:
         raise FreezeError(
-            f"advise was asked for in a group of {dist.get_world_size()} processes; it probes in one. Call it before "
+            f"advise was asked for in a group of {world} processes; it probes in one. Call it before "
             "the launch, and give its plan to the run."
         )
     if freeze_record(core) is not None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -67,6 +65,7 @@ def run(args: argparse.Namespace, say: Say) -> Told:
 
     from hf_freeze.loading import load_generator, source_of
     from hf_freeze.precision import choose_precision
+    from hf_freeze.processes import leave_group
     from hf_freeze.summarization.streaming import WINDOW_ROWS, check_places, summarize_file
 
     places = {name: getattr(args, name) for name in ("text_column", "group_by", "summary_column")}
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace, say: Say) -> Told:
             f"The device has too little memory for {args.batch_size} reviews at once. Start the same with a smaller "
             f"--batch_size: it goes on where it stopped."
         ) from error
-    _leave()
+    leave_group()
     return Told(str(report), report.to_dict())
 
 
@@ -150,14 +149,3 @@ def _join(cpu_threads: int | None) -> Any:
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(cpu_threads or max(1, cpu_cores() // neighbours))
     return device
-
-
-def _leave() -> None:
-    """Ends the group of processes; what holds it goes first, or its threads may outlive the interpreter and abort."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        gc.collect()
-        with contextlib.suppress(RuntimeError):
-            dist.barrier()
-        dist.destroy_process_group()

@@ -33,6 +33,7 @@ from hf_freeze.prefix.release import Released
 from hf_freeze.prefix.replay import Prefix, Replay, autocast
 from hf_freeze.prefix.rows import PREFIX_KEY, TARGET, read_rows
 from hf_freeze.prefix.store import MANIFEST, Store, clear_caches, evict_caches, remove_leftovers
+from hf_freeze.processes import barrier, rank_and_world
 from hf_freeze.trial import on_trial
 
 __all__ = ["BuildReport", "PrefixCache", "PrefixCollator", "PreparedCache"]
@@ -149,7 +150,7 @@ class PreparedCache:
                 share=self.share,
                 progress=self.progress,
             )
-            _barrier()
+            barrier()
             for _, each, _ in jobs:
                 each.refresh()
         seconds = time.perf_counter() - started
@@ -320,7 +321,8 @@ class PrefixCache:
 
         Arguments and errors are those of `build`. `predict` of what it returns says whether building pays.
         """
-        chief, share = _process()
+        share = rank_and_world()
+        chief = share[0] == 0
         progress = progress and chief
         prepared = prepare(
             model,
@@ -362,7 +364,8 @@ class PrefixCache:
         self._replay.check_weights()
         self.restore_prefix()
         collator = data_collator or self.collator.collator
-        chief, share = _process()
+        share = rank_and_world()
+        chief = share[0] == 0
         progress = self._options["progress"] and chief
         rows = read_dataset(dataset, collator, self.model, with_target=two_sided(self.prefix.cuts), progress=progress)
         refuse_moving_positions(self.model, rows)
@@ -383,7 +386,7 @@ class PrefixCache:
                 share=share,
                 progress=progress,
             )
-            _barrier()
+            barrier()
             self.store.refresh()
         self._replay.tables = self.store.load_tables()
         unique = len(set(rows.digests))
@@ -499,7 +502,7 @@ def _open_or_create(prepared: Prepared, prefix: Prefix, chief: bool, reasons: li
             specs = [leaf.spec() for leaf in prefix.leaves("stream").values()]
             store = Store.create(place, key, specs, _name(prepared.model))
         _save_tables(prepared.model, prefix, store, prepared.rows_of(prefix), prepared.collator)
-    _barrier()
+    barrier()
     return store if chief else Store.open(place, key)
 
 
@@ -557,19 +560,6 @@ def _check_disk(folder: Path, jobs: Sequence[tuple[Store, Rows]], limit: int | N
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
-
-
-def _process() -> tuple[bool, tuple[int, int]]:
-    """Whether this is the first process, and (its number, their number)."""
-    dist = torch.distributed
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank() == 0, (dist.get_rank(), dist.get_world_size())
-    return True, (0, 1)
-
-
-def _barrier() -> None:
-    if _process()[1][1] > 1:
-        torch.distributed.barrier()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hf_freeze.errors import FreezeError, ModelError, ReviewsError, nearest
+from hf_freeze.processes import rank_and_world
 from hf_freeze.summarization.prompts import SummaryPrompt, read_prompt
 from hf_freeze.summarization.tokenizer_fit import underlying_model
 
@@ -135,7 +136,7 @@ def generate_summaries(
     _check_room(prompt, max_new_tokens)
 
     # A sharded model runs all reviews in all processes: each forward gathers weights from every one of them.
-    rank, world_size = _rank_and_world_size() if split and not _is_sharded(inner) else (0, 1)
+    rank, world_size = rank_and_world() if split and not _is_sharded(inner) else (0, 1)
     order = sorted((place for place, text in enumerate(reviews) if text.strip()), key=lambda at: -len(reviews[at]))
     rows = [(place, prompt.encode(reviews[place])["input_ids"]) for place in share_of(order, rank, world_size)]
     rows.sort(key=lambda row: -len(row[1]))
@@ -420,12 +421,6 @@ def _is_sharded(model: nn.Module) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes
-
-
-def _rank_and_world_size() -> tuple[int, int]:
-    """Asks torch, not accelerate's PartialState: making one fixes the device for a whole session of its user."""
-    group = torch.distributed
-    return (group.get_rank(), group.get_world_size()) if group.is_available() and group.is_initialized() else (0, 1)
 
 
 def _gathered(done: list[T], world_size: int) -> list[T]:

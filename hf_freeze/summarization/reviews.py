@@ -10,12 +10,10 @@ neither line numbers nor byte offsets, and repair some broken files silently.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import glob
 import hashlib
 import importlib.resources
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,28 +22,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_freeze.errors import ReviewsError, nearest
+from hf_freeze.summarization.files import (
+    FORMATS,
+    column_names,
+    file_digest,
+    find_separator,
+    json_kind,
+    json_object,
+    line_start,
+    list_files,
+    near,
+    parquet_size,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Reviews", "overlap", "read_reviews", "read_splits", "shipped_reviews"]
+__all__ = ["Reviews", "choose_columns", "overlap", "read_reviews", "read_splits", "shipped_reviews"]
 
 # In order: the first that the source has is taken. Case, spaces and punctuation don't count ("Review Text").
 TEXT_NAMES = ("review", "review_text", "text", "body", "content", "document", "article", "comment")
 SUMMARY_NAMES = ("summary", "title", "review_title", "headline", "highlights", "abstract", "target")
 
-FORMATS = {
-    ".csv": "CSV",
-    ".tsv": "TSV",
-    ".jsonl": "JSON lines",
-    ".ndjson": "JSON lines",
-    ".json": "JSON lines",
-    ".parquet": "Parquet",
-}
 LONG_REVIEW_CHARACTERS = 20_000  # some 5,000 tokens: more than the models of this package read
 MOST_VALIDATION_ROWS = 1_000  # more would cost time at each evaluation and hardly narrow the estimate
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name; a bare "csv" names a builder of `datasets`
-CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +123,7 @@ def read_reviews(
     if not path.exists():
         raw = _load_from_hub(str(source), path, split)
         columns = list(raw.column_names)
-        choice = _choose_columns(str(source), columns, text_column, summary_column, need_summaries)
+        choice = choose_columns(str(source), columns, text_column, summary_column, need_summaries)
         return _account(raw, str(source), choice, need_summaries, notes=(), not_text={})
 
     if split is not None:
@@ -130,13 +131,13 @@ def read_reviews(
             f"read_reviews was asked for split={split!r} of {path}, a local source, which has no splits. "
             f"Give each split's own file or folder, and no split."
         )
-    files, notes = _list_files(path)
+    files, notes = list_files(path)
     scans = [_scan(file) for file in files]
     if not any(scan.has_rows for scan in scans):
         raise ReviewsError(f"{path} has no rows. Give a file with at least one review.")
     columns = _common_columns(files, scans)
     # before loading, so that a wrong column costs no parsing
-    choice = _choose_columns(str(path), columns, text_column, summary_column, need_summaries)
+    choice = choose_columns(str(path), columns, text_column, summary_column, need_summaries)
     raw = _load_files(path, files, scans, columns)
     not_text: dict[str, str] = {}
     for scan in reversed(scans):  # so that the first file's places stay
@@ -221,54 +222,16 @@ def overlap(a: Reviews, b: Reviews) -> int:
 # ------------------------------------------------------------------------------------------ finding the files
 
 
-def _list_files(path: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """The files to read, all of one format, and what was ignored in a folder."""
-    endings = ", ".join(FORMATS)
-    if path.is_file():
-        if path.suffix.lower() not in FORMATS:
-            raise ReviewsError(
-                f"{path} ends in {path.suffix!r}, which read_reviews does not know. It reads {endings}: "
-                f"save the reviews as one of them."
-            )
-        return [path], ()
-    visible = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-    files = [file for file in visible if file.suffix.lower() in FORMATS]
-    if not files:
-        found = ", ".join(file.name for file in visible[:5]) or "no files"
-        raise ReviewsError(
-            f"{path} is a folder without a file that read_reviews knows; it holds {found}. "
-            f"Put files there that end in one of {endings}."
-        )
-    by_format: dict[str, list[str]] = {}
-    for file in files:
-        by_format.setdefault(FORMATS[file.suffix.lower()], []).append(file.name)
-    if len(by_format) > 1:
-        found = "; ".join(f"{kind}: {', '.join(names[:3])}" for kind, names in by_format.items())
-        raise ReviewsError(f"{path} mixes formats ({found}). Keep one format in it, or name one file.")
-    ignored = [file.name for file in visible if file not in files]
-    return files, (f"ignored in the folder: {', '.join(ignored)}",) if ignored else ()
-
-
-def _missing(path: Path) -> str:
-    """Words where a missing path was looked for and what is near it."""
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent}"
-    names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
-    if not names:
-        return f"the folder {path.parent} is empty"
-    return f"{path.parent} holds {nearest(path.name, names)}"
-
-
 def _load_from_hub(source: str, path: Path, split: str | None) -> Dataset:
     if not HUB_ID.fullmatch(source) or path.suffix.lower() in FORMATS:
-        raise ReviewsError(f"No file or folder {path}: {_missing(path)}. Check the path.")
+        raise ReviewsError(f"No file or folder {path}: {near(path)}. Check the path.")
     from datasets import load_dataset
 
     try:
         return load_dataset(source, split=split or "train")
     except Exception as error:  # the hub's client has whole families of errors: offline, gated, no such split
         raise ReviewsError(
-            f"No file or folder {path} ({_missing(path)}), and the hub dataset {source!r} could not be "
+            f"No file or folder {path} ({near(path)}), and the hub dataset {source!r} could not be "
             f"loaded at split {split or 'train'!r} ({error}). Check the path, the id and the network."
         ) from error
 
@@ -291,47 +254,13 @@ def _scan(path: Path) -> _Scan:
     kind = FORMATS[path.suffix.lower()]
     if path.stat().st_size == 0:
         raise ReviewsError(f"{path} is empty (0 bytes). Give a file with at least one review.")
-    digest = _digest(path, utf8=kind != "Parquet")
+    digest = file_digest(path, utf8=kind != "Parquet")
     if kind == "Parquet":
-        return _scan_parquet(path, digest)
+        columns, rows = parquet_size(path)
+        return _Scan(columns, digest, has_rows=rows > 0)
     if kind == "JSON lines":
         return _scan_json_lines(path, digest)
     return _scan_table(path, digest)
-
-
-def _digest(path: Path, utf8: bool) -> str:
-    """Digest of the file's bytes; on the way, checks that they are UTF-8."""
-    digest, decoder = hashlib.blake2b(digest_size=16), codecs.getincrementaldecoder("utf-8")()
-    offset = line = 0  # offset: bytes before this chunk; line: line breaks before it
-    with path.open("rb") as file:
-        while True:
-            chunk = file.read(CHUNK_BYTES)
-            digest.update(chunk)
-            if utf8:
-                pending = len(decoder.getstate()[0])  # bytes of a character cut by the end of the last chunk
-                try:
-                    decoder.decode(chunk, final=not chunk)
-                except UnicodeDecodeError as error:
-                    at = offset - pending + error.start
-                    line += chunk.count(b"\n", 0, max(error.start - pending, 0)) + 1
-                    raise ReviewsError(
-                        f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {at} "
-                        f"(line {line}). Save it as UTF-8."
-                    ) from error
-            if not chunk:
-                return digest.hexdigest()
-            offset, line = offset + len(chunk), line + chunk.count(b"\n")
-
-
-def _scan_parquet(path: Path, digest: str) -> _Scan:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            return _Scan(list(file.schema_arrow.names), digest, has_rows=file.metadata.num_rows > 0)
-    except pa.ArrowInvalid as error:
-        raise ReviewsError(f"{path} is not a Parquet file ({error}). Write it again, or correct its ending.") from error
 
 
 def _scan_json_lines(path: Path, digest: str) -> _Scan:
@@ -342,31 +271,12 @@ def _scan_json_lines(path: Path, digest: str) -> _Scan:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ReviewsError(
-                    f"{path}, line {number} is not JSON ({error}): {_start(line)} "
-                    f"Each line must be one whole JSON object."
-                ) from error
-            if not isinstance(row, dict):
-                raise ReviewsError(
-                    f"{path}, line {number} is {_json_kind(row)}, not an object: {_start(line)} "
-                    f'Each line must be one JSON object, like {{"review": "...", "summary": "..."}}.'
-                )
-            if "\\u" in line:  # only an escape can smuggle in half a character, as a cut-off emoji does
-                try:
-                    json.dumps(row, ensure_ascii=False).encode()
-                except UnicodeEncodeError as error:
-                    raise ReviewsError(
-                        f"{path}, line {number} holds half a character ({error.object[error.start]!r}): "
-                        f"{_start(line)} Take that escape out."
-                    ) from error
+            row = json_object(line, f"{path}, line {number}")
             has_rows = True
             names.update(dict.fromkeys(row))
             for name, value in row.items():
                 if not (value is None or isinstance(value, str)):
-                    not_text.setdefault(name, f"{path}, line {number} holds {_json_kind(value)} there")
+                    not_text.setdefault(name, f"{path}, line {number} holds {json_kind(value)} there")
     return _Scan(list(names), digest, has_rows, not_text=not_text)
 
 
@@ -381,7 +291,7 @@ def _scan_table(path: Path, digest: str) -> _Scan:
 
     limit = csv.field_size_limit(2**31 - 1)  # Python's own limit is 128 KiB a field; `datasets` has none
     try:
-        separator = _separator(path)
+        separator = find_separator(path)
         reader = csv.reader(lines(), delimiter=separator)
         header: list[str] = []
         has_rows, first_line = False, 1
@@ -392,14 +302,14 @@ def _scan_table(path: Path, digest: str) -> _Scan:
             if at_end:  # the parser wanted more lines to finish this row
                 raise ReviewsError(
                     f"{path}: the row that begins at line {first_line} opens a quote that is never closed: "
-                    f"{_start(separator.join(row))} Close it, or double a quote that belongs to the text."
+                    f"{line_start(separator.join(row))} Close it, or double a quote that belongs to the text."
                 )
             if not header:
-                header = _header(path, row)
+                header = column_names(path, row)
             elif len(row) > len(header):
                 raise ReviewsError(
                     f"{path}, line {first_line} has {len(row)} fields, but the header has {len(header)}: "
-                    f"{_start(separator.join(row))} Put quotes around a field that holds {separator!r}."
+                    f"{line_start(separator.join(row))} Put quotes around a field that holds {separator!r}."
                 )
             else:
                 has_rows = True
@@ -409,25 +319,6 @@ def _scan_table(path: Path, digest: str) -> _Scan:
     if not header:
         raise ReviewsError(f"{path} is empty (blank lines only). Give a file with at least one review.")
     return _Scan(header, digest, has_rows, separator)
-
-
-def _separator(path: Path) -> str:
-    """The separator that cuts the header line into most fields: the ending is often wrong about it."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        header = next((line for line in file if line.strip()), "")
-    usual = "\t" if path.suffix.lower() == ".tsv" else ","
-    # Spreadsheets write semicolons where the comma is the decimal point. max keeps the first of equals.
-    return max((usual, "\t", ",", ";"), key=lambda sign: len(next(csv.reader([header], delimiter=sign), [])))
-
-
-def _header(path: Path, row: list[str]) -> list[str]:
-    names = [name.strip() or f"column {number}" for number, name in enumerate(row, 1)]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ReviewsError(
-            f"{path}: the header names {', '.join(map(repr, repeated))} more than once. Rename one of them."
-        )
-    return names
 
 
 def _common_columns(files: Sequence[Path], scans: Sequence[_Scan]) -> list[str]:
@@ -441,16 +332,6 @@ def _common_columns(files: Sequence[Path], scans: Sequence[_Scan]) -> list[str]:
                 f"{scans[0].columns} separated by {scans[0].separator!r}. Files of one folder must agree."
             )
     return scans[0].columns
-
-
-def _json_kind(value: object) -> str:
-    kinds = {dict: "an object", list: "an array", bool: "a truth value", str: "a string", type(None): "null"}
-    return kinds.get(type(value), "a number")
-
-
-def _start(line: str) -> str:
-    line = line.strip()
-    return repr(line if len(line) <= 60 else line[:57] + "...") + "."
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -507,7 +388,7 @@ def _quiet() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------- choosing columns
 
 
-def _choose_columns(
+def choose_columns(
     source: str, columns: list[str], text: str | None, summary: str | None, need_summaries: bool
 ) -> tuple[str, str | None, str]:
     """The source's names of the text and the summary column, and why these."""

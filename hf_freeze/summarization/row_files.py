@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from hf_freeze.errors import ReviewsError, nearest
-from hf_freeze.summarization.reviews import (
+from hf_freeze.summarization.files import (
     FORMATS,
-    _digest,
-    _header,
-    _json_kind,
-    _list_files,
-    _missing,
-    _scan_parquet,
-    _separator,
-    _start,
+    column_names,
+    file_digest,
+    find_separator,
+    json_kind,
+    json_object,
+    line_start,
+    list_files,
+    near,
+    parquet_size,
 )
 
 __all__ = ["GivenRows", "Row", "RowFiles", "RowLines", "row_text", "spreadsheet_safe"]
@@ -79,10 +80,10 @@ class RowFiles:
         self.path = Path(path).expanduser()
         self.name = str(self.path)
         if not self.path.exists():
-            raise ReviewsError(f"No file or folder {self.path}: {_missing(self.path)}. Check the path.")
+            raise ReviewsError(f"No file or folder {self.path}: {near(self.path)}. Check the path.")
         if not (self.path.is_file() or self.path.is_dir()):
             raise ReviewsError(f"{self.path} is neither a file nor a folder. Write the reviews to a file first.")
-        self.files = _list_files(self.path)[0]
+        self.files = list_files(self.path)[0]
         self.kind = FORMATS[self.files[0].suffix.lower()]
         self.total_bytes = sum(file.stat().st_size for file in self.files)
         self.separator = ""
@@ -100,11 +101,11 @@ class RowFiles:
         separator, header, columns, empty = "", [], [], False
         try:
             if self.kind in TABLES:
-                separator = _separator(file)
+                separator = find_separator(file)
                 header = next((cells for cells, _ in _cells(file, separator)), [])
-                columns, empty = _header(file, header), not header
+                columns, empty = column_names(file, header), not header
             elif self.kind == "Parquet":
-                columns = _scan_parquet(file, "").columns
+                columns = parquet_size(file)[0]
             else:
                 row = next(_json_rows(file), None)
                 columns, empty = list(row.values) if row else [], row is None
@@ -231,14 +232,14 @@ def row_text(row: Row, column: str) -> str:
         return ""
     if not isinstance(value, str):
         raise ReviewsError(
-            f"{row.place} holds {_json_kind(value)} in column {column!r}, and a text is expected: {value!r:.60}. Name "
+            f"{row.place} holds {json_kind(value)} in column {column!r}, and a text is expected: {value!r:.60}. Name "
             f"another column, or write its values as strings."
         )
     return value
 
 
 def _raise_not_utf8(path: Path) -> None:
-    _digest(path, utf8=True)  # names the byte, its offset and its line
+    file_digest(path, utf8=True)  # names the byte, its offset and its line
     raise ReviewsError(f"{path} is not UTF-8, or was changed while it was read. Save it as UTF-8.")
 
 
@@ -254,8 +255,8 @@ def _lines(path: Path, file: IO[bytes] | None, newline: str) -> Iterator[str]:
             number += 1
             if len(line) >= LONGEST_CELL and not line.endswith(("\n", "\r")):
                 raise ReviewsError(
-                    f"{path}, line {number} is longer than {LONGEST_CELL:,} characters: {_start(line[:100])} Write one "
-                    f"review a line (a JSON array is not JSON lines)."
+                    f"{path}, line {number} is longer than {LONGEST_CELL:,} characters: {line_start(line[:100])} Write "
+                    f"one review a line (a JSON array is not JSON lines)."
                 )
             yield line
 
@@ -288,10 +289,8 @@ def _wrong_width(path: Path, line: int, cells: Sequence[str], names: Sequence[st
     fix = f"Put quotes around a cell that holds {separator!r}."
     if len(cells) < len(names):
         fix = f"Give it all {len(names)} cells, empty ones too: it has none for {names[len(cells)]!r}."
-    return ReviewsError(
-        f"{path}, line {line} has {len(cells)} cells, but the header has {len(names)}: {_start(separator.join(cells))} "
-        f"{fix}"
-    )
+    start = line_start(separator.join(cells))
+    return ReviewsError(f"{path}, line {line} has {len(cells)} cells, but the header has {len(names)}: {start} {fix}")
 
 
 def _json_rows(path: Path, file: IO[bytes] | None = None) -> Iterator[Row]:
@@ -299,25 +298,7 @@ def _json_rows(path: Path, file: IO[bytes] | None = None) -> Iterator[Row]:
         if not line.strip():
             continue
         place = f"{path}, line {number}"
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ReviewsError(
-                f"{place} is not JSON ({error}): {_start(line)} Each line must be one whole JSON object."
-            ) from error
-        if not isinstance(values, dict):
-            raise ReviewsError(
-                f"{place} is {_json_kind(values)}, not an object: {_start(line)} "
-                f'Each line must be one JSON object, like {{"review": "..."}}.'
-            )
-        if "\\u" in line:  # only an escape can smuggle in half a character, as a cut-off emoji does
-            try:
-                json.dumps(values, ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:
-                raise ReviewsError(
-                    f"{place} holds half a character ({error.object[error.start]!r}): {_start(line)} Take that escape "
-                    f"out."
-                ) from error
+        values = json_object(line, place)
         yield Row(values, place, line.strip())
 
 

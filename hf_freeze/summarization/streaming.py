@@ -24,6 +24,7 @@ from hf_freeze.anatomy import unwrap
 from hf_freeze.checkpoints import json_digest
 from hf_freeze.errors import FreezeError, ReviewsError, nearest
 from hf_freeze.freezing import named_tensors, tensor_digest
+from hf_freeze.processes import rank_and_world
 from hf_freeze.summarization.generation import generate_summaries
 from hf_freeze.summarization.grouping import (
     Fits,
@@ -36,7 +37,7 @@ from hf_freeze.summarization.grouping import (
 )
 from hf_freeze.summarization.prompts import SummaryPrompt, read_prompt
 from hf_freeze.summarization.resumable import ResumableFile, check_free
-from hf_freeze.summarization.reviews import _choose_columns
+from hf_freeze.summarization.reviews import choose_columns
 from hf_freeze.summarization.row_files import GivenRows, Row, RowFiles, RowLines, row_text
 
 __all__ = ["WINDOW_ROWS", "FileReport", "check_places", "stream_summaries", "summarize_file"]
@@ -169,7 +170,7 @@ def summarize_file(
         )
 
     facts: dict[str, Any] = {}
-    if _rank_and_world()[0] == 0:
+    if rank_and_world()[0] == 0:
         core = unwrap(model)
         wording = [
             prompt.kind,
@@ -264,7 +265,7 @@ def stream_summaries(
     p0,2,0 stars; 2 stars
     p1,2,1 stars; 3 stars
     """
-    rank, world = _rank_and_world()
+    rank, world = rank_and_world()
     if rank > 0:
         return _follow(summarize)
     lead = _Lead(summarize, world)
@@ -401,7 +402,7 @@ def _run(
             _fill(store, rows, text_column, job.group_by, job.progress)
             total, entries = store.rows, (_Entry(group, text) for group, text in store)
             job.say(f"{store.rows:,} rows of {store.groups:,} groups by {job.group_by!r}")
-        _choose_columns(rows.name, list(rows.columns), text_column, None, False)  # JSON lines may name more by now
+        choose_columns(rows.name, list(rows.columns), text_column, None, False)  # JSON lines may name more by now
         lines = _lines_of(job, rows, output)
         asked = {"text_column": text_column, "window_rows": job.window_rows, "group_by": job.group_by}
         asked |= {"summary_column": job.summary_column, "header": lines.header}
@@ -454,9 +455,7 @@ def _text_column(job: _Job, rows: RowFiles | GivenRows) -> str:
             f"Rename the input's."
         )
     later = isinstance(rows, RowFiles) and rows.kind == "JSON lines" and job.text_column is not None
-    text_column = (
-        str(job.text_column) if later else _choose_columns(rows.name, columns, job.text_column, None, False)[0]
-    )
+    text_column = str(job.text_column) if later else choose_columns(rows.name, columns, job.text_column, None, False)[0]
     how = "guessed from its name" if job.text_column is None else "as asked"
     job.say(f"{rows.name}: reviews in column {text_column!r} ({how})")
     return text_column
@@ -588,11 +587,6 @@ def _group_step(job: _Job, window: list[_Entry], closed: bool, lines: RowLines, 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes
-
-
-def _rank_and_world() -> tuple[int, int]:
-    """Asks torch, not accelerate's PartialState: making one fixes the device for a whole session of its user."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 class _Lead:
