@@ -371,7 +371,7 @@ class _Sweep:
             if run.depth in self.cached:
                 cache = self._open_cache(trainer)
             cache_seconds = time.perf_counter() - started
-            told = reset_peak(device)
+            was_reset = reset_peak(device)
             trainer.add_callback(clock)
             started = time.perf_counter()
             diverged = False
@@ -383,7 +383,7 @@ class _Sweep:
                     diverged = True
                     self.say(f"note: {run_text(run, self.blocks)} diverged: {error}")
             train_seconds = time.perf_counter() - started
-            peak = peak_bytes(device) if told else 0
+            peak = peak_bytes(device) if was_reset else 0
             if report is not None:
                 verify_frozen(model, report)
             started = time.perf_counter()

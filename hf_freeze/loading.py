@@ -21,6 +21,7 @@ from hf_freeze.errors import FreezeError, ModelError
 from hf_freeze.freezing import kind_of_digest
 
 __all__ = [
+    "load_any",
     "load_base",
     "load_config",
     "load_generator",
@@ -63,12 +64,12 @@ def load_config(source: str) -> Any:
         ModelError: it cannot be loaded, or holds adapters alone.
     """
     adapter, config = (Path(source) / name for name in (ADAPTER_FILE, "config.json"))
-    if adapter.exists() and not config.exists():
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        raise ModelError(
-            f"{source} was given as model; it holds adapters only. Give the base that they are for: {base}."
-        )
     with _worded(source):
+        if adapter.exists() and not config.exists():
+            base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            raise ModelError(
+                f"{source} was given as model; it holds adapters only. Give the base that they are for: {base}."
+            )
         return AutoConfig.from_pretrained(source)
 
 
@@ -106,7 +107,19 @@ def model_from_config(config: Any) -> Any:
 
 
 def load_generator(name: str, base_model: str | None, dtype: torch.dtype) -> tuple[Any, Any, bool]:
-    """A model that writes summaries, its tokenizer, and whether its weights are in `dtype`.
+    """A model that writes text, its tokenizer, and whether its weights are in `dtype`. Arguments as of `load_any`.
+
+    Raises:
+        FreezeError: it is no model, its base is gone, or there is no tokenizer.
+    """
+    model = load_any(name, base_model, dtype)
+    source = source_of(name)
+    base = str(model.config._name_or_path) if is_delta(source) else None
+    return model, load_tokenizer(source, base), model.dtype == dtype
+
+
+def load_any(name: str, base_model: str | None, dtype: torch.dtype) -> Any:
+    """A model that writes text, by what one has of it.
 
     Args:
         name: a folder with a full model, PEFT adapters or a delta; a hub id; or the embedded model's name.
@@ -118,9 +131,7 @@ def load_generator(name: str, base_model: str | None, dtype: torch.dtype) -> tup
     """
     source = source_of(name)
     if is_delta(source):
-        model = load_with_delta(source, base_model)
-        base = str(model.config._name_or_path)
-        return model, load_tokenizer(source, base), model.dtype == dtype
+        return load_with_delta(source, base_model)
     if base_model is not None:
         raise FreezeError(f"--base_model was given, and {name} is no delta; only a delta needs it. Leave it out.")
     base, revision = source, None
@@ -135,7 +146,7 @@ def load_generator(name: str, base_model: str | None, dtype: torch.dtype) -> tup
     if adapted:
         with _worded(name):
             model = PeftModel.from_pretrained(model, source)
-    return model, load_tokenizer(source, None), True
+    return model
 
 
 def load_base(source: str, dtype: torch.dtype, revision: str | None = None) -> Any:
@@ -169,7 +180,7 @@ def load_with_delta(delta: str, base_model: str | None) -> Any:
         try:
             return load_delta(delta)
         except ModelError as error:
-            raise ModelError(f"{error} (With --base_model you can say where the base lies now.)") from error
+            raise ModelError(f"{error} (The option --base_model of hf-freeze says where the base lies now.)") from error
     if not is_delta(delta):
         raise FreezeError(f"--base_model was given with {delta}, which is no folder of save_delta. Leave it out.")
     with _worded(base_model):

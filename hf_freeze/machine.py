@@ -210,7 +210,9 @@ def reset_peak(device: torch.device) -> bool:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The greatest memory since `reset_peak`, in bytes; the imports' own share is in it on a CPU. 0 where unknown.
+    """The greatest memory since `reset_peak` could, else since the process began, in bytes; 0 where unknown.
+
+    On a CPU the imports' own share is in it.
 
     Example:
         >>> device = torch.device("cpu")

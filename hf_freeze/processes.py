@@ -5,7 +5,6 @@ torch is asked, not accelerate's PartialState: making one fixes the device for a
 
 from __future__ import annotations
 
-import contextlib
 import gc
 
 import torch.distributed as dist
@@ -32,6 +31,7 @@ def leave_group() -> None:
     """Ends the group of processes; what holds it goes first, or its threads may outlive the interpreter and abort."""
     if dist.is_available() and dist.is_initialized():
         gc.collect()
-        with contextlib.suppress(RuntimeError):  # another process is gone already
+        try:
             dist.barrier()
-        dist.destroy_process_group()
+        finally:  # another process may be gone
+            dist.destroy_process_group()

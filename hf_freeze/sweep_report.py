@@ -57,7 +57,7 @@ class SweepResult:
         step_seconds: Median time of a step, from the end of the last one.
         cache_seconds: To find and check the run's rows in the prefix cache; the one pass for all is not in it.
         score_seconds: Of evaluation and score.
-        peak_bytes: Greatest memory while training: the device's, or resident memory on a CPU.
+        peak_bytes: Greatest memory while training: the device's, or resident memory on a CPU; 0 where unknown.
         delta_bytes: Of the trained tensors: what has to be stored beside the base.
         cached: Whether the frozen prefix came from the cache.
         device: What the times were measured on.
@@ -323,7 +323,7 @@ def draw_sweep(report: SweepReport, path: str | os.PathLike[str]) -> tuple[Path,
                 points = [
                     (scale * getattr(row, cost), row.quality, row.low, row.high, row.depth)
                     for row in report.rows(rows)
-                    if row.depth != PRETRAINED
+                    if row.depth != PRETRAINED and getattr(row, cost)  # a peak may be unknown
                 ]
                 front = [p for p in points if not any(q[0] < p[0] and sign * q[1] > sign * p[1] for q in points)]
                 depths = [p for p in points if isinstance(p[4], int)]

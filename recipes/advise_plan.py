@@ -30,7 +30,8 @@ class AdviceArguments:
     """The model, the reviews, and how long the probe may take."""
 
     model_name_or_path: str = field(
-        default=EMBEDDED_NAME, metadata={"help": f"A hub id, a folder, or {EMBEDDED_NAME!r} for the embedded model."}
+        default=EMBEDDED_NAME,
+        metadata={"help": f"A hub id, a folder, a delta, or {EMBEDDED_NAME!r} for the embedded one."},
     )
     depths: str = field(default="", metadata={"help": "Frozen blocks, comma-separated; empty chooses some."})
     learning_rates: str = field(default="", metadata={"help": "To try at each depth; empty chooses some."})
@@ -56,7 +57,7 @@ def main() -> None:
     depths, rates = numbers(asked.depths, int), numbers(asked.learning_rates, float)
     device = torch.device(asked.device) if asked.device else torch.accelerator.current_accelerator() or "cpu"
     model, tokenizer, _ = load_generator(asked.model_name_or_path, None, torch.float32)
-    model.to(device)
+    model.float().to(device)  # a delta comes in the dtype that it was trained in
 
     sources = (asked.train_file, asked.validation_file, None)
     columns = {"text_column": asked.text_column, "summary_column": asked.summary_column}

@@ -397,7 +397,7 @@ def time_steps(parameters, batches, loss_of, note: str, args: argparse.Namespace
     batches, seconds, losses = iter(batches), [], []
     for step in range(WARM_UP + args.steps):
         if step == WARM_UP:
-            told = reset_peak(args.device)  # what set-up has freed is not training's
+            was_reset = reset_peak(args.device)  # what set-up has freed is not training's
         torch.manual_seed(step)  # modes that train the same part then draw the same dropout
         started = time.perf_counter()
         batch = move(next(batches), args.device)
@@ -407,7 +407,7 @@ def time_steps(parameters, batches, loss_of, note: str, args: argparse.Namespace
         optimizer.zero_grad()
         losses.append(loss.item())  # waits for the device
         seconds.append(time.perf_counter() - started)
-    peak = peak_bytes(args.device) if told else 0
+    peak = peak_bytes(args.device) if was_reset else 0
     tokens = args.batch_size * (args.source_tokens + (args.target_tokens if args.is_bart else 0))
     found = {"seconds": seconds[WARM_UP:], "losses": losses, "peak_bytes": peak, "tokens": tokens, "note": note}
     return found | {"trained_parameters": sum(parameter.numel() for parameter in trained)}

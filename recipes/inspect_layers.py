@@ -52,7 +52,7 @@ from hf_freeze.lens_plots import (
     draw_logit_lens,
     draw_similarity,
 )
-from hf_freeze.loading import load_generator
+from hf_freeze.loading import load_any, load_generator
 from hf_freeze.plots import plain_style
 from hf_freeze.summarization import (
     SummaryCollator,
@@ -118,8 +118,9 @@ def main() -> None:
     rows = reviews.dataset.select(range(min(args.max_texts, len(reviews))))
     texts = list(rows["review"])
 
-    model, tokenizer = load(args.model_name_or_path)
-    other = load(args.compare_to)[0] if args.compare_to else None
+    model, tokenizer, _ = load_generator(args.model_name_or_path, None, torch.float32)
+    model = on_device(model)
+    other = on_device(load_any(args.compare_to, None, torch.float32)) if args.compare_to else None
     print(check_tokenizer(model, tokenizer, samples=texts))
     anatomy = read_anatomy(model)
     print(f"\n{anatomy}\n")
@@ -239,10 +240,9 @@ def attention_pictures(model, tokenizer, anatomy, text: str, target: str | None,
     return pictures
 
 
-def load(name: str) -> tuple[Any, Any]:
-    """A whole model, or a delta or an adapter on its base, in fp32 on the device; and its tokenizer."""
-    model, tokenizer, _ = load_generator(name, None, torch.float32)
-    return model.float().to(torch.accelerator.current_accelerator() or "cpu"), tokenizer
+def on_device(model: Any) -> Any:
+    """In fp32, a delta's weights too."""
+    return model.float().to(torch.accelerator.current_accelerator() or "cpu")
 
 
 PAGE = """<!doctype html>

@@ -533,9 +533,13 @@ def build_cache(model_args: ModelArguments, args: RunArguments, model, trainer: 
     steps = math.ceil(args.num_train_epochs * batches)
     if args.max_steps > 0:
         steps = args.max_steps * args.gradient_accumulation_steps
-    if model_args.cache_prefix == "auto" and steps <= batches and not has_caches(model_args.prefix_cache_dir):
-        say("note: no prefix cache: each row is trained on once, so that computing its states beforehand saves nothing")
-        return None, None, 0.0
+    if model_args.cache_prefix == "auto" and steps <= batches:
+        found = [has_caches(model_args.prefix_cache_dir)]
+        if args.world_size > 1:
+            broadcast_object_list(found)  # another run may begin to write one in between
+        if not found[0]:
+            say("note: no prefix cache: no row is trained on twice, so that computing states beforehand saves nothing")
+            return None, None, 0.0
     saving = None
     say("\nWhether the frozen part can be computed once, to the same bits, is tried on some rows ...")
     try:

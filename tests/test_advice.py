@@ -129,6 +129,17 @@ def test_probes_from_the_cache_end_as_probes_without_it(taught, monkeypatch):
         assert one.share_of_full < other.share_of_full
 
 
+def test_a_depth_that_fits_only_with_the_cache_is_not_advised_without(taught, monkeypatch):
+    costs = {probe.depth: probe for probe in ask(copy.deepcopy(taught), depths=[3, 1]).probes}
+    monkeypatch.setattr(PrefixCache, "prepare", refuse)
+    plain = {probe.depth: probe for probe in ask(copy.deepcopy(taught), depths=[3, 1]).probes}
+    limit = (plain[3].memory_bytes + plain[1].memory_bytes) // 2
+    assert costs[1].memory_bytes < limit < plain[1].memory_bytes, "shallow fits from the cache only"
+    advice = ask(copy.deepcopy(taught), depths=[3, 1], memory_bytes=limit)
+    assert advice.depth == 3
+    assert probe_of(advice, 1).verdict == "needs more memory than there is"
+
+
 def test_an_image_counts_by_its_patches():
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
     model = ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, num_labels=2, **sizes))

@@ -212,6 +212,12 @@ def test_summarize_takes_adapters_by_their_base(folder: Path, tmp_path: Path, ra
     assert f"it holds adapters only. Give the base that they are for: {folder / 'llama'}." in alone.err
 
     config = tmp_path / "adapters" / "adapter_config.json"
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "adapter_config.json").write_text("{")
+    damaged = ran("inspect", tmp_path / "damaged")
+    assert damaged.code == 1
+    assert f"{tmp_path / 'damaged'} was given as model; it cannot be loaded here: Expecting" in damaged.err
+
     config.write_text(config.read_text().replace(str(folder / "llama"), str(tmp_path / "gone" / "base")))
     lost = ran("summarize", tmp_path / "adapters", folder / "in.csv", "-o", tmp_path / "other.jsonl", *SMALL)
     assert lost.code == 1
@@ -264,7 +270,7 @@ BROKEN = "id,review\n1,a\n2,b,c\n"
         (["{t}/damaged", "{f}/in.csv", "-o", "{t}/o.csv"], "damaged was given as model; it cannot be loaded"),
         (["{t}/no-tokenizer", "{f}/in.csv", "-o", "{t}/o.csv"], "its tokenizer cannot be read"),
         (["{t}/bad-prompt", "{f}/in.csv", "-o", "{t}/o.csv"], "summary_prompt.json that is damaged"),
-        (["{t}/orphan", "{f}/in.csv", "-o", "{t}/o.csv"], "With --base_model you can say"),
+        (["{t}/orphan", "{f}/in.csv", "-o", "{t}/o.csv"], "--base_model of hf-freeze says where"),
     ],
 )
 def test_a_mistake_in_summarize_is_one_line_and_writes_nothing(
@@ -448,7 +454,7 @@ def test_merge_finds_a_base_that_was_moved(folder: Path, tmp_path: Path, ran: Ca
     (delta / "delta.json").write_text((delta / "delta.json").read_text().replace(str(folder / "llama"), "/gone/base"))
     lost = ran("merge", delta, "-o", tmp_path / "merged")
     assert lost.code == 1
-    assert "With --base_model you can say where the base lies now" in lost.err
+    assert "The option --base_model of hf-freeze says where the base lies now" in lost.err
     assert not (tmp_path / "merged").exists()
     found = ran("merge", delta, "-o", tmp_path / "merged", "--base_model", tmp_path / "moved")
     assert found.code == 0, found.err
@@ -533,6 +539,9 @@ def test_caches_are_listed_with_rows_and_size_and_cleared(tmp_path: Path, ran: C
     assert whole["rows"] == 2
     assert whole["model"] == "LlamaForCausalLM"
     assert "LlamaForCausalLM" in listed.out
+    manifest = Path(whole["folder"]) / cache_command._manifests(place)[0].name
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "model": ""}))
+    assert f"weights {whole['key']['weights'][:8]}" in ran("cache", "list").out, "of an older version"
     assert values["bytes"] == sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     cleared = ran("cache", "clear", "--cache_dir", place, "--json").values
     assert cleared["removed"] + cleared["kept"] == 2

@@ -733,3 +733,10 @@ def test_a_tied_head_that_was_frozen_before_is_not_said_to_train() -> None:
     assert "but were frozen before and stay so: thaw(model) first" in " ".join(str(again).split())
     thaw(model)
     assert "both train (tied_head='train')." in str(freeze(model, FreezePlan(decoder_blocks=2, tied_head="train")))
+
+
+def test_what_can_be_cached_names_embeddings_only_where_there_are_some() -> None:
+    model = nn.Sequential(nn.Sequential(*(nn.Conv2d(2, 2, 3, padding=1) for _ in range(4))), nn.Flatten())
+    report = freeze(model, FreezePlan(encoder_blocks=2), blocks=model[0])
+    assert "Can be cached: encoder blocks 0-1." in str(report)
+    assert "Can be cached: decoder embeddings and block 0." in str(freeze(build("gpt2"), FreezePlan(decoder_blocks=1)))

@@ -95,10 +95,11 @@ def test_adapters_and_deltas_are_put_on_their_base(inspect_layers: Callable[...,
     assert written(tmp_path / "out") == PICTURES | {"drift"}
 
     model = AutoModelForCausalLM.from_pretrained(base)
+    model.save_pretrained(tmp_path / "bare")  # without a tokenizer, as what is compared with may be
     freeze(model, FreezePlan(decoder_blocks=3))
     model.model.layers[3].mlp.up_proj.weight.data.mul_(1.5)
     save_delta(model, tmp_path / "delta")
-    given = ["--compare_to", str(base), "--output_dir", str(tmp_path / "of_delta")]
+    given = ["--compare_to", str(tmp_path / "bare"), "--output_dir", str(tmp_path / "of_delta")]
     inspect_layers("--model_name_or_path", str(tmp_path / "delta"), *given, *SMALL)
     drift = json.loads((tmp_path / "of_delta" / "drift.json").read_text())
     assert [part for part, by in zip(drift["parts"], drift["drift"], strict=True) if by] == ["decoder.3"]

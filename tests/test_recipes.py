@@ -59,10 +59,10 @@ def test_one_epoch_is_not_probed_for_a_cache_unless_one_may_be_found(recipe: Any
     args = recipe.RunArguments(output_dir=str(tmp_path / "out"), num_train_epochs=1, precision="fp32")
     encoded, said = {"train": SimpleNamespace(dataset=range(9))}, []
     assert recipe.build_cache(asked, args, None, None, encoded, said.append) == (None, None, 0.0)
-    assert "each row is trained on once" in said[0]
+    assert "no row is trained on twice" in said[0]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / recipe.MANIFEST).write_text("{}")
-    with pytest.raises(AttributeError):  # it goes on to the model, and there is none here
+    with pytest.raises(AttributeError, match="data_collator"):  # it goes on to the trainer, and there is none here
         recipe.build_cache(asked, args, None, None, encoded, said.append)
 
 

@@ -58,6 +58,11 @@ def test_the_table_of_scores_shows_intervals_where_there_are_any() -> None:
     assert table.lines == ("F1 x 100 on 2 test rows, 95% bootstrap intervals in brackets, stemmed.",)
 
 
+def test_the_table_says_whose_rows_were_scored() -> None:
+    scores = {"after": RougeScores(15.0, 15.0, 15.0, 15.0, 2, {name: np.array([10.0, 20.0]) for name in METRICS})}
+    assert score_table(scores, "validation").lines[0].startswith("F1 x 100 on 2 validation rows, ")
+
+
 def test_samples_are_spread_evenly_and_an_empty_summary_keeps_its_line() -> None:
     rows = [{"review": f"review {n}", "reference": "", "before": None, "after": f"after {n}"} for n in range(10)]
     text = sample_text(rows, count=2)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -229,8 +230,12 @@ def test_each_epoch_has_a_training_loss_however_few_its_steps(tmp_path: Path) ->
 
 
 def test_a_run_that_is_all_warm_up_says_that_it_learns_nothing(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="A run of 1 steps is all warm-up"):
+    with pytest.warns(UserWarning, match=r"A run of 1 step\(s\) is all warm-up"):
         epochs_trainer(tmp_path, max_steps=1, warmup_steps=0.05).train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="A run of")
+        epochs_trainer(tmp_path, max_steps=1, warmup_steps=0).train()
+        epochs_trainer(tmp_path, max_steps=1, warmup_steps=10, lr_scheduler_type="constant").train()
 
 
 def epochs_trainer(folder: Path, **given: Any) -> SummaryTrainer:

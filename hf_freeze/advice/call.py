@@ -144,7 +144,7 @@ def advise(
         bar = tqdm(desc="advice", disable=not progress, bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
         probe = Probe(core, anatomy, rows, data_collator, plans, batch_size, precision, blocks, bar, notes)
         with bar:
-            places = probe.check_loss()
+            places = probe.try_loss()
             costs = {depth: _forecast(probe, depth, places) for depth in plans}
             considered = {depth: _unprobed(plans[depth], depth, costs[depth]) for depth in plans}
             able, limit = _affordable(considered, memory_bytes, core)
@@ -152,6 +152,8 @@ def advise(
             comparison = _search(probe, able, considered, learning_rates, Path(cache_dir or folder), progress)
             if not probe.cached:  # what was declined to the probe will be to the run
                 considered = {depth: _unprobed(plans[depth], depth, costs[depth], cached=False) for depth in plans}
+                able, _ = _affordable(considered, limit, core)
+                comparison = replace(comparison, trials={depth: comparison.trials[depth] for depth in able})
     if gradients is not None:
         considered = {
             depth: replace(each, gradient_share=block_share(gradients, anatomy, plans[depth]))
@@ -314,7 +316,7 @@ def _full_memory(costs: Mapping[int, Forecast]) -> float:
 
 
 def _affordable(
-    considered: Mapping[int, DepthProbe], memory_bytes: int | None, core: nn.Module
+    considered: Mapping[int, DepthProbe], memory_bytes: float | None, core: nn.Module
 ) -> tuple[list[int], float]:
     """The depths that fit in memory, and what there is."""
     limit = _memory_of(core) if memory_bytes is None else memory_bytes

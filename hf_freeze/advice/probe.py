@@ -242,11 +242,11 @@ class Probe:
         """Whether states come from the cache; False before `ready` and where it was declined."""
         return self._prepared is not None
 
-    def check_loss(self) -> int:
+    def try_loss(self) -> int:
         """Runs a row; refuses a model without a loss, and one whose loss is not finite before anything was trained.
 
         Returns:
-            The places that its first block saw: of an image, its patches. 1 where they are not in a row.
+            The places that its first block saw, such as an image's patches and [CLS]; 1 where they are not in a row.
         """
         name = type(self.core).__name__
         row = self.rows.train[0]
@@ -272,8 +272,8 @@ class Probe:
             )
         if not torch.isfinite(loss):
             raise FreezeError(
-                f"advise was asked for a {name} whose loss is {loss.item()} on a row of {row.tokens} tokens before any "
-                "training. A model in fp16 may overflow: load it in fp32 or bf16; else look for broken weights."
+                f"advise was asked for a {name} whose loss is {loss.item()} on the first row before any training. "
+                " A model in fp16 may overflow: load it in fp32 or bf16; else look for broken weights."
             )
         return places[-1]
 

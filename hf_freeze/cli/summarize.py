@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -99,7 +100,8 @@ def run(args: argparse.Namespace, say: Say) -> Told:
             f"The device has too little memory for {args.batch_size} reviews at once. Start the same with a smaller "
             f"--batch_size: it goes on where it stopped."
         ) from error
-    leave_group()
+    with contextlib.suppress(RuntimeError):  # another process is gone, and has said why
+        leave_group()
     return Told(str(report), report.to_dict())
 
 

@@ -17,15 +17,15 @@ from hf_freeze.errors import ReviewsError, nearest
 
 __all__ = [
     "FORMATS",
-    "column_names",
-    "file_digest",
+    "digest_file",
     "find_separator",
-    "json_kind",
-    "json_object",
-    "line_start",
     "list_files",
-    "near",
-    "parquet_size",
+    "name_columns",
+    "parse_object",
+    "quote_start",
+    "read_parquet_size",
+    "tell_missing",
+    "word_kind",
 ]
 
 FORMATS = {
@@ -40,7 +40,11 @@ CHUNK_BYTES = 1 << 20
 
 
 def list_files(path: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """The files to read, all of one format, and what was ignored in a folder."""
+    """The files to read, all of one format, and what was ignored in a folder.
+
+    Raises:
+        ReviewsError: An ending that is not known, a folder without files, or with several formats.
+    """
     endings = ", ".join(FORMATS)
     if path.is_file():
         if path.suffix.lower() not in FORMATS:
@@ -67,7 +71,7 @@ def list_files(path: Path) -> tuple[list[Path], tuple[str, ...]]:
     return files, (f"ignored in the folder: {', '.join(ignored)}",) if ignored else ()
 
 
-def near(path: Path) -> str:
+def tell_missing(path: Path) -> str:
     """Words where a missing path was looked for and what is near it."""
     if not path.parent.is_dir():
         return f"there is no folder {path.parent}"
@@ -77,8 +81,12 @@ def near(path: Path) -> str:
     return f"{path.parent} holds {nearest(path.name, names)}"
 
 
-def file_digest(path: Path, utf8: bool) -> str:
-    """Digest of the file's bytes; on the way, checks that they are UTF-8."""
+def digest_file(path: Path, utf8: bool) -> str:
+    """Digest of the file's bytes; on the way, checks that they are UTF-8, where they should be.
+
+    Raises:
+        ReviewsError: They are not; it names the byte, its offset and its line.
+    """
     digest, decoder = hashlib.blake2b(digest_size=16), codecs.getincrementaldecoder("utf-8")()
     offset = line = 0  # offset: bytes before this chunk; line: line breaks before it
     with path.open("rb") as file:
@@ -101,8 +109,12 @@ def file_digest(path: Path, utf8: bool) -> str:
             offset, line = offset + len(chunk), line + chunk.count(b"\n")
 
 
-def parquet_size(path: Path) -> tuple[list[str], int]:
-    """The columns of a Parquet file, and how many rows it has."""
+def read_parquet_size(path: Path) -> tuple[list[str], int]:
+    """The columns of a Parquet file, and how many rows it has.
+
+    Raises:
+        ReviewsError: It is no Parquet file.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -122,7 +134,12 @@ def find_separator(path: Path) -> str:
     return max((usual, "\t", ",", ";"), key=lambda sign: len(next(csv.reader([header], delimiter=sign), [])))
 
 
-def column_names(path: Path, row: list[str]) -> list[str]:
+def name_columns(path: Path, row: list[str]) -> list[str]:
+    """The names of a table's columns by its header; one without a name gets its number.
+
+    Raises:
+        ReviewsError: A name stands there twice.
+    """
     names = [name.strip() or f"column {number}" for number, name in enumerate(row, 1)]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -132,40 +149,54 @@ def column_names(path: Path, row: list[str]) -> list[str]:
     return names
 
 
-def json_object(line: str, place: str) -> dict[str, Any]:
+def parse_object(line: str, place: str, like: str) -> dict[str, Any]:
     """The object that a line of JSON holds.
 
     Args:
         line: Of a file.
         place: Where it stands, for errors.
+        like: What it might hold, for errors.
+
+    Raises:
+        ReviewsError: It is not JSON, no object, or holds half a character.
     """
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ReviewsError(
-            f"{place} is not JSON ({error}): {line_start(line)} Each line must be one whole JSON object."
+            f"{place} is not JSON ({error}): {quote_start(line)} Each line must be one whole JSON object."
         ) from error
     if not isinstance(values, dict):
         raise ReviewsError(
-            f"{place} is {json_kind(values)}, not an object: {line_start(line)} "
-            f'Each line must be one JSON object, like {{"review": "..."}}.'
+            f"{place} is {word_kind(values)}, not an object: {quote_start(line)} "
+            f"Each line must be one JSON object, like {like}."
         )
     if "\\u" in line:  # only an escape can smuggle in half a character, as a cut-off emoji does
         try:
             json.dumps(values, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise ReviewsError(
-                f"{place} holds half a character ({error.object[error.start]!r}): {line_start(line)} Take that escape "
+                f"{place} holds half a character ({error.object[error.start]!r}): {quote_start(line)} Take that escape "
                 f"out."
             ) from error
     return values
 
 
-def json_kind(value: object) -> str:
+def word_kind(value: object) -> str:
+    """What JSON calls a value, for errors.
+
+    >>> word_kind([1]), word_kind(None)
+    ('an array', 'null')
+    """
     kinds = {dict: "an object", list: "an array", bool: "a truth value", str: "a string", type(None): "null"}
     return kinds.get(type(value), "a number")
 
 
-def line_start(line: str) -> str:
+def quote_start(line: str) -> str:
+    """The beginning of a line, quoted and with a full stop, for errors.
+
+    >>> quote_start("  id,review ")
+    "'id,review'."
+    """
     line = line.strip()
     return repr(line if len(line) <= 60 else line[:57] + "...") + "."

@@ -101,17 +101,26 @@ class ResumableFile:
         with self._worded():
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab", buffering=0)  # nothing is left to write when a full disk has closed it
-        if not _lock(self._file):
+        if not _lock(self._file) or not self._is_ours():
             self._file.close()
             raise FreezeError(f"Another process is writing {self.path}. Wait for it, or choose another output.")
         self._begun = self.side.exists() or self.path.stat().st_size > 0
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._file.close()
+        if sys.platform == "win32":  # which renames and removes no open file
+            self._file.close()
         if kind is not None and not self._begun:
             self.path.unlink(missing_ok=True)
             self.side.unlink(missing_ok=True)
+        self._file.close()  # and with it the lock
+
+    def _is_ours(self) -> bool:
+        """Whether the file that was opened still has this name: another run may have finished it before the lock."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
 
     def begin(self, facts: Mapping[str, Any], circumstances: Mapping[str, Any]) -> dict[str, Any]:
         """Finds out where to go on, and notes what this run is.
@@ -230,7 +239,7 @@ class ResumableFile:
 
     def finish(self) -> None:
         """Gives the file its name. Killed at any moment, it is whole under one of its two names."""
-        if sys.platform == "win32":  # which renames no open file
+        if sys.platform == "win32":
             self._file.close()
         with self._worded():
             os.replace(self.path, self.output)

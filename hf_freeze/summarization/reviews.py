@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Any
 from hf_freeze.errors import ReviewsError, nearest
 from hf_freeze.summarization.files import (
     FORMATS,
-    column_names,
-    file_digest,
+    digest_file,
     find_separator,
-    json_kind,
-    json_object,
-    line_start,
     list_files,
-    near,
-    parquet_size,
+    name_columns,
+    parse_object,
+    quote_start,
+    read_parquet_size,
+    tell_missing,
+    word_kind,
 )
 
 if TYPE_CHECKING:
@@ -224,14 +224,14 @@ def overlap(a: Reviews, b: Reviews) -> int:
 
 def _load_from_hub(source: str, path: Path, split: str | None) -> Dataset:
     if not HUB_ID.fullmatch(source) or path.suffix.lower() in FORMATS:
-        raise ReviewsError(f"No file or folder {path}: {near(path)}. Check the path.")
+        raise ReviewsError(f"No file or folder {path}: {tell_missing(path)}. Check the path.")
     from datasets import load_dataset
 
     try:
         return load_dataset(source, split=split or "train")
     except Exception as error:  # the hub's client has whole families of errors: offline, gated, no such split
         raise ReviewsError(
-            f"No file or folder {path} ({near(path)}), and the hub dataset {source!r} could not be "
+            f"No file or folder {path} ({tell_missing(path)}), and the hub dataset {source!r} could not be "
             f"loaded at split {split or 'train'!r} ({error}). Check the path, the id and the network."
         ) from error
 
@@ -254,9 +254,9 @@ def _scan(path: Path) -> _Scan:
     kind = FORMATS[path.suffix.lower()]
     if path.stat().st_size == 0:
         raise ReviewsError(f"{path} is empty (0 bytes). Give a file with at least one review.")
-    digest = file_digest(path, utf8=kind != "Parquet")
+    digest = digest_file(path, utf8=kind != "Parquet")
     if kind == "Parquet":
-        columns, rows = parquet_size(path)
+        columns, rows = read_parquet_size(path)
         return _Scan(columns, digest, has_rows=rows > 0)
     if kind == "JSON lines":
         return _scan_json_lines(path, digest)
@@ -271,12 +271,12 @@ def _scan_json_lines(path: Path, digest: str) -> _Scan:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            row = json_object(line, f"{path}, line {number}")
+            row = parse_object(line, f"{path}, line {number}", '{"review": "...", "summary": "..."}')
             has_rows = True
             names.update(dict.fromkeys(row))
             for name, value in row.items():
                 if not (value is None or isinstance(value, str)):
-                    not_text.setdefault(name, f"{path}, line {number} holds {json_kind(value)} there")
+                    not_text.setdefault(name, f"{path}, line {number} holds {word_kind(value)} there")
     return _Scan(list(names), digest, has_rows, not_text=not_text)
 
 
@@ -302,14 +302,14 @@ def _scan_table(path: Path, digest: str) -> _Scan:
             if at_end:  # the parser wanted more lines to finish this row
                 raise ReviewsError(
                     f"{path}: the row that begins at line {first_line} opens a quote that is never closed: "
-                    f"{line_start(separator.join(row))} Close it, or double a quote that belongs to the text."
+                    f"{quote_start(separator.join(row))} Close it, or double a quote that belongs to the text."
                 )
             if not header:
-                header = column_names(path, row)
+                header = name_columns(path, row)
             elif len(row) > len(header):
                 raise ReviewsError(
                     f"{path}, line {first_line} has {len(row)} fields, but the header has {len(header)}: "
-                    f"{line_start(separator.join(row))} Put quotes around a field that holds {separator!r}."
+                    f"{quote_start(separator.join(row))} Put quotes around a field that holds {separator!r}."
                 )
             else:
                 has_rows = True

@@ -17,15 +17,15 @@ from typing import IO, Any, NamedTuple
 from hf_freeze.errors import ReviewsError, nearest
 from hf_freeze.summarization.files import (
     FORMATS,
-    column_names,
-    file_digest,
+    digest_file,
     find_separator,
-    json_kind,
-    json_object,
-    line_start,
     list_files,
-    near,
-    parquet_size,
+    name_columns,
+    parse_object,
+    quote_start,
+    read_parquet_size,
+    tell_missing,
+    word_kind,
 )
 
 __all__ = ["GivenRows", "Row", "RowFiles", "RowLines", "row_text", "spreadsheet_safe"]
@@ -80,7 +80,7 @@ class RowFiles:
         self.path = Path(path).expanduser()
         self.name = str(self.path)
         if not self.path.exists():
-            raise ReviewsError(f"No file or folder {self.path}: {near(self.path)}. Check the path.")
+            raise ReviewsError(f"No file or folder {self.path}: {tell_missing(self.path)}. Check the path.")
         if not (self.path.is_file() or self.path.is_dir()):
             raise ReviewsError(f"{self.path} is neither a file nor a folder. Write the reviews to a file first.")
         self.files = list_files(self.path)[0]
@@ -103,9 +103,9 @@ class RowFiles:
             if self.kind in TABLES:
                 separator = find_separator(file)
                 header = next((cells for cells, _ in _cells(file, separator)), [])
-                columns, empty = column_names(file, header), not header
+                columns, empty = name_columns(file, header), not header
             elif self.kind == "Parquet":
-                columns = parquet_size(file)[0]
+                columns = read_parquet_size(file)[0]
             else:
                 row = next(_json_rows(file), None)
                 columns, empty = list(row.values) if row else [], row is None
@@ -232,14 +232,14 @@ def row_text(row: Row, column: str) -> str:
         return ""
     if not isinstance(value, str):
         raise ReviewsError(
-            f"{row.place} holds {json_kind(value)} in column {column!r}, and a text is expected: {value!r:.60}. Name "
+            f"{row.place} holds {word_kind(value)} in column {column!r}, and a text is expected: {value!r:.60}. Name "
             f"another column, or write its values as strings."
         )
     return value
 
 
 def _raise_not_utf8(path: Path) -> None:
-    file_digest(path, utf8=True)  # names the byte, its offset and its line
+    digest_file(path, utf8=True)  # names the byte, its offset and its line
     raise ReviewsError(f"{path} is not UTF-8, or was changed while it was read. Save it as UTF-8.")
 
 
@@ -255,8 +255,8 @@ def _lines(path: Path, file: IO[bytes] | None, newline: str) -> Iterator[str]:
             number += 1
             if len(line) >= LONGEST_CELL and not line.endswith(("\n", "\r")):
                 raise ReviewsError(
-                    f"{path}, line {number} is longer than {LONGEST_CELL:,} characters: {line_start(line[:100])} Write "
-                    f"one review a line (a JSON array is not JSON lines)."
+                    f"{path}, line {number} is longer than {LONGEST_CELL:,} characters: {quote_start(line[:100])} "
+                    f"Write one review a line (a JSON array is not JSON lines)."
                 )
             yield line
 
@@ -289,7 +289,7 @@ def _wrong_width(path: Path, line: int, cells: Sequence[str], names: Sequence[st
     fix = f"Put quotes around a cell that holds {separator!r}."
     if len(cells) < len(names):
         fix = f"Give it all {len(names)} cells, empty ones too: it has none for {names[len(cells)]!r}."
-    start = line_start(separator.join(cells))
+    start = quote_start(separator.join(cells))
     return ReviewsError(f"{path}, line {line} has {len(cells)} cells, but the header has {len(names)}: {start} {fix}")
 
 
@@ -298,7 +298,7 @@ def _json_rows(path: Path, file: IO[bytes] | None = None) -> Iterator[Row]:
         if not line.strip():
             continue
         place = f"{path}, line {number}"
-        values = json_object(line, place)
+        values = parse_object(line, place, '{"review": "..."}')
         yield Row(values, place, line.strip())
 
 

@@ -212,6 +212,9 @@ def _check_world_size(launched: int, formed: int) -> None:
 def loss_table(log_history: Sequence[dict[str, Any]]) -> Table:
     """Training and validation loss per epoch, from Trainer's log: the mean over the steps of that epoch.
 
+    After a resume between two entries of the log, Trainer no longer knows the losses before the checkpoint; its first
+    entry then counts for them too.
+
     >>> log = [{"loss": 3.0, "step": 10}, {"loss": 1.0, "step": 15}, {"eval_loss": 2.2, "epoch": 1.0, "step": 15}]
     >>> print(loss_table(log).to_dict()["rows"])
     [{'epoch': '1', 'training loss': '2.333', 'validation loss': '2.200'}]
@@ -234,7 +237,8 @@ class _LogEachEpoch(TrainerCallback):
     """Logs the training loss at the end of an epoch too, so that it stands beside that epoch's validation loss."""
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        control.should_log = args.logging_strategy != "no"
+        if args.logging_strategy != "no":
+            control.should_log = True
         return control
 
 
@@ -286,13 +290,15 @@ class SummaryTrainer(DeltaCheckpoints, Seq2SeqTrainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        all_warm_up = self.args.get_warmup_steps(num_training_steps) >= num_training_steps
+        if all_warm_up and not any(scheduler.get_last_lr()):  # a constant rate knows no warm-up
             warnings.warn(
-                f"A run of {num_training_steps} steps is all warm-up (--warmup_steps {self.args.warmup_steps}): its "
+                f"A run of {num_training_steps} step(s) is all warm-up (--warmup_steps {self.args.warmup_steps}): its "
                 "learning rate starts at 0 and never reaches --learning_rate. Use --warmup_steps 0, or more steps.",
                 stacklevel=2,
             )
-        return super().create_scheduler(num_training_steps, optimizer)
+        return scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows = self.train_dataset if train_dataset is None else train_dataset
