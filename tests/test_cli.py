@@ -539,10 +539,10 @@ def test_caches_are_listed_with_rows_and_size_and_cleared(tmp_path: Path, ran: C
     assert whole["rows"] == 2
     assert whole["model"] == "LlamaForCausalLM"
     assert "LlamaForCausalLM" in listed.out
+    assert values["bytes"] == sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     manifest = Path(whole["folder"]) / cache_command._manifests(place)[0].name
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "model": ""}))
     assert f"weights {whole['key']['weights'][:8]}" in ran("cache", "list").out, "of an older version"
-    assert values["bytes"] == sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     cleared = ran("cache", "clear", "--cache_dir", place, "--json").values
     assert cleared["removed"] + cleared["kept"] == 2
     assert cleared["removed"] >= 1
