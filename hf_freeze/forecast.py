@@ -49,7 +49,7 @@ class ModeForecast:
 
     Attributes:
         trainable_parameters: Parameters that the optimizer moves.
-        weight_bytes: Weights in memory: 4 bytes a trainable parameter, those of `dtype` a frozen one.
+        weight_bytes: Weights in memory: 4 bytes a trainable parameter, those of `frozen_dtype` a frozen one.
         gradient_bytes: 4 bytes a trainable parameter.
         optimizer_bytes: AdamW's two moments: 8 bytes a trainable parameter.
         activation_bytes: What the forward pass keeps for the backward pass, logits included.
@@ -103,7 +103,8 @@ class Forecast:
         target_tokens: Tokens of a row that are learnt; of an encoder-only model none.
         epochs: Passes over the rows.
         rows: Rows of the training set.
-        dtype: Of frozen weights, activations and the cache.
+        dtype: Of activations.
+        frozen_dtype: Of frozen weights and the cache.
         lora_rank: Rank of the adapters.
         notes: What was assumed, left out or could not be told.
         why_no_cut: Why there is nothing to cache; "" where there is.
@@ -120,6 +121,7 @@ class Forecast:
     epochs: int
     rows: int
     dtype: str
+    frozen_dtype: str
     lora_rank: int
     notes: tuple[str, ...] = ()
     why_no_cut: str = ""
@@ -160,7 +162,8 @@ class Forecast:
 
     def to_dict(self) -> dict[str, Any]:
         """The forecast as JSON-ready values."""
-        plain = ("model_class", "batch_size", "source_tokens", "target_tokens", "epochs", "rows", "dtype", "lora_rank")
+        sizes = ("batch_size", "source_tokens", "target_tokens", "epochs", "rows")
+        plain = ("model_class", *sizes, "dtype", "frozen_dtype", "lora_rank")
         return {
             **{name: getattr(self, name) for name in plain},
             "plan": self.plan.to_dict(),
@@ -181,6 +184,7 @@ def forecast(
     target_tokens: int = 64,
     epochs: int = 3,
     dtype: str | torch.dtype = "bfloat16",
+    frozen_dtype: str | torch.dtype | None = None,
     rows: int = 1000,
     lora_rank: int = 16,
     blocks: BlocksGiven | None = None,
@@ -194,7 +198,9 @@ def forecast(
         source_tokens: Tokens read a row: the encoder's, or the prompt's of a decoder-only model.
         target_tokens: Tokens learnt a row: the decoder's; a decoder-only model sees source + target.
         epochs: Passes over the rows; 3, what fine-tuning on some thousand rows usually takes.
-        dtype: Of frozen weights, activations and the cache: "bfloat16", "float16" or "float32".
+        dtype: Of activations, frozen weights and the cache: "bfloat16", "float16" or "float32".
+        frozen_dtype: Of frozen weights and the cache where it is another one, as under autocast, which leaves weights
+            and what crosses the cut in fp32; None is `dtype`.
         rows: Rows of the training set; 1000 makes the figures of a run easy to scale.
         lora_rank: Rank of LoRA adapters on every linear layer of every block, as PEFT puts them; 16, a usual choice.
         blocks: Handed to `read_anatomy` where structure does not tell.
@@ -227,12 +233,8 @@ def forecast(
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise FreezeError(f"forecast was asked for {name}={value!r}; it is a whole number. Use {name} >= 1.")
-    dtype_name = str(dtype).removeprefix("torch.")
-    dtype_name = SHORT_DTYPES.get(dtype_name, dtype_name)
-    if dtype_name not in DTYPES:
-        raise FreezeError(
-            f"forecast was asked for dtype={dtype!r}; it knows {', '.join(map(repr, DTYPES))}. Use one of these."
-        )
+    dtype_name = _name_dtype("dtype", dtype)
+    frozen_name = dtype_name if frozen_dtype is None else _name_dtype("frozen_dtype", frozen_dtype)
     anatomy = read_anatomy(model, blocks=blocks)
     resolved = plan.resolve(anatomy)
     flow = read_flow(anatomy, source_tokens, target_tokens)
@@ -241,6 +243,7 @@ def forecast(
         plan,
         {},
         dtype=dtype_name,
+        frozen_dtype=frozen_name,
         notes=flow.notes,
         why_no_cut=resolved.why_no_cut,
         **numbers,
@@ -255,6 +258,16 @@ def forecast(
             whole = replace(given, plan=beside, why_no_cut="", modes=_modes(given, flow, other))
             result = replace(result, whole_encoder=whole)
     return result
+
+
+def _name_dtype(argument: str, dtype: str | torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    name = SHORT_DTYPES.get(name, name)
+    if name not in DTYPES:
+        raise FreezeError(
+            f"forecast was asked for {argument}={dtype!r}; it knows {', '.join(map(repr, DTYPES))}. Use one of these."
+        )
+    return name
 
 
 # -------------------------------------------------------------------------------------------------------- the modes
@@ -305,7 +318,7 @@ def _mode(
     labelled, seen = flow.labelled
     return ModeForecast(
         trainable_parameters=trained,
-        weight_bytes=MASTER_BYTES * trained + width * frozen,
+        weight_bytes=MASTER_BYTES * trained + DTYPES[asked.frozen_dtype] * frozen,
         gradient_bytes=MASTER_BYTES * trained,
         optimizer_bytes=2 * MASTER_BYTES * trained,
         activation_bytes=asked.batch_size * round(cost.saved_bytes),
@@ -315,7 +328,7 @@ def _mode(
         head_flops=asked.batch_size * cost.head,
         supervised_head_flops=asked.batch_size * cost.head * labelled // seen,
         build_flops=asked.rows * cost.cut_forward,
-        cache_bytes=asked.rows * states * width,
+        cache_bytes=asked.rows * states * DTYPES[asked.frozen_dtype],
         run_flops=asked.rows * (asked.epochs * row_flops + cost.cut_forward),
         share_of_full=1.0,
     )
@@ -468,8 +481,9 @@ def _table(made: Forecast) -> Table:
     if beside := made.whole_encoder:
         rows += [_row(f"{name} *", beside.modes[name]) for name in ("frozen", "cached")]
     tokens = f"{made.source_tokens} + {made.target_tokens}"
+    apart = "" if made.frozen_dtype == made.dtype else f" (frozen weights and cache {made.frozen_dtype})"
     lines = [
-        f"A step: {made.batch_size} rows of {tokens} tokens, {made.dtype}; a run: {made.epochs} "
+        f"A step: {made.batch_size} rows of {tokens} tokens, {made.dtype}{apart}; a run: {made.epochs} "
         f"epoch{'s' * (made.epochs != 1)} of {made.rows:,} rows. LoRA: rank {made.lora_rank}.",
         f"Cache {'pays' if made.cache_pays else 'does not pay'}: {made.why}",
     ]

@@ -340,9 +340,10 @@ def _make(make_trainer: Callable[..., Any], stage: Stage) -> Any:
     """A new trainer for the stage; the callable may do without its argument."""
     try:
         inspect.signature(make_trainer).bind(stage)
+        takes_stage = True
     except TypeError:
-        return make_trainer()
-    return make_trainer(stage)
+        takes_stage = False
+    return make_trainer(stage) if takes_stage else make_trainer()
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

@@ -346,7 +346,7 @@ def draw_sweep(report: SweepReport, path: str | os.PathLike[str]) -> tuple[Path,
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:,.3g}"))
                 axes.xaxis.set_minor_formatter("")
             axes.set_xlabel(unit)
-        panels[0].set_ylabel(report.quality)
+        panels[0].set_ylabel(report.quality.replace("rouge", "ROUGE-"))
         panels[0].legend(loc="best")
         figure.suptitle(
             f"Quality and cost by frozen blocks (of {report.blocks}); filled: on the Pareto front", fontsize=11

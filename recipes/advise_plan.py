@@ -53,7 +53,7 @@ class AdviceArguments:
 
 
 def main() -> None:
-    (asked,) = HfArgumentParser(AdviceArguments).parse_args_into_dataclasses()
+    (asked,) = HfArgumentParser(AdviceArguments, allow_abbrev=False).parse_args_into_dataclasses()
     depths, rates = numbers(asked.depths, int), numbers(asked.learning_rates, float)
     device = torch.device(asked.device) if asked.device else torch.accelerator.current_accelerator() or "cpu"
     model, tokenizer, _ = load_generator(asked.model_name_or_path, None, torch.float32)
@@ -98,7 +98,9 @@ def main() -> None:
     if asked.output_dir is not None:
         advice.plan.save_pretrained(asked.output_dir)
         write_json(Path(asked.output_dir) / "advice.json", advice.to_dict())
-        print(f"\nThe plan and the advice: {asked.output_dir}")
+        print(f"\nThe plan and the advice: {asked.output_dir}. To train by it:")
+        load = f"freeze(model, FreezePlan.from_pretrained({asked.output_dir!r}))"
+        print(f"  {load}, and learning_rate={advice.learning_rate:.2g}")
 
 
 def numbers(text: str, kind: type) -> list:

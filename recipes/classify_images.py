@@ -125,7 +125,7 @@ class Digits(torch.utils.data.Dataset):
 
 
 def main() -> None:
-    asked, args = HfArgumentParser((ImageArguments, RunArguments)).parse_args_into_dataclasses()
+    asked, args = HfArgumentParser((ImageArguments, RunArguments), allow_abbrev=False).parse_args_into_dataclasses()
     say = print if args.process_index == 0 else lambda *_: None
 
     # The model, and what its pixels must look like.

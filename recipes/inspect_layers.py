@@ -100,7 +100,7 @@ class Picture:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(InspectArguments).parse_args_into_dataclasses()
+    (args,) = HfArgumentParser(InspectArguments, allow_abbrev=False).parse_args_into_dataclasses()
     if args.max_texts < 1:
         raise FreezeError(f"--max_texts {args.max_texts} was asked for; use 1 or more.")
     with plain_style():  # a missing matplotlib is told now, not after minutes

@@ -17,6 +17,7 @@ It reads the model's anatomy, freezes, says what that saves, trains with Trainer
 move, and writes model, scores, predictions, a model card and report.html, a page about the run, into --output_dir.
 """
 
+import json
 import math
 import sys
 import time
@@ -80,6 +81,8 @@ from hf_freeze.summarization import (
     write_jsonl,
     write_run_report,
 )
+
+LEAST_BATCHES = 16  # proving that a cache is exact, and timing it, takes about as long as so many
 
 
 @dataclass
@@ -207,7 +210,8 @@ def main() -> None:
     say(f"\n{report}\n")
     if stages:
         say(f"That is stage 1 of {len(stages)}, and so is the forecast. The cache is built, unless --cache_prefix off.")
-    say(f"One batch on one device; a step takes {args.gradient_accumulation_steps} of them on {args.world_size}:")
+    batches = args.gradient_accumulation_steps * args.world_size
+    say(f"Below, a step is one batch of {args.train_batch_size} rows on one device; the optimizer waits for {batches}:")
     costs = forecast(
         model,
         plan,
@@ -215,6 +219,7 @@ def main() -> None:
         **mean_lengths(encoded["train"].dataset, prompt),
         epochs=math.ceil(args.num_train_epochs),
         dtype="bfloat16" if args.bf16 else "float32",
+        frozen_dtype="float32",  # as they are loaded; autocast casts them, and what crosses the cut is not cast
         rows=len(rows["train"]),
     )
     say(costs)
@@ -290,7 +295,7 @@ def main() -> None:
         trainer.args.output_dir = args.output_dir
     else:
         say(f"note: supervised logits only: {trainer.supervised_logits} ({trainer.supervised_logits_reason})")
-        cache, saving, cache_seconds = build_cache(model_args, args, model, trainer, encoded, say)
+        cache, saving, cache_seconds = build_cache(model_args, args, model, report, trainer, encoded, say)
         say(f"\nTraining {trainable:,} of {report.total_parameters:,} parameters:")
         train_seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
         if saving is not None and not checkpoint:  # else the batches before are missing
@@ -392,6 +397,7 @@ def main() -> None:
             data={
                 name: f"{Path(reviews.source).name}: {reviews.rows_read:,} rows read, {len(rows[name]):,} used"
                 for name, reviews in splits.items()
+                if name in (scored, "train", "validation")
             },
             notes=(
                 *prompt.notes,
@@ -415,13 +421,15 @@ def main() -> None:
 
 def parse_arguments() -> tuple[ModelArguments, DataArguments, RunArguments]:
     """From the command line, or from one YAML or JSON file."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments))
+    parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments), allow_abbrev=False)
     if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
         parsed = parser.parse_yaml_file(sys.argv[1])
     elif len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
         parsed = parser.parse_json_file(sys.argv[1])
     else:
         parsed = parser.parse_args_into_dataclasses()
+    switch = {True: "on", "true": "on", False: "off", "false": "off"}  # YAML takes on and off for true and false
+    parsed[0].cache_prefix = switch.get(parsed[0].cache_prefix, parsed[0].cache_prefix)
     if parsed[0].cache_prefix not in ("auto", "on", "off"):
         raise FreezeError(f"--cache_prefix {parsed[0].cache_prefix} was asked for; it is auto, on or off.")
     if parsed[0].upper not in ("full", "lora", "dora"):
@@ -496,7 +504,7 @@ def describe_data(data_args: DataArguments, rows: dict, scored: str) -> DataFact
     given = data_args.dataset_name or data_args.train_file
     return DataFacts(
         name=Path(given).name if given else "the reviews that hf_freeze ships",
-        rows={name: len(dataset) for name, dataset in rows.items()},
+        rows={name: len(dataset) for name, dataset in rows.items() if name in (scored, "train", "validation")},
         hub_id=data_args.dataset_name,
         language=None if given else "en",
         scored=scored,
@@ -521,7 +529,7 @@ def load_model(model_args: ModelArguments):
     return model, tokenizer
 
 
-def build_cache(model_args: ModelArguments, args: RunArguments, model, trainer: SummaryTrainer, encoded: dict, say):
+def build_cache(model_args: ModelArguments, args: RunArguments, model, report, trainer, encoded: dict, say):
     """The cache of the frozen prefix, given to the trainer where it pays; the prediction; seconds of all of it."""
     started = time.perf_counter()
     if model_args.cache_prefix == "off":
@@ -533,15 +541,16 @@ def build_cache(model_args: ModelArguments, args: RunArguments, model, trainer: 
     steps = math.ceil(args.num_train_epochs * batches)
     if args.max_steps > 0:
         steps = args.max_steps * args.gradient_accumulation_steps
-    if model_args.cache_prefix == "auto" and steps <= batches:
-        found = [has_caches(model_args.prefix_cache_dir)]
+    if model_args.cache_prefix == "auto":
+        found = [has_cache(model_args.prefix_cache_dir, model.config._name_or_path, report.cuts)]
         if args.world_size > 1:
             broadcast_object_list(found)  # another run may begin to write one in between
-        if not found[0]:
-            say("note: no prefix cache: no row is trained on twice, so that computing states beforehand saves nothing")
+        again = steps if found[0] else steps - batches  # batches that might run from the cache and save time by it
+        if again < LEAST_BATCHES:
+            say(f"note: no prefix cache: {max(0, again)} batches might gain by it, and finding out costs as much as 16")
             return None, None, 0.0
     saving = None
-    say("\nWhether the frozen part can be computed once, to the same bits, is tried on some rows ...")
+    say("\nTrying on some rows whether the frozen part can be computed once, to the same bits, and whether that pays:")
     try:
         prepared = PrefixCache.prepare(model, rows, trainer.data_collator, **places)
         saving = prepared.predict(
@@ -549,7 +558,7 @@ def build_cache(model_args: ModelArguments, args: RunArguments, model, trainer: 
             batch_size=args.train_batch_size,
             step=lambda batch: trainer.compute_loss(model, batch).backward(),
         )
-        say(saving)
+        say(f"{saving} Finding that out took {time.perf_counter() - started:.1f} s.")
         decision = [model_args.cache_prefix == "on" or saving.pays]
         if args.world_size > 1:
             broadcast_object_list(decision)  # timings differ between processes
@@ -572,9 +581,16 @@ def build_cache(model_args: ModelArguments, args: RunArguments, model, trainer: 
     return cache, saving, time.perf_counter() - started
 
 
-def has_caches(folder: str | None) -> bool:
-    """Whether a prefix cache of an earlier run may be found, perhaps with the rows of this one."""
-    return any(Path(folder or cache_folder() / "prefix").glob(f"*/{MANIFEST}"))
+def has_cache(folder: str | None, name: str, cuts) -> bool:
+    """Whether a cache of a model with this name and cuts lies there, perhaps with these rows; manifests alone tell."""
+    for path in Path(folder or cache_folder() / "prefix").glob(f"*/{MANIFEST}"):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["model"] == name and values["key"]["cuts"] == [list(cut) for cut in cuts]:
+                return True
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # another version, or damaged: as good as none
+    return False
 
 
 def mean_lengths(dataset, prompt) -> dict[str, int]:

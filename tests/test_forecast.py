@@ -244,6 +244,19 @@ GRADIENT_REACHES_LOW = [
 @pytest.mark.parametrize(
     ("make", "plan"), [case[1:] for case in GRADIENT_REACHES_LOW], ids=[case[0] for case in GRADIENT_REACHES_LOW]
 )
+def test_frozen_weights_and_the_cache_may_be_of_another_dtype_than_activations() -> None:
+    """Autocast leaves both in fp32: then only what is computed above the cut takes less."""
+    half, mixed, single = (
+        small_forecast(llama(), FreezePlan(decoder_blocks=1), **dtypes).modes["cached"]
+        for dtypes in (
+            {"dtype": "bfloat16"}, {"dtype": "bfloat16", "frozen_dtype": "float32"}, {"dtype": "float32"}
+        )
+    )  # fmt: skip
+    assert mixed.cache_bytes == single.cache_bytes == 2 * half.cache_bytes
+    assert mixed.weight_bytes == single.weight_bytes > half.weight_bytes
+    assert mixed.activation_bytes == half.activation_bytes < single.activation_bytes
+
+
 def test_flops_and_saved_activations_are_what_a_real_step_takes(make: Any, plan: FreezePlan) -> None:
     torch.manual_seed(0)
     model = make()
@@ -619,6 +632,8 @@ def test_a_number_below_one_is_refused(name: str, value: Any) -> None:
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(FreezeError, match="dtype='int8'; it knows 'float32', 'bfloat16', 'float16'"):
         forecast(llama(), dtype="int8")
+    with pytest.raises(FreezeError, match="frozen_dtype='int4'; it knows 'float32'"):
+        forecast(llama(), frozen_dtype="int4")
 
 
 def test_a_plan_of_another_kind_is_refused() -> None:

@@ -54,16 +54,33 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def test_one_epoch_is_not_probed_for_a_cache_unless_one_may_be_found(recipe: Any, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_pay_is_not_tried(recipe: Any, tmp_path: Path) -> None:
     asked = recipe.ModelArguments(prefix_cache_dir=str(tmp_path))
-    args = recipe.RunArguments(output_dir=str(tmp_path / "out"), num_train_epochs=1, precision="fp32")
-    encoded, said = {"train": SimpleNamespace(dataset=range(9))}, []
-    assert recipe.build_cache(asked, args, None, None, encoded, said.append) == (None, None, 0.0)
-    assert "no row is trained on twice" in said[0]
+    model = SimpleNamespace(config=SimpleNamespace(_name_or_path="mine"))
+    report = SimpleNamespace(cuts=(("decoder", 2),))
+    said: list[str] = []
+
+    def tried(rows: int, epochs: float) -> bool:
+        args = recipe.RunArguments(output_dir=str(tmp_path / "out"), num_train_epochs=epochs, precision="fp32")
+        encoded = {"train": SimpleNamespace(dataset=range(rows))}
+        try:
+            return recipe.build_cache(asked, args, model, report, None, encoded, said.append) != (None, None, 0.0)
+        except AttributeError as error:  # it goes on to the trainer, and there is none here
+            return "data_collator" in str(error)
+
+    assert not tried(400, 1)
+    assert "0 batches might gain by it" in said[-1]
+    assert not tried(16, 2)
+    assert "4 batches might gain by it" in said[-1]
+    assert tried(64, 2)
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / recipe.MANIFEST).write_text("{}")
-    with pytest.raises(AttributeError, match="data_collator"):  # it goes on to the trainer, and there is none here
-        recipe.build_cache(asked, args, None, None, encoded, said.append)
+    manifest = tmp_path / "other" / recipe.MANIFEST
+    for found, values in ((False, {"model": "other"}), (True, {"model": "mine"})):
+        manifest.write_text(json.dumps({**values, "key": {"cuts": [["decoder", 2]]}}))
+        assert tried(400, 1) is found
+        assert not tried(16, 2), "however much of it is there"
+    manifest.write_text("{")
+    assert not tried(400, 1)
 
 
 @pytest.mark.parametrize("grouped", [{}, {"group_by": "product"}])

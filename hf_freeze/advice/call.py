@@ -291,7 +291,8 @@ def _forecast(probe: Probe, depth: int, places: int) -> Forecast:
     tokens = max(row.tokens or places for row in rows.every)
     labels = max(row.labels for row in rows.every)
     reads_labels = [stack.name for stack in probe.anatomy.stacks] == ["decoder"]  # they are among its tokens
-    half = probe.precision == "bf16" or next(core.parameters()).dtype in (torch.bfloat16, torch.float16)
+    loaded = next(core.parameters()).dtype
+    halves = (torch.bfloat16, torch.float16)
     return forecast(
         core,
         probe.plans[depth],
@@ -299,7 +300,8 @@ def _forecast(probe: Probe, depth: int, places: int) -> Forecast:
         source_tokens=max(1, tokens - labels if reads_labels else tokens),
         target_tokens=max(1, labels),
         rows=rows.total,
-        dtype="bfloat16" if half else "float32",
+        dtype="bfloat16" if probe.precision == "bf16" or loaded in halves else "float32",
+        frozen_dtype="bfloat16" if loaded in halves else "float32",  # autocast leaves weights as they are
         blocks=probe.blocks,
     )
 

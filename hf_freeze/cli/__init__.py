@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import importlib.metadata
 import json
@@ -63,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hf-freeze {importlib.metadata.version('hf_freeze')}")
         return 0
     if name not in COMMANDS:
-        problem = f"hf-freeze: {name!r} is no command; nearest: {nearest(name, COMMANDS)}." if name else ""
+        near = difflib.get_close_matches(name, COMMANDS)
+        known = f"nearest: {near[0]!r}" if near else f"commands: {', '.join(COMMANDS)}"
+        problem = f"hf-freeze: {name!r} is no command; {known}." if name else ""
         print(problem or _overview(), file=sys.stderr)
         return 2
     try:

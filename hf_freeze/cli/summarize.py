@@ -73,8 +73,9 @@ def run(args: argparse.Namespace, say: Say) -> Told:
     source = source_of(args.model)
     check_places(args.reviews, args.output, **places)  # before anything slow
     device = _join(args.cpu_threads)
-    precision = choose_precision(_asked_precision(args), device)
-    say(f"Precision {precision}")
+    asked = _asked_precision(args)
+    precision = choose_precision(asked, device)
+    say(f"Precision {precision}" if asked == args.precision else f"Precision {asked}: as before the stop")
     dtype = torch.bfloat16 if precision.name == "bf16" else torch.float32
     model, tokenizer, in_dtype = load_generator(source, args.base_model, dtype)
     model.to(device)

@@ -34,6 +34,7 @@ from hf_freeze.prefix.replay import Prefix, Replay, autocast
 from hf_freeze.prefix.rows import PREFIX_KEY, TARGET, read_rows
 from hf_freeze.prefix.store import MANIFEST, Store, clear_caches, evict_caches, remove_leftovers
 from hf_freeze.processes import barrier, rank_and_world
+from hf_freeze.report import count_text
 from hf_freeze.trial import on_trial
 
 __all__ = ["BuildReport", "PrefixCache", "PrefixCollator", "PreparedCache"]
@@ -65,7 +66,8 @@ class BuildReport:
 
     def __str__(self) -> str:
         what = f"{self.computed_rows:,} computed" if self.computed_rows else "all there already"
-        text = f"Prefix cache: {self.rows:,} rows ({what}), {self.stored_bytes / 1e6:,.0f} MB, {self.seconds:.1f} s"
+        size = count_text(self.stored_bytes, "B")
+        text = f"Prefix cache: {self.rows:,} rows ({what}), {self.seconds:.1f} s; all rows of its store: {size}"
         return "\n".join([text, *(f"rebuilt: {reason}" for reason in self.reasons)])
 
 

@@ -56,7 +56,10 @@ class DataFacts:
     scored: str = "test"
 
     def __str__(self) -> str:
-        return f"{self.name}: {', '.join(f'{count:,} {split}' for split, count in self.rows.items())}"
+        text = f"{self.name}: {', '.join(f'{count:,} {split}' for split, count in self.rows.items())}"
+        if self.scored == "test":
+            return text
+        return f"{text}. The scores are of the {self.scored} rows, which the run was watched on: they may flatter it."
 
 
 def write_card(

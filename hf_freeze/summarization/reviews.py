@@ -430,7 +430,7 @@ def _guess(columns: list[str], known: Sequence[str], taken: str | None) -> str |
 def _no_guess(what: str, source: str, columns: list[str], known: Sequence[str], argument: str) -> str:
     return (
         f"{source} has no column that is known to hold the {what} ({', '.join(known)}). It has "
-        f"{', '.join(map(repr, columns))}: name one of them with {argument}=."
+        f"{', '.join(map(repr, columns))}: name one of them with {argument} (in a shell: --{argument})."
     )
 
 
