@@ -241,22 +241,18 @@ GRADIENT_REACHES_LOW = [
 ]
 
 
+def test_frozen_weights_and_the_cache_may_be_of_another_dtype_than_activations() -> None:
+    """Autocast leaves both in fp32: then only what is computed above the cut takes less."""
+    dtypes = [{"dtype": "bfloat16"}, {"dtype": "bfloat16", "frozen_dtype": "float32"}, {"dtype": "float32"}]
+    half, mixed, single = (small_forecast(llama(), FreezePlan(decoder_blocks=1), **given).modes for given in dtypes)
+    assert mixed["cached"].cache_bytes == single["cached"].cache_bytes == 2 * half["cached"].cache_bytes
+    assert mixed["frozen"].weight_bytes == single["frozen"].weight_bytes > half["frozen"].weight_bytes
+    assert mixed["frozen"].activation_bytes == half["frozen"].activation_bytes < single["frozen"].activation_bytes
+
+
 @pytest.mark.parametrize(
     ("make", "plan"), [case[1:] for case in GRADIENT_REACHES_LOW], ids=[case[0] for case in GRADIENT_REACHES_LOW]
 )
-def test_frozen_weights_and_the_cache_may_be_of_another_dtype_than_activations() -> None:
-    """Autocast leaves both in fp32: then only what is computed above the cut takes less."""
-    half, mixed, single = (
-        small_forecast(llama(), FreezePlan(decoder_blocks=1), **dtypes).modes["cached"]
-        for dtypes in (
-            {"dtype": "bfloat16"}, {"dtype": "bfloat16", "frozen_dtype": "float32"}, {"dtype": "float32"}
-        )
-    )  # fmt: skip
-    assert mixed.cache_bytes == single.cache_bytes == 2 * half.cache_bytes
-    assert mixed.weight_bytes == single.weight_bytes > half.weight_bytes
-    assert mixed.activation_bytes == half.activation_bytes < single.activation_bytes
-
-
 def test_flops_and_saved_activations_are_what_a_real_step_takes(make: Any, plan: FreezePlan) -> None:
     torch.manual_seed(0)
     model = make()
