@@ -410,6 +410,8 @@ class _Sweep:
         if self.chief:
             text = ", ".join(f"{name} {metrics[name]:.4g}" for name in {self.tune_by, self.quality} & metrics.keys())
             text = f"{run_text(run, self.blocks)}: {text}, {result.train_seconds:,.1f} s of training"
+            if result.cached:
+                text += f", {result.cache_seconds:,.1f} s to check and open the cache"
             self.say(text) if not self.progress else tqdm.write(text)
         del trainer, model, trained, cache
         gc.collect()

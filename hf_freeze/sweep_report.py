@@ -225,7 +225,8 @@ class SweepReport:
         )
         lines = [
             f"{self.quality}: mean over seeds and its interval; spread: standard deviation over seeds. The learning "
-            f"rate of each row was chosen by {self.tuned_by} with one seed.",
+            f"rate of each row was chosen by {self.tuned_by} with one seed. training: with checking and opening the "
+            "cache, which takes as long for a short run; peak: of the process, while training; delta: its size on disk.",
         ]
         if (deepest := self.deepest_within_noise()) is not None:
             lines.append(
@@ -315,7 +316,7 @@ def draw_sweep(report: SweepReport, path: str | os.PathLike[str]) -> tuple[Path,
         sizes = sorted({row.rows for row in report.rows() if row.depth != PRETRAINED})
         sign = sign_of(report.quality)
         for axes, cost, unit in (
-            (panels[0], "train_seconds", "training time, s"),
+            (panels[0], "train_seconds", "training time, opening the cache included, s"),
             (panels[1], "peak_bytes", "peak memory, GB"),
         ):
             scale = 1e-9 if cost == "peak_bytes" else 1.0
