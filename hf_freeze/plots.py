@@ -50,6 +50,8 @@ def plain_style() -> Iterator[Any]:
     settings: Any = {
         "figure.figsize": (6.4, 4.0),
         "figure.constrained_layout.use": True,
+        "figure.constrained_layout.w_pad": 0.1,  # inches: labels keep off the edge
+        "figure.constrained_layout.h_pad": 0.08,
         "figure.max_open_warning": 0,
         "savefig.dpi": 150,
         "font.size": 10,

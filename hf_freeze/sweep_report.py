@@ -226,7 +226,7 @@ class SweepReport:
         lines = [
             f"{self.quality}: mean over seeds and its interval; spread: standard deviation over seeds. The learning "
             f"rate of each row was chosen by {self.tuned_by} with one seed. training: with checking and opening the "
-            "cache, which takes as long for a short run; peak: of the process, while training; delta: its size on disk.",
+            "cache, which takes as long for a short run; peak: of the process, in training; delta: its size on disk.",
         ]
         if (deepest := self.deepest_within_noise()) is not None:
             lines.append(

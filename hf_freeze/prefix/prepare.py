@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from hf_freeze.anatomy import Anatomy, BlocksGiven, read_anatomy, unwrap
 from hf_freeze.embedded import cache_folder
@@ -91,12 +92,17 @@ def prepare(
     refuse_moving_positions(core, rows)
     sample = _sample(rows)
     prefixes = []
-    for wanted in dict.fromkeys(every):
-        batch = move(collator([rows.features[row] for row in sample]), next(core.parameters()).device)
-        prefix = find_prefix(core, anatomy, wanted, batch, None if precision == "fp32" else precision)
-        check_states(core, prefix, rows, wider_sample(rows), collator)
-        check_training(core, prefix, rows, sample, collator)
-        prefixes.append(prefix)
+    wanted_cuts = list(dict.fromkeys(every))
+    with tqdm(desc="proving the prefix", total=3 * len(wanted_cuts), disable=not progress, leave=False) as bar:
+        for wanted in wanted_cuts:
+            batch = move(collator([rows.features[row] for row in sample]), next(core.parameters()).device)
+            prefix = find_prefix(core, anatomy, wanted, batch, None if precision == "fp32" else precision)
+            bar.update()
+            check_states(core, prefix, rows, wider_sample(rows), collator)
+            bar.update()
+            check_training(core, prefix, rows, sample, collator)
+            bar.update()
+            prefixes.append(prefix)
     folder = Path(cache_dir) if cache_dir is not None else cache_folder() / "prefix"
     return Prepared(core, anatomy, collator, tuple(prefixes), known, sample, folder)
 
