@@ -262,9 +262,9 @@ def test_a_wrong_column_lists_what_there_is_and_the_nearest(tmp_path: Path) -> N
 
 def test_columns_that_cannot_be_guessed_are_an_error(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "r.jsonl", [{"colour": "red", "text": "a"}, {"text": "b"}])
-    with pytest.raises(ReviewsError, match=r"known to hold the summary .* 'colour', 'text': .* summary_column="):
+    with pytest.raises(ReviewsError, match=r"known to hold the summary .* 'colour', 'text': .* --summary_column"):
         read_reviews(path)
-    with pytest.raises(ReviewsError, match=r"known to hold the review .* 'colour', 'text': .* text_column="):
+    with pytest.raises(ReviewsError, match=r"known to hold the review .* 'colour', 'text': .* --text_column"):
         read_reviews(path, summary_column="text")
 
 

@@ -310,7 +310,8 @@ def _drift(log: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> str:
         "<p class='small'>How far the trained tensors of a block are from the values that they had before training, by "
         "norm, at the last step logged; of adapters, from their first values. What is frozen has not moved.</p>"
     )
-    return f"<div class='charts'>{''.join(parts)}</div>{html_table(('drift of what is no block', ''), others) if others else ''}{words}"
+    table = html_table(("drift of what is no block", ""), others) if others else ""
+    return f"<div class='charts'>{''.join(parts)}</div>{table}{words}"
 
 
 def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
