@@ -17,7 +17,6 @@ It reads the model's anatomy, freezes, says what that saves, trains with Trainer
 move, and writes model, scores, predictions, a model card and report.html, a page about the run, into --output_dir.
 """
 
-import json
 import math
 import sys
 import time
@@ -55,7 +54,6 @@ from hf_freeze import (
 )
 from hf_freeze.embedded import EMBEDDED_NAME, cache_folder, embedded_model
 from hf_freeze.machine import peak_bytes, read_hardware
-from hf_freeze.prefix.store import MANIFEST
 from hf_freeze.processes import leave_group
 from hf_freeze.summarization import (
     DataFacts,
@@ -542,12 +540,13 @@ def build_cache(model_args: ModelArguments, args: RunArguments, model, report, t
     if args.max_steps > 0:
         steps = args.max_steps * args.gradient_accumulation_steps
     if model_args.cache_prefix == "auto":
-        found = [has_cache(model_args.prefix_cache_dir, model.config._name_or_path, report.cuts)]
+        found = [PrefixCache.is_there(model, report.cuts, model_args.prefix_cache_dir)]
         if args.world_size > 1:
             broadcast_object_list(found)  # another run may begin to write one in between
         again = steps if found[0] else steps - batches  # batches that might run from the cache and save time by it
         if again < LEAST_BATCHES:
-            say(f"note: no prefix cache: {max(0, again)} batches might gain by it, and finding out costs as much as 16")
+            gain = f"{max(0, again)} batches might gain by it"
+            say(f"note: no prefix cache: {gain}, and finding out takes as long as some {LEAST_BATCHES}")
             return None, None, 0.0
     saving = None
     say("\nTrying on some rows whether the frozen part can be computed once, to the same bits, and whether that pays:")
@@ -579,18 +578,6 @@ def build_cache(model_args: ModelArguments, args: RunArguments, model, report, t
         say(f"{cache.release_prefix() / 1e6:,.0f} MB of frozen weights are away while training runs from the cache")
     trainer.data_collator = cache.collator
     return cache, saving, time.perf_counter() - started
-
-
-def has_cache(folder: str | None, name: str, cuts) -> bool:
-    """Whether a cache of a model with this name and cuts lies there, perhaps with these rows; manifests alone tell."""
-    for path in Path(folder or cache_folder() / "prefix").glob(f"*/{MANIFEST}"):
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values["model"] == name and values["key"]["cuts"] == [list(cut) for cut in cuts]:
-                return True
-        except (OSError, ValueError, LookupError, TypeError):
-            continue  # another version, or damaged: as good as none
-    return False
 
 
 def mean_lengths(dataset, prompt) -> dict[str, int]:

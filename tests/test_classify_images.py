@@ -29,23 +29,14 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hf_freeze import FreezePlan, PrefixCache, freeze, read_anatomy, verify_frozen
 from hf_freeze.errors import FreezeError
 from hf_freeze.images import check_pixels
+from tests.scripts import load_script
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "classify_images.py"
 SMALL = ["--max_train_rows=40", "--num_train_epochs=2", "--per_device_train_batch_size=8", "--learning_rate=1e-3",
          "--logging_strategy=steps", "--logging_steps=1", "--disable_tqdm=true", "--use_cpu=true"]  # fmt: skip
 
 
-def load_recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("classify_images", RECIPE)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["classify_images"] = module  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
-RECIPE_MODULE: Any = load_recipe()
+RECIPE_MODULE: Any = load_script(RECIPE)
 
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ from hf_freeze import FreezePlan, freeze, save_delta
 from hf_freeze.errors import FreezeError
 from hf_freeze.lens import LayerSimilarity, WeightDrift
 from hf_freeze.lens_plots import draw_drift, draw_similarity
+from tests.scripts import load_script
 from tests.tiny import tiny_folder, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -29,12 +29,7 @@ PICTURES = {"similarity", "logit_lens", "gradients", "activations", "decoder_att
 @pytest.fixture
 def inspect_layers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """The recipe's main() in this process: importing torch once more for each run would be most of the time."""
-    spec = importlib.util.spec_from_file_location("inspect_layers", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "inspect_layers", module)  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
+    module = load_script(RECIPE)
 
     def run(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", [RECIPE, *arguments])

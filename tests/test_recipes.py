@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,7 +16,9 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from huggingface_hub import ModelCard
 
+from hf_freeze.prefix.store import MANIFEST
 from hf_freeze.summarization import shipped_reviews
+from tests.scripts import load_script
 from tests.tiny import tiny_folder
 
 ROOT = Path(__file__).parent.parent
@@ -43,15 +44,9 @@ def results(folder: Path) -> dict:
 
 
 @pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
+def recipe() -> Any:
     """The recipe as a module."""
-    spec = importlib.util.spec_from_file_location("summarize_reviews", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "summarize_reviews", module)  # its dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    return load_script(RECIPE)
 
 
 def test_a_cache_that_cannot_pay_is_not_tried(recipe: Any, tmp_path: Path) -> None:
@@ -74,7 +69,7 @@ def test_a_cache_that_cannot_pay_is_not_tried(recipe: Any, tmp_path: Path) -> No
     assert "4 batches might gain by it" in said[-1]
     assert tried(64, 2)
     (tmp_path / "other").mkdir()
-    manifest = tmp_path / "other" / recipe.MANIFEST
+    manifest = tmp_path / "other" / MANIFEST
     for found, values in ((False, {"model": "other"}), (True, {"model": "mine"})):
         manifest.write_text(json.dumps({**values, "key": {"cuts": [["decoder", 2]]}}))
         assert tried(400, 1) is found

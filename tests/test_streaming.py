@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from hf_freeze.errors import FreezeError, ResumeError, ReviewsError
 from hf_freeze.summarization import streaming
-from hf_freeze.summarization.resumable import ResumableFile, facts_before
+from hf_freeze.summarization.resumable import ResumableFile, check_free, facts_before
 from hf_freeze.summarization.row_files import RowFiles
 from hf_freeze.summarization.streaming import FileReport, check_places, stream_summaries, summarize_file
 from tests.tokenizer_makers import byte_level, llama_config
@@ -473,6 +473,25 @@ def test_nobody_else_may_begin_before_the_file_has_its_name(tmp_path: Path, monk
         file.finish()
     assert len(refused) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_a_file_that_was_finished_while_it_was_waited_for_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, checks = tmp_path / "out.csv", []
+
+    def check(path: Path) -> None:
+        if not checks:  # it is free at the first look; before the second one another run has finished it
+            checks.append(path)
+            return
+        output.write_text("theirs")
+        check_free(path)
+
+    monkeypatch.setattr("hf_freeze.summarization.resumable.check_free", check)
+    with pytest.raises(FreezeError, match="it exists already"), ResumableFile(output):
+        pass
+    assert output.read_text() == "theirs"
+    assert not (tmp_path / "out.csv.partial").exists()
 
 
 def test_the_facts_of_an_unfinished_run_can_be_asked_for(tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ class Probe:
         if not torch.isfinite(loss):
             raise FreezeError(
                 f"advise was asked for a {name} whose loss is {loss.item()} on the first row before any training. "
-                " A model in fp16 may overflow: load it in fp32 or bf16; else look for broken weights."
+                "A model in fp16 may overflow: load it in fp32 or bf16; else look for broken weights."
             )
         return places[-1]
 

@@ -87,7 +87,7 @@ def read_dataset(dataset: Any, collator: Collator, model: nn.Module, *, with_tar
     digests: list[bytes] = []
     lengths: list[dict[str, int]] = []
     dense: list[int] = []
-    for row in _bar(range(len(dataset)), "reading rows", "row", progress):
+    for row in progress_bar(range(len(dataset)), "reading rows", "row", progress):
         rows = read_rows(collate(collator, [features[row]]), with_target=with_target)
         digests.append(rows.digests[0])
         lengths.append({side: stop - start for side, ((start, stop),) in rows.spans.items()})
@@ -253,7 +253,7 @@ def build_rows(
     merged = _merge([prefix for prefix, _, _ in prefixes])
     with_target = TARGET in merged.sides
     total = sum(rows.tokens(row) for batch in batches for row in batch)
-    bar = _bar(None, "computing the frozen prefix", "token", progress, total=total)
+    bar = progress_bar(None, "computing the frozen prefix", "token", progress, total=total)
     stored = 0
     with on_trial(model, training=False), autocast(merged.precision, device):
         for batch_rows in batches:
@@ -331,7 +331,7 @@ def _batches(rows: Rows, missing: list[int], budget: int) -> Iterator[list[int]]
         yield batch
 
 
-def _bar(items: Any, what: str, unit: str, progress: bool, total: int | None = None) -> Any:
+def progress_bar(items: Any, what: str, unit: str, progress: bool, total: int | None = None) -> Any:
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     quiet = not progress or (items is not None and len(items) < 2000)

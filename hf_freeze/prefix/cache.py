@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from hf_freeze.anatomy import BlocksGiven
+from hf_freeze.embedded import cache_folder
 from hf_freeze.errors import CacheDamaged, CannotCache, FreezeError
 from hf_freeze.plan import Cut, FreezePlan
 from hf_freeze.prefix.break_even import BreakEven, predict_saving
@@ -420,6 +421,26 @@ class PrefixCache:
         self._replay.detach(self._entries, self._handles)
         self._handles = []
         self.store.close()
+
+    @staticmethod
+    def is_there(model: Any, cuts: Sequence[tuple[str, int]], cache_dir: str | os.PathLike[str] | None = None) -> bool:
+        """Whether a cache of a model with this name and cuts lies in a folder, perhaps with the rows that are wanted.
+
+        The manifests alone tell, in a moment: no weight is looked at, and nothing is proved.
+
+        Args:
+            model: For its name; it need not be frozen.
+            cuts: As in the freeze report.
+            cache_dir: As for `build`.
+        """
+        for path in (Path(cache_dir) if cache_dir is not None else cache_folder() / "prefix").glob(f"*/{MANIFEST}"):
+            try:
+                values = json.loads(path.read_text(encoding="utf-8"))
+                if values["model"] == _name(model) and values["key"]["cuts"] == [list(cut) for cut in cuts]:
+                    return True
+            except (OSError, ValueError, LookupError, TypeError):
+                continue  # of another version, or damaged: as good as none
+        return False
 
     @staticmethod
     def clear(cache_dir: str | os.PathLike[str]) -> int:

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from hf_freeze.anatomy import Anatomy, BlocksGiven, read_anatomy, unwrap
 from hf_freeze.embedded import cache_folder
 from hf_freeze.errors import CannotCache, FreezeError
 from hf_freeze.freezing import freeze_record
 from hf_freeze.plan import Cut, FreezePlan, find_cuts
-from hf_freeze.prefix.build import Collator, Rows, move, read_dataset
+from hf_freeze.prefix.build import Collator, Rows, move, progress_bar, read_dataset
 from hf_freeze.prefix.crossing import find_prefix
 from hf_freeze.prefix.proof import check_states, check_training
 from hf_freeze.prefix.replay import ATTRIBUTE, Prefix
@@ -93,7 +92,7 @@ def prepare(
     sample = _sample(rows)
     prefixes = []
     wanted_cuts = list(dict.fromkeys(every))
-    with tqdm(desc="proving the prefix", total=3 * len(wanted_cuts), disable=not progress, leave=False) as bar:
+    with progress_bar(None, "proving the prefix", " checks", progress, total=3 * len(wanted_cuts)) as bar:
         for wanted in wanted_cuts:
             batch = move(collator([rows.features[row] for row in sample]), next(core.parameters()).device)
             prefix = find_prefix(core, anatomy, wanted, batch, None if precision == "fp32" else precision)

@@ -2,8 +2,8 @@
 
 A shard describes and checks itself, and appears by a rename, so that a build killed at any moment leaves whole shards
 and no half ones, several processes write into one store without asking each other, and the next build goes on from
-there. Rows are stored without padding and read through memory maps. A model's name is kept for
-people and decides nothing here.
+there. Rows are stored without padding and read through memory maps. A model's name is kept for people and decides
+nothing here.
 """
 
 from __future__ import annotations

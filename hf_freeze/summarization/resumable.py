@@ -104,6 +104,14 @@ class ResumableFile:
         if not _lock(self._file) or not self._is_ours():
             self._file.close()
             raise FreezeError(f"Another process is writing {self.path}. Wait for it, or choose another output.")
+        try:
+            check_free(self.output)  # again: another run may have finished it before the file was opened
+        except FreezeError:
+            if not self.path.stat().st_size:  # what was opened is new then, and nobody else's
+                with contextlib.suppress(PermissionError):  # Windows removes no open file
+                    self.path.unlink()
+            self._file.close()
+            raise
         self._begun = self.side.exists() or self.path.stat().st_size > 0
         return self
 
