@@ -18,6 +18,7 @@ __all__ = [
     "FrozenWeightsChanged",
     "ModelError",
     "PlanError",
+    "RankLost",
     "ResumeError",
     "ReviewsError",
     "StageError",
@@ -57,6 +58,10 @@ class FrozenWeightsChanged(FreezeError):
 
 class ModelError(FreezeError):
     """A model, checkpoint or output folder is not what was asked for."""
+
+
+class RankLost(FreezeError):
+    """Another process of the launch is gone, so that this one cannot go on; the message names it where it can."""
 
 
 class ResumeError(FreezeError):
