@@ -30,9 +30,11 @@ from hf_freeze.freezing import (
     RELEASED,
     UNTIED,
     FreezeRecord,
+    bits_of,
     freeze_record,
     kind_of_digest,
     named_tensors,
+    offloaded_tensors,
     tensor_by_name,
     tensor_digest,
     tensor_kind,
@@ -615,7 +617,9 @@ def _model_class(name: str, source: str | os.PathLike[str], options: dict[str, A
 def _check_names(place: Path, manifest: _Manifest, root: nn.Module) -> None:
     """Every tensor that the delta names is in the model, and it names every tensor of the model."""
     tensors = _every_name(root)
-    if meta := [name for name, tensor in tensors.items() if tensor.device.type == "meta"]:
+    readable = offloaded_tensors(root)  # enough for a frozen tensor, which is compared only
+    away = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
+    if meta := [name for name in away if id(tensors[name]) not in readable or name not in manifest.frozen]:
         raise DeltaMismatch(
             f"The delta in {place} was to be loaded into a {_architecture(root)} whose {meta[0]} is on the meta "
             "device and holds no bits. Load the base's weights first."
@@ -696,8 +700,12 @@ def _check_ties(place: Path, manifest: _Manifest, root: nn.Module) -> tuple[str,
 
 def _check_bits(place: Path, manifest: _Manifest, root: nn.Module) -> None:
     """The frozen tensors hold the bits that they held when the delta was trained."""
-    tensors = _every_name(root)
-    wrong = [name for name, digest in manifest.frozen.items() if tensor_digest(tensors[name]) != digest]
+    tensors, offloaded = _every_name(root), offloaded_tensors(root)
+    wrong = []
+    for name, digest in manifest.frozen.items():
+        bits = bits_of(tensors[name], offloaded)
+        if bits is None or tensor_digest(bits) != digest:
+            wrong.append(name)
     if wrong:
         raise DeltaMismatch(
             f"The delta in {place} was trained on another base: {len(wrong)} of {len(manifest.frozen)} frozen tensors "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,10 +26,12 @@ __all__ = [
     "FreezeRecord",
     "FreezeReport",
     "FrozenProof",
+    "bits_of",
     "freeze",
     "freeze_record",
     "kind_of_digest",
     "named_tensors",
+    "offloaded_tensors",
     "tensor_by_name",
     "tensor_digest",
     "tensor_kind",
@@ -54,6 +56,7 @@ class FreezeRecord:
         held: Names of the modules that it holds in eval.
         dropouts: Former values of the dropout attributes that it set to 0, by module and attribute name.
         digests: Digest of each frozen tensor and of each persistent buffer of a frozen module.
+        without_bits: Names of those that held no bits when `freeze` ran: on the meta device, and offloaded nowhere.
     """
 
     plan: FreezePlan
@@ -61,6 +64,7 @@ class FreezeRecord:
     held: set[str] = field(default_factory=set)
     dropouts: dict[tuple[str, str], float] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    without_bits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class FreezeReport:
         held: Names of the modules held in eval.
         dropouts: Former values of the dropout attributes of a stack that were set to 0, by (module, attribute).
         digests: Digest of each frozen tensor and persistent buffer of a frozen module, by name.
+        without_bits: Names of those that held no bits to take a digest of; `verify_frozen` proves nothing then.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class FreezeReport:
         self.held = tuple(sorted(record.held))
         self.dropouts = dict(record.dropouts)
         self.digests = dict(record.digests)
+        self.without_bits = record.without_bits
         sizes = {name: p.numel() for name, p in anatomy.parameters.items()}
         self.frozen_names = tuple(name for name, p in anatomy.parameters.items() if not p.requires_grad)
         self.trainable_names = tuple(name for name, p in anatomy.parameters.items() if p.requires_grad)
@@ -259,7 +265,7 @@ def freeze(
         plan.frozen_mode == "train" and _frozen_from_the_bottom(anatomy.stacks[0], anatomy)
     )
     correct_checkpointing(anatomy, has_prefix=has_prefix)
-    record.digests = _digests(core, known=record.digests)
+    record.digests, record.without_bits = _digests(core, known=record.digests)
     return FreezeReport(anatomy, resolved, record, frozen_before)
 
 
@@ -308,25 +314,26 @@ def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> Froze
     """Proves that every frozen tensor holds the bits that it held when `freeze` took its digest.
 
     Persistent buffers of frozen modules count (batch-norm statistics, router biases). Tensors are matched by identity
-    first, then by name. Sharded tensors (FSDP2) are gathered one by one, so every rank must call this.
+    first, then by name. Sharded tensors (FSDP2) are gathered one by one, so every rank must call this; what accelerate
+    has offloaded to the CPU or to disk is read from there.
 
     Args:
         model: The model that was frozen, bare or wrapped (DDP, PEFT, torch.compile).
         report: What `freeze` returned; None takes the record that it left on the model.
 
     Returns:
-        The number of tensors and bytes compared.
+        The number of tensors and bytes compared: all that `freeze` named.
 
     Raises:
         FrozenWeightsChanged: A tensor moved, disappeared or became trainable; each one is named.
-        FreezeError: The model was never frozen, or on the meta device only.
+        FreezeError: The model was never frozen, or some of it held no bits when it was.
     """
     core = unwrap(model)
     for module in core.modules():
         if RELEASED in module.__dict__:
             module.__dict__[RELEASED].restore()
     if report is not None:
-        digests, tensors = report.digests, report.tensors
+        digests, without_bits, tensors = report.digests, report.without_bits, report.tensors
     else:
         found = freeze_record(core)
         if found is None:
@@ -335,40 +342,68 @@ def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> Froze
                 "first, or pass its report."
             )
         core, record = found  # the names are those of the module that was frozen, whatever wraps it now
-        digests, tensors = record.digests, weakref.WeakValueDictionary()
-    if not digests:
-        raise FreezeError(
-            f"verify_frozen was asked for a {type(core).__name__} that was on the meta device when freeze() ran; it "
-            "held no bits to compare. Call freeze() again once its weights are loaded."
-        )
+        digests, without_bits, tensors = record.digests, record.without_bits, weakref.WeakValueDictionary()
     now = dict(named_tensors(core))
     identities = {id(tensor) for tensor in now.values()}
-    changed: list[str] = []
+    offloaded = offloaded_tensors(core)
+    changes: dict[str, list[str]] = {}
     tensor_bytes = 0
     for name, digest in digests.items():
         tensor = tensors.get(name)
         if tensor is None or id(tensor) not in identities:
             tensor = tensor_by_name(now, name)
-        if tensor is None:
-            changed.append(f"{name} (gone: replaced or renamed)")
-        elif tensor.device.type == "meta":
-            changed.append(f"{name} (on the meta device: it holds no bits)")
-        elif tensor.requires_grad:
-            changed.append(f"{name} (trainable again)")
-        elif tensor_kind(tensor) != kind_of_digest(digest):
-            changed.append(f"{name} ({kind_of_digest(digest)}, now {tensor_kind(tensor)})")
-        elif tensor_digest(tensor) != digest:
-            changed.append(name)
-        else:
+        for change in _changes(tensor, digest, offloaded):
+            now_is = f" ({kind_of_digest(digest)}, now {tensor_kind(tensor)})" if tensor is not None else ""
+            changes.setdefault(change, []).append(name + (now_is if change == _RESHAPED else ""))
+        if tensor is not None:
             tensor_bytes += tensor.numel() * tensor.element_size()
-    if changed:
-        shown = ", ".join(changed[:20]) + (f", ... and {len(changed) - 20} more" if len(changed) > 20 else "")
+    if changes:
+        told = "; ".join(f"{len(names)} {change}: {_shown(names)}" for change, names in changes.items())
+        fixes = [fix for change, fix in _FIXES.items() if change in changes]
         raise FrozenWeightsChanged(
-            f"{len(digests)} tensors should be frozen; {len(changed)} do not hold the bits they held when freeze() "
-            f"ran: {shown}. Look for an optimizer that got them, in-place edits, resize_token_embeddings or a dtype "
-            "change after freeze(); make such steps before it, or thaw() and freeze() again."
+            f"{len(digests)} tensors should hold the bits that they held when freeze() ran, and be frozen; "
+            f"{told}. {' '.join(dict.fromkeys(fixes))}"
+        )
+    if without_bits or not digests:
+        raise FreezeError(
+            f"verify_frozen was asked for a {type(core).__name__} of whose {len(digests) + len(without_bits)} frozen "
+            f"tensors {len(without_bits)} were on the meta device when freeze() ran and held no bits to compare: "
+            f"{_shown(without_bits)}. The others hold theirs, which proves nothing of these. Call freeze() again once "
+            "all weights are loaded."
         )
     return FrozenProof(len(digests), tensor_bytes)
+
+
+_GONE = "gone (replaced or renamed)"
+_EMPTY = "without bits (on the meta device, and offloaded nowhere that can be read)"
+_RESHAPED = "of another dtype or shape"
+_MOVED = "moved"
+_TRAINS = "trainable again"
+_FIXES = {
+    _GONE: "What replaces a module comes before freeze(); or thaw() and freeze() again.",
+    _RESHAPED: "Resize the vocabulary and change the dtype before freeze(); or thaw() and freeze() again.",
+    _EMPTY: "Load the weights.",
+    _MOVED: "Look for an optimizer that got what moved, for edits in place, and for batch norms outside eval mode.",
+    _TRAINS: "Look for what set requires_grad; call freeze() again, or thaw() where they are to train.",
+}
+
+
+def _changes(tensor: torch.Tensor | None, digest: str, offloaded: Mapping[int, Offloaded]) -> list[str]:
+    """What is not as `freeze` left it; a tensor can train again and have moved, or train again and not have moved."""
+    if tensor is None:
+        return [_GONE]
+    trains = [_TRAINS] if tensor.requires_grad else []
+    if tensor_kind(tensor) != kind_of_digest(digest):
+        return [_RESHAPED, *trains]
+    bits = bits_of(tensor, offloaded)
+    if bits is None:
+        return [_EMPTY, *trains]
+    return [_MOVED, *trains] if tensor_digest(bits) != digest else trains
+
+
+def _shown(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:20]) + (f", ... and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 # ------------------------------------------------------------------------------------------------------ held modules
@@ -554,13 +589,48 @@ def tensor_by_name(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor 
     return found[0] if len(found) == 1 else None
 
 
-def _digests(model: nn.Module, known: dict[str, str]) -> dict[str, str]:
-    """Digest of every frozen parameter and of the persistent buffers of modules without a trainable parameter.
+Offloaded = tuple[Mapping[str, torch.Tensor], str]
+
+
+def offloaded_tensors(model: nn.Module) -> dict[int, Offloaded]:
+    """Where accelerate's hooks keep what is on the meta device between two forwards: a mapping and a name in it, by
+    the identity of the tensor. Nothing is read, and nothing brought in: a hook that runs makes new parameters.
+    """
+    places: dict[int, Offloaded] = {}
+    for module in model.modules():
+        waiting: list[Any] = [module.__dict__.get("_hf_hook")]
+        while waiting:
+            hook = waiting.pop()
+            waiting += getattr(hook, "hooks", ())  # several in a row
+            weights = getattr(hook, "weights_map", None)
+            if getattr(hook, "offload", False) and weights is not None:
+                below = hook.place_submodules
+                for name, tensor in (*module.named_parameters(recurse=below), *module.named_buffers(recurse=below)):
+                    places[id(tensor)] = weights, name
+    return places
+
+
+def bits_of(tensor: torch.Tensor, offloaded: Mapping[int, Offloaded]) -> torch.Tensor | None:
+    """A tensor, from where it was offloaded to if it was; None where it holds no bits."""
+    if tensor.device.type != "meta":
+        return tensor
+    weights, name = offloaded.get(id(tensor), ({}, ""))
+    try:
+        return weights[name].to(tensor.dtype)  # as the hook does when it brings it in
+    except (KeyError, OSError, ValueError):  # the folder that it was offloaded to is gone, or is another one
+        return None
+
+
+def _digests(model: nn.Module, known: dict[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Digest of every frozen parameter and of the persistent buffers of modules without a trainable parameter, and the
+    names of those that hold no bits.
 
     A tensor that an earlier call froze keeps its first digest, or freezing again would hide that it moved; one that
     has another dtype or shape since was replaced in the open, by `resize_token_embeddings` or `.to(dtype)`.
     """
     digests: dict[str, str] = {}
+    without_bits = []
+    offloaded = offloaded_tensors(model)
     modules = dict(model.named_modules())
     for name, tensor in named_tensors(model):
         if isinstance(tensor, nn.Parameter):
@@ -570,10 +640,14 @@ def _digests(model: nn.Module, known: dict[str, str]) -> dict[str, str]:
             while path and next(modules[path].parameters(), None) is None:
                 path = path.rpartition(".")[0]
             frozen = _frozen(modules[path])
-        if frozen and tensor.device.type != "meta":
-            first = known.get(name)
-            digests[name] = first if first and kind_of_digest(first) == tensor_kind(tensor) else tensor_digest(tensor)
-    return digests
+        if not frozen:
+            continue
+        first, bits = known.get(name), bits_of(tensor, offloaded)
+        if bits is None:
+            without_bits.append(name)
+        else:
+            digests[name] = first if first and kind_of_digest(first) == tensor_kind(tensor) else tensor_digest(bits)
+    return digests, tuple(without_bits)
 
 
 def tensor_kind(tensor: torch.Tensor) -> str:

@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import dispatch_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -298,6 +299,28 @@ def test_what_holds_no_bits_is_refused(tmp_path: Path) -> None:
         base = LlamaForCausalLM(tiny_model("llama", tie_word_embeddings=True).config)
     with pytest.raises(DeltaMismatch, match=r"on the meta device.*Load the base's weights first"):
         load_delta(tmp_path / "delta", base)
+
+
+def test_a_base_whose_frozen_part_is_offloaded_is_compared_where_it_lies(tmp_path: Path) -> None:
+    def half_away(folder: str) -> Any:
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        away = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2"]
+        places = dict.fromkeys(away, "disk") | {"model.layers.3": "cpu", "model.norm": "cpu"}
+        places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+        return dispatch_model(model, places, "cpu", offload_dir=str(tmp_path / folder), force_hooks=True)
+
+    tiny_model("llama", tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    model = half_away("one")
+    freeze(model, FreezePlan(decoder_blocks=3))
+    train(model)
+    assert save_delta(model, tmp_path / "delta").tensors == 11
+    wanted = logits(model)
+    assert torch.equal(logits(load_delta(tmp_path / "delta")), wanted)
+    assert torch.equal(logits(load_delta(tmp_path / "delta", half_away("two"))), wanted)
+    other = half_away("three")
+    other.model.layers[0].mlp.up_proj._hf_hook.weights_map = {"weight": torch.zeros(64, 32)}
+    with pytest.raises(DeltaMismatch, match=r"another base: 1 of 28 .* differ, e\.g\. model\.layers\.0\.mlp\.up_proj"):
+        load_delta(tmp_path / "delta", other)
 
 
 def test_options_that_mean_nothing_are_refused(tmp_path: Path) -> None:

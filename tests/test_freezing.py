@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -457,7 +458,7 @@ def test_a_planted_change_of_one_bit_is_named() -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     model.get_parameter(name).data.view(torch.int32)[0, 0] ^= 1
     for known in (report, None):
-        with pytest.raises(FrozenWeightsChanged, match=rf"1 do not hold the bits .*: {name}\. Look for") as caught:
+        with pytest.raises(FrozenWeightsChanged, match=rf"; 1 moved: {name}\. Look for") as caught:
             verify_frozen(model, known)
     assert "model.layers.0" not in str(caught.value)
 
@@ -498,11 +499,21 @@ def test_an_embedding_replaced_by_a_resize_is_named_and_can_be_frozen_again() ->
     assert verify_frozen(model, again).tensors == len(report.digests)
 
 
-def test_a_tensor_made_trainable_again_is_named() -> None:
+def test_a_tensor_made_trainable_again_is_told_apart_from_one_that_moved() -> None:
     model = build("llama")
     report = freeze(model)
-    model.model.layers[0].input_layernorm.weight.requires_grad_(True)
-    with pytest.raises(FrozenWeightsChanged, match=r"model\.layers\.0\.input_layernorm\.weight \(trainable again\)"):
+    norm = model.model.layers[0].input_layernorm.weight
+    norm.requires_grad_(True)
+    with pytest.raises(
+        FrozenWeightsChanged,
+        match=r"; 1 trainable again: model\.layers\.0\.input_layernorm\.weight\. Look for what set",
+    ):
+        verify_frozen(model, report)
+    with torch.no_grad():
+        norm.add_(1)
+        model.model.layers[0].mlp.up_proj.weight.add_(1)
+    moved = r"2 moved: model\.layers\.0\.mlp\.up_proj\.weight, model\.layers\.0\.input_layernorm\.weight"
+    with pytest.raises(FrozenWeightsChanged, match=rf"; {moved}; 1 trainable again: model\.layers\.0\.input_layernorm"):
         verify_frozen(model, report)
 
 
@@ -532,7 +543,9 @@ def test_a_module_replaced_by_another_is_named_as_gone() -> None:
     model = build("llama")
     report = freeze(model)
     model.model.layers[0].mlp = nn.Identity()
-    with pytest.raises(FrozenWeightsChanged, match=r"layers\.0\.mlp\.gate_proj\.weight \(gone: replaced or renamed\)"):
+    with pytest.raises(
+        FrozenWeightsChanged, match=r"; 3 gone \(replaced or renamed\): .*layers\.0\.mlp\.gate_proj\.weight"
+    ):
         verify_frozen(model, report)
 
 
@@ -543,7 +556,7 @@ def test_many_changes_are_counted_and_the_first_are_named() -> None:
         for parameter in model.parameters():
             parameter.add_(1)
     with pytest.raises(
-        FrozenWeightsChanged, match=r"38 tensors should be frozen; 38 do not hold .* and 18 more\. Look"
+        FrozenWeightsChanged, match=r"38 tensors should hold .*; 38 moved: .* and 18 more\. Look for an"
     ):
         verify_frozen(model)
 
@@ -578,20 +591,78 @@ def test_a_model_frozen_on_the_meta_device_has_nothing_to_prove_until_it_is_load
         model = build("gpt2")
     report = freeze(model)
     assert report.lowest_trainable == ("decoder", 2)
-    with pytest.raises(FreezeError, match=r"GPT2LMHeadModel that was on the meta device .* Call freeze\(\) again"):
+    message = r"of whose 26 frozen tensors 26 were on the meta device .*wte\.weight.* Call freeze\(\) again"
+    with pytest.raises(FreezeError, match=message):
         verify_frozen(model, report)
     model.load_state_dict(build("gpt2").state_dict(), assign=True)
     model.tie_weights()
+    with pytest.raises(FreezeError, match=message):  # nobody knows what they held then
+        verify_frozen(model)
     freeze(model)
-    assert verify_frozen(model).tensors == len(names_frozen(model))
+    assert verify_frozen(model).tensors == len(names_frozen(model)) == 26
+
+
+def test_tensors_without_bits_are_counted_and_named_and_no_proof_is_given_of_the_others() -> None:
+    model = build("gpt2")
+    model.transformer.h[1].to("meta")
+    report = freeze(model)
+    assert len(report.without_bits) == 12
+    for known in (report, None):
+        with pytest.raises(FreezeError, match=r"26 frozen tensors 12 were on the meta .*h\.1\.ln_1\.weight, .*prove"):
+            verify_frozen(model, known)
+    with torch.no_grad():
+        model.transformer.h[0].ln_1.weight.add_(1)
+    with pytest.raises(FrozenWeightsChanged, match=r"1 moved: transformer\.h\.0\.ln_1\.weight"):
+        verify_frozen(model, report)
 
 
 def test_a_frozen_model_emptied_to_the_meta_device_is_not_proved() -> None:
     model = build("gpt2")
     freeze(model)
     model.to("meta")
-    with pytest.raises(FrozenWeightsChanged, match=r"wte\.weight \(on the meta device: it holds no bits\)"):
+    with pytest.raises(FrozenWeightsChanged, match=r"; 26 without bits \(on the meta device.*\): transformer\.wte"):
         verify_frozen(model)
+
+
+def offload(model: nn.Module, how: str, folder: Path) -> Any:
+    """The model as accelerate leaves it: the embeddings and the first two blocks, or all, away between forwards."""
+    if how == "cpu_offload":
+        return cpu_offload(model)
+    if how == "disk_offload":
+        return disk_offload(model, str(folder / "offloaded"))
+    bottom, rest = ["model.embed_tokens", "model.layers.0", "model.layers.1"], ["model.layers.2", "model.layers.3"]
+    places = dict.fromkeys(bottom, how) | dict.fromkeys([*rest, "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    return dispatch_model(model, places, main_device="cpu", offload_dir=str(folder / "offloaded"), force_hooks=True)
+
+
+@pytest.mark.parametrize("when", ["before freeze", "after freeze"])
+@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "disk"])
+def test_what_accelerate_has_offloaded_is_compared_where_it_lies(how: str, when: str, tmp_path: Path) -> None:
+    model = build("llama", tie_word_embeddings=False)
+    if when == "before freeze":
+        offload(model, how, tmp_path)
+        report = freeze(model)
+    else:
+        report = freeze(model)
+        offload(model, how, tmp_path)
+    assert report.without_bits == ()
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    for _ in range(2):
+        assert verify_frozen(model, report) == verify_frozen(model)
+        assert verify_frozen(model).tensors == len(names_frozen(model)) == len(report.frozen_names) > 0
+        assert verify_frozen(model).tensor_bytes == 4 * report.frozen_parameters
+        with torch.no_grad():
+            model(torch.tensor([[1, 2, 3]]))  # makes new parameters of what it brings in
+    hook = model.model.layers[0].mlp.up_proj._hf_hook
+    hook.weights_map = weights = {"weight": hook.weights_map["weight"].clone()}
+    weights["weight"][0, 0] += 1
+    with pytest.raises(FrozenWeightsChanged, match=r"; 1 moved: model\.layers\.0\.mlp\.up_proj\.weight\. Look"):
+        verify_frozen(model, report)
+    del weights["weight"]
+    with pytest.raises(
+        FrozenWeightsChanged, match=r"; 1 without bits .*: model\.layers\.0\.mlp\.up_proj\.weight\. Load"
+    ):
+        verify_frozen(model, report)
 
 
 def test_a_model_that_was_never_frozen_is_an_error() -> None:
@@ -678,7 +749,7 @@ def test_a_tensor_is_found_by_identity_where_names_are_not_unique() -> None:
     pair.reference.transformer.wpe.weight.data.add_(1)
     verify_frozen(pair, report)
     model.transformer.wpe.weight.data.add_(1)
-    with pytest.raises(FrozenWeightsChanged, match=r"1 do not hold the bits .*transformer\.wpe\.weight"):
+    with pytest.raises(FrozenWeightsChanged, match=r"; 1 moved: transformer\.wpe\.weight"):
         verify_frozen(pair, report)
 
 
