@@ -1,5 +1,6 @@
-"""What a figure was measured on: device, cores, versions, power; and the greatest memory that a stretch of work takes.
+"""Which device is there, what a figure was measured on (cores, versions, power), and the greatest memory of some work.
 
+No other file asks torch for accelerators: what it names first is what its build is for, there or not.
 Energy is power times seconds. The power is the limit that the machine tells; a CPU that tells none, as in most virtual
 machines, is given an assumed power by its cores, and the estimate says so. A GPU's is never guessed from its name.
 """
@@ -20,13 +21,17 @@ from typing import Any
 
 import torch
 
+from hf_freeze.errors import FreezeError
 from hf_freeze.report import count_text
 
 __all__ = [
     "Hardware",
     "cpu_cores",
     "device_name",
+    "find_accelerators",
+    "find_device",
     "library_versions",
+    "missing_accelerator",
     "peak_bytes",
     "read_hardware",
     "reset_peak",
@@ -103,6 +108,54 @@ limit; the rest of the machine is not counted.'
         return asdict(self)
 
 
+def find_accelerators() -> list[torch.device]:
+    """The accelerators that this process may use, by their index; none where the build of torch alone is for some.
+
+    >>> all(device.index == index for index, device in enumerate(find_accelerators()))
+    True
+    """
+    if not torch.accelerator.is_available():  # the next line names what is not there, or raises in torch 2.6
+        return []
+    kind = torch.accelerator.current_accelerator()
+    return [] if kind is None else [torch.device(kind.type, index) for index in range(torch.accelerator.device_count())]
+
+
+def find_device(asked: str | None = None) -> torch.device:
+    """The device to work on: the one that is asked for, else the accelerator that is there, else the CPU.
+
+    Args:
+        asked: Such as "cpu", "cuda" or "cuda:1"; None or "" leaves the choice.
+
+    Returns:
+        The device. An accelerator that was not asked for by its index has none: it is the current one of its kind.
+
+    Raises:
+        FreezeError: What is asked for is not there.
+
+    Example:
+        >>> print(find_device("cpu"))
+        cpu
+    """
+    there = find_accelerators()
+    names = [*{device.type: None for device in there}, "cpu", *map(str, there)]
+    if asked and asked not in names:
+        missing = missing_accelerator()
+        reason = f" ({missing})" if missing else ""
+        raise FreezeError(f"device {asked!r} was asked for; found: {', '.join(names)}{reason}. Use {names[0]!r}.")
+    return torch.device(asked or names[0])
+
+
+def missing_accelerator() -> str:
+    """A line on an accelerator that torch is built for and that is not there; "" where there is nothing to say."""
+    if find_accelerators():
+        return ""
+    try:
+        kind = torch.accelerator.current_accelerator()
+    except RuntimeError:  # torch 2.6 may raise where none is there
+        return ""
+    return "" if kind is None else f"torch {torch.__version__} is built for {kind.type.upper()}, no device is there"
+
+
 def read_hardware(device: torch.device | str | None = None, processes: int = 1) -> Hardware:
     """Looks at the machine that this process runs on. Changes nothing.
 
@@ -119,7 +172,7 @@ def read_hardware(device: torch.device | str | None = None, processes: int = 1) 
         >>> hardware.devices, hardware.cores >= 1
         (1, True)
     """
-    device = torch.device(device) if device else torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.device(device) if device else find_device()
     cores = cpu_cores()
     if device.type == "cuda":
         told = torch.cuda.get_device_properties(device)

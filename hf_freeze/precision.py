@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_freeze.errors import FreezeError
+from hf_freeze.machine import find_device
 
 __all__ = ["Precision", "choose_precision"]
 
@@ -48,9 +49,7 @@ def choose_precision(asked: str = "auto", device: torch.device | str | None = No
         raise FreezeError(f"precision={asked!r} was asked for; it is one of {', '.join(map(repr, CHOICES))}.")
     if asked != "auto":
         return Precision(asked, "asked for")
-    if device is None:
-        device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    device = torch.device(device)
+    device = find_device() if device is None else torch.device(device)
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Precision("bf16", f"{torch.cuda.get_device_name(device)} computes in bf16")

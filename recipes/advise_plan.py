@@ -20,6 +20,7 @@ from hf_freeze import FreezeError, advise
 from hf_freeze.checkpoints import write_json
 from hf_freeze.embedded import EMBEDDED_NAME
 from hf_freeze.loading import load_generator
+from hf_freeze.machine import find_device
 from hf_freeze.precision import choose_precision
 from hf_freeze.summarization import SummaryCollator, read_splits, shipped_reviews
 from hf_freeze.summarization.prompts import encode_reviews, read_prompt
@@ -55,7 +56,7 @@ class AdviceArguments:
 def main() -> None:
     (asked,) = HfArgumentParser(AdviceArguments, allow_abbrev=False).parse_args_into_dataclasses()
     depths, rates = numbers(asked.depths, int), numbers(asked.learning_rates, float)
-    device = torch.device(asked.device) if asked.device else torch.accelerator.current_accelerator() or "cpu"
+    device = find_device(asked.device)
     model, tokenizer, _ = load_generator(asked.model_name_or_path, None, torch.float32)
     model.float().to(device)  # a delta comes in the dtype that it was trained in
 

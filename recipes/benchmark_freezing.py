@@ -44,7 +44,7 @@ from transformers import default_data_collator as collate
 from hf_freeze import FreezeError, FreezePlan, PrefixCache, forecast, freeze, read_anatomy, supervised_logits_only
 from hf_freeze.embedded import embedded_model
 from hf_freeze.errors import nearest
-from hf_freeze.machine import device_name, peak_bytes, reset_peak, status_bytes
+from hf_freeze.machine import device_name, find_device, peak_bytes, reset_peak, status_bytes
 from hf_freeze.report import Table, count_text
 
 SAME_PART = ("frozen+checkpointing", "cached", "cached+supervised", "limit")  # train what the mode "frozen" trains
@@ -142,10 +142,7 @@ def parse_arguments() -> argparse.Namespace:
     if not args.is_bart and args.labelled_tokens >= args.source_tokens:
         asked = f"--labelled_tokens {args.labelled_tokens} was asked for with --source_tokens {args.source_tokens}"
         raise FreezeError(f"{asked}; nothing predicts the first of them. Use {args.source_tokens - 1} or fewer.")
-    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    if args.device and args.device.partition(":")[0] not in ("cpu", there.type):
-        raise FreezeError(f"--device {args.device} was asked for; torch finds none here. Use --device {there.type}.")
-    args.device = torch.device(args.device or there)
+    args.device = find_device(args.device)
     args.low_weights = args.precision == "bf16" and args.model.startswith("llama") and args.device.type != "cpu"
     args.freeze_decoder_blocks = args.freeze_decoder_blocks or DEFAULT_FREEZE.get(args.model, "0.75")
     return args

@@ -50,6 +50,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_freeze import FreezeError, FreezePlan, PrefixCache, freeze, verify_frozen
 from hf_freeze.images import IMAGENET_MEAN, IMAGENET_STD, check_pixels
+from hf_freeze.machine import find_accelerators
 
 CLASSES, TEST_ROWS = 10, 360
 
@@ -86,7 +87,7 @@ class RunArguments(TrainingArguments):
     logging_strategy: str = field(default="epoch", metadata={"help": "When a line with the loss is printed."})
     save_strategy: str = field(default="no", metadata={"help": "The trained model is written at the end."})
     report_to: str = field(default="none", metadata={"help": "Where else to log."})
-    use_cpu: bool = field(default=not torch.accelerator.is_available(), metadata={"help": "Leave accelerators alone."})
+    use_cpu: bool = field(default=not find_accelerators(), metadata={"help": "Leave accelerators alone."})
 
 
 class VGG16Classifier(nn.Module):

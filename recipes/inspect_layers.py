@@ -53,6 +53,7 @@ from hf_freeze.lens_plots import (
     draw_similarity,
 )
 from hf_freeze.loading import load_any, load_generator
+from hf_freeze.machine import find_device
 from hf_freeze.plots import plain_style
 from hf_freeze.summarization import (
     SummaryCollator,
@@ -242,7 +243,7 @@ def attention_pictures(model, tokenizer, anatomy, text: str, target: str | None,
 
 def on_device(model: Any) -> Any:
     """In fp32, a delta's weights too."""
-    return model.float().to(torch.accelerator.current_accelerator() or "cpu")
+    return model.float().to(find_device())
 
 
 PAGE = """<!doctype html>

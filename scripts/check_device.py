@@ -65,7 +65,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig
 
 from hf_freeze import FreezeError, FreezePlan, PrefixCache, freeze, supervised_logits_only, verify_frozen  # noqa: E402
 from hf_freeze.exactness import ROUNDING, compare, exchange_rows, relative_gaps, step_tensors  # noqa: E402
-from hf_freeze.machine import device_name, library_versions, peak_bytes, read_hardware, reset_peak  # noqa: E402
+from hf_freeze.machine import (  # noqa: E402
+    device_name,
+    find_device,
+    library_versions,
+    peak_bytes,
+    read_hardware,
+    reset_peak,
+)
 from hf_freeze.prefix.rows import PREFIX_KEY  # noqa: E402
 from hf_freeze.report import Table, count_text  # noqa: E402
 
@@ -161,7 +168,10 @@ class Check:
 def main(given: list[str] | None = None) -> int:
     args = parse_arguments(given)
     transformers.logging.set_verbosity_error()
-    device = choose_device(args.device)
+    try:
+        device = find_device(args.device)
+    except FreezeError as error:
+        sys.exit(f"error: {error}")
     chosen = args.size or ("small" if device.type == "cpu" else "llama-1b")
     gc.freeze()  # what the imports made stays: then looking for the rest is quick
     started = time.perf_counter()
@@ -207,13 +217,6 @@ def parse_arguments(given: list[str] | None) -> argparse.Namespace:
     if unknown := [step for step in args.steps if step not in STEPS]:
         parser.error(f"--steps {unknown[0]} was asked for; these are: {', '.join(STEPS)}.")
     return args
-
-
-def choose_device(asked: str | None) -> torch.device:
-    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    if asked and asked.partition(":")[0] not in ("cpu", there.type):
-        sys.exit(f"error: --device {asked} was asked for; torch finds none here. Use --device {there.type}.")
-    return torch.device(asked or there)
 
 
 def run_step(name: str, check: Check, limit: float) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def test_every_family_trains_the_same_from_the_cache(model: str, options: tuple[
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--device=cuda",), "--device cuda was asked for; torch finds none here. Use --device cpu."),
+        (("--device=cuda",), "device 'cuda' was asked for; found: cpu"),
         (("--modes=full,frosen",), "--modes frosen was asked for; use 'frozen'"),
         (("--labelled_tokens=16",), "nothing predicts the first of them. Use 15 or fewer."),
     ],

@@ -568,6 +568,10 @@ def test_doctor_names_what_is_missing_and_too_old(ran: Callable[..., Ran], monke
     assert ill.code == 1
     assert "To be mended: torch, peft. Install with" in ill.out
     assert "not installed: pictures of sweeps" in ill.out
+    versions["hf_freeze"] = None
+    bare = ran("doctor")
+    assert bare.code == 1
+    assert "To be mended: hf_freeze. Install with" in bare.out
 
 
 def test_sweep_trains_tells_and_draws_again(folder: Path, tmp_path: Path, ran: Callable[..., Ran]) -> None:

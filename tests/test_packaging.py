@@ -159,11 +159,12 @@ def test_the_pinned_versions_are_within_the_bounds_and_every_dependency_has_a_lo
 
 
 def test_lower_bounds_are_read_and_others_may_be_given() -> None:
-    lower_bounds = script("check_lower_bounds").lower_bounds
-    assert lower_bounds(["torch>=2.6", "rich>=13,<20"], {"torch": "2.13.0"}) == ["torch==2.13.0", "rich==13"]
+    chosen = script("check_versions").chosen_versions
+    assert chosen("lowest", ["torch>=2.6", "rich>=13,<20"], {"torch": "2.13.0"}) == ["torch==2.13.0", "rich==13"]
+    assert chosen("default", ["torch>=2.6", "rich>=13,<20"], {"torch": "2.13.0"}) == ["torch==2.13.0"]
     with pytest.raises(SystemExit, match=r"--at touch: no dependency\. These are: torch"):
-        lower_bounds(["torch>=2.6"], {"touch": "1"})
-    assert len(lower_bounds(PROJECT["dependencies"], {})) == len(PROJECT["dependencies"])
+        chosen("default", ["torch>=2.6"], {"touch": "1"})
+    assert len(chosen("lowest", PROJECT["dependencies"], {})) == len(PROJECT["dependencies"])
 
 
 def test_the_hooks_of_pre_commit_are_the_tools_of_this_environment() -> None:

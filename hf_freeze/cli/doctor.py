@@ -42,17 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, say: Say) -> Told:
     """Looks at packages, devices and disks."""
+    from hf_freeze.machine import missing_accelerator
     from hf_freeze.precision import choose_precision
     from hf_freeze.report import Table
 
     needed, optional = _packages()
     devices = _devices()
+    missing = missing_accelerator()
     precision = choose_precision("auto")
     disks = _disks()
     bad = [row["name"] for row in needed if row["problem"]]
     machine = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     rows = [("machine", "system", machine)]
     rows += [("machine", "device", each) for each in devices]
+    rows += [("machine", "accelerator", missing)] if missing else []
     rows += [("machine", "precision", str(precision))]
     rows += [
         ("disk", place, f"{each['free_bytes'] / 1e9:,.1f} GB free: {each['path']}") for place, each in disks.items()
@@ -69,6 +72,7 @@ def run(args: argparse.Namespace, say: Say) -> Told:
         "ok": not bad,
         "python": sys.version.split()[0],
         "devices": devices,
+        "missing_accelerator": missing,
         "precision": {"name": precision.name, "reason": precision.reason},
         "disks": disks,
         "needed": needed,
@@ -81,8 +85,10 @@ def _packages() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The packages that are needed, each with its problem or "", and those that are optional with their purpose."""
     from packaging.requirements import Requirement
 
-    requirements = [Requirement(text) for text in importlib.metadata.requires("hf_freeze") or ()]
-    needed: list[dict[str, Any]] = [{"name": "hf_freeze", "version": _version("hf_freeze"), "problem": ""}]
+    own = _version("hf_freeze")  # None in a checkout that is only on the path: nothing there tells what it needs
+    requirements = [] if own is None else [Requirement(text) for text in importlib.metadata.requires("hf_freeze") or ()]
+    problem = "not installed: run from a folder on the path" if own is None else ""
+    needed: list[dict[str, Any]] = [{"name": "hf_freeze", "version": own, "problem": problem}]
     for each in requirements:
         if each.marker is None or each.marker.evaluate({"extra": ""}):
             version = _version(each.name)
@@ -104,17 +110,15 @@ def _version(name: str) -> str | None:
 def _devices() -> list[str]:
     import torch
 
-    from hf_freeze.machine import cpu_cores
+    from hf_freeze.machine import cpu_cores, find_accelerators
 
     found = [f"CPU, {cpu_cores()} cores for this process, {torch.get_num_threads()} threads in torch"]
-    kind = torch.accelerator.current_accelerator()
-    if kind is not None:
-        for index in range(torch.accelerator.device_count()):
-            name, memory = kind.type, ""
-            if kind.type == "cuda":
-                properties = torch.cuda.get_device_properties(index)
-                name, memory = properties.name, f", {properties.total_memory / 1e9:,.1f} GB"
-            found.append(f"{kind.type}:{index} {name}{memory}")
+    for device in find_accelerators():
+        name, memory = device.type, ""
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            name, memory = properties.name, f", {properties.total_memory / 1e9:,.1f} GB"
+        found.append(f"{device} {name}{memory}")
     return found
 
 

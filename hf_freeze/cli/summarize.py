@@ -140,9 +140,9 @@ def _join(cpu_threads: int | None) -> Any:
     """The device of this process, which then is in one group with all that the launcher started."""
     import torch
 
-    from hf_freeze.machine import cpu_cores
+    from hf_freeze.machine import cpu_cores, find_device
 
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = find_device()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 

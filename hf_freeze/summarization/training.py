@@ -23,7 +23,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallba
 from hf_freeze.anatomy import unwrap
 from hf_freeze.checkpoints import DeltaCheckpoints
 from hf_freeze.errors import FreezeError
-from hf_freeze.machine import cpu_cores
+from hf_freeze.machine import cpu_cores, find_accelerators
 from hf_freeze.monitor import training_diverged
 from hf_freeze.precision import Precision, choose_precision
 from hf_freeze.report import Table
@@ -161,11 +161,11 @@ class SummaryTrainingArguments(Seq2SeqTrainingArguments):
         default=False, metadata={"help": "A static freeze leaves no parameter unused; looking costs time at each step."}
     )
     dataloader_pin_memory: bool = field(
-        default_factory=torch.accelerator.is_available, metadata={"help": "Only an accelerator gains by it."}
+        default_factory=lambda: bool(find_accelerators()), metadata={"help": "Only an accelerator gains by it."}
     )
 
     def __post_init__(self) -> None:
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.use_cpu = self.use_cpu or not find_accelerators()
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if self.use_cpu:
             # accelerate's launcher sets OMP_NUM_THREADS=1 where nobody asked, which leaves the other cores idle.
