@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_freeze.anatomy import Anatomy, Block, Part, Stack
+from hf_freeze.trial import on_trial, seed_all
 
 __all__ = ["Attention", "Flow", "Place", "first_name", "read_flow"]
 
@@ -498,8 +498,6 @@ def _relative(name: str, pieces: tuple[str, ...]) -> str:
 
 def _run(root: nn.Module, encoder_width: int) -> str:
     """Calls a stack on a few token ids without a graph; the reason where no block of every kind was reached."""
-    if any(isinstance(module, _BatchNorm) for module in root.modules()):
-        return "running it would move the statistics of its batch norms"
     first = next(root.parameters())
     parameters = inspect.signature(root.forward).parameters
     given: dict[str, Any] = {
@@ -517,10 +515,10 @@ def _run(root: nn.Module, encoder_width: int) -> str:
             (1, SOURCE_TOKENS, encoder_width), dtype=first.dtype, device=first.device
         )
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with torch.no_grad(), on_trial(root, training=None), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for seed in range(8):  # LayerDrop of a model in train mode may skip a block; then another seed
-                torch.manual_seed(seed)
+                seed_all(root, seed)
                 root(**given)
     except _Enough:
         return ""

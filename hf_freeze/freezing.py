@@ -20,6 +20,7 @@ from hf_freeze.anatomy import Anatomy, BlocksGiven, Stack, read_anatomy, unwrap
 from hf_freeze.checkpointing import ASKED_MODE, correct_checkpointing, restore_checkpointing
 from hf_freeze.errors import FreezeError, FrozenWeightsChanged, PlanError
 from hf_freeze.plan import Cut, FreezePlan, ResolvedPlan
+from hf_freeze.prepared import is_being_trained, take_off_autocast
 from hf_freeze.report import freeze_table
 
 __all__ = [
@@ -193,7 +194,8 @@ def freeze(
 
     Turns `requires_grad` off and drops `.grad` (a leftover gradient would still move the weight at the next step),
     holds frozen modules in eval whatever `model.train()` says, and takes a digest of every frozen tensor. Activation
-    checkpointing, switched on before or after, then leaves the frozen prefix without a graph.
+    checkpointing, switched on before or after, then leaves the frozen prefix without a graph. The autocast that
+    accelerate leaves on a model when a training is over is taken off: the next trainer puts its own on.
 
     Args:
         model: Any PreTrainedModel, PeftModel or nn.Module with a list of blocks; before it is wrapped by DDP or FSDP.
@@ -222,6 +224,7 @@ def freeze(
     if not isinstance(plan, FreezePlan):
         raise PlanError(f"freeze was given a {type(plan).__name__} as plan; it takes a FreezePlan.")
     _refuse_ddp(model, "freeze")
+    _end_training(model)
     anatomy = read_anatomy(model, blocks=blocks)
     resolved = plan.resolve(anatomy)
     if resolved.untied and optimizer is not None:
@@ -278,11 +281,19 @@ def _refuse_ddp(model: nn.Module, what: str) -> None:
         )
 
 
+def _end_training(model: nn.Module) -> None:
+    """Between two trainings: without it, one in fp32 after one in bf16 would still run in bf16, and the other way."""
+    core = unwrap(model)
+    if not is_being_trained(core):
+        take_off_autocast(core)
+
+
 def thaw(model: nn.Module) -> tuple[str, ...]:
     """Undoes what `freeze` did to a model, no more: the user's own freeze stays. Mutates the model.
 
     A head that was untied stays untied: tying it again would throw away what it learnt. Where PEFT has wrapped the
-    model since, its base stays frozen: PEFT froze it too. Does nothing on a model that `freeze` never touched.
+    model since, its base stays frozen: PEFT froze it too. On a model that `freeze` never touched it does no more than
+    take off the autocast that accelerate leaves when a training is over.
 
     Returns:
         Names of the parameters that train again.
@@ -295,6 +306,7 @@ def thaw(model: nn.Module) -> tuple[str, ...]:
         (14, True)
     """
     _refuse_ddp(model, "thaw")
+    _end_training(model)
     core = unwrap(model)
     found = freeze_record(core)
     if found is None:

@@ -40,6 +40,7 @@ from hf_freeze.errors import FreezeError, ResumeError, StageError, nearest
 from hf_freeze.freezing import FreezeReport, freeze, named_tensors, tensor_digest, thaw, verify_frozen
 from hf_freeze.monitor import FreezeMonitor
 from hf_freeze.plan import FreezePlan, plan_at_depth
+from hf_freeze.prepared import take_off_autocast
 from hf_freeze.report import Table
 
 __all__ = ["Stage", "StagesReport", "gradual", "load_stages", "save_stages", "train_in_stages"]
@@ -707,14 +708,7 @@ def _build_cache(
 
 def _let_go(trainer: Any) -> None:
     """Takes DDP's and autocast's wrappers off the model, so that the next stage's trainer wraps the bare one."""
-    core = unwrap(trainer.model)
-    # By hand: accelerate's unwrap_model(keep_fp32_wrapper=False) takes off transformers' own decorators with its own.
-    core.__dict__.pop("_is_accelerate_prepared", None)
-    original = core.__dict__.pop("_original_forward", None)
-    if original is not None:
-        core.__dict__.pop("forward", None)
-        if core.forward != original:
-            core.forward = original
+    take_off_autocast(unwrap(trainer.model))
     trainer.model_wrapped = trainer.model
     trainer.optimizer = trainer.lr_scheduler = None  # AdamW's state is as large as what trained, twice
     trainer.accelerator.free_memory()

@@ -8,6 +8,7 @@ who asks for those is `supervision`'s business.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 
 from hf_freeze.anatomy import read_anatomy
 from hf_freeze.errors import FreezeError
-from hf_freeze.trial import on_trial, seed_all
+from hf_freeze.trial import on_trial, random_numbers, seed_all
 
 __all__ = ["reduce_top_block", "whole_top_block"]
 
@@ -91,20 +92,35 @@ def _hook(module: nn.Module, places: list[torch.Tensor]) -> list[Any]:
 
 
 def _set_places(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before a call of the model: where its labels are predicted; a wish for all hidden states stays whole."""
+    """Before a call of the model: where its labels are predicted. A call that asks for more than the logits runs whole:
+    states, attentions, router logits and the loss that balances experts are of all tokens.
+    """
     places: list[torch.Tensor] = module.__dict__[_PLACES]
     places.clear()
     mask = kwargs.get("logits_to_keep")
-    config = getattr(module, "config", None)
-    every_state = kwargs.get("output_hidden_states") or getattr(config, "output_hidden_states", False)
     if not (module.training and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.dim() == 2):
         return
     # A block that is run again in the backward pass would then find no places.
     checkpointed = getattr(module.__dict__[_HANDLES][2], "gradient_checkpointing", False)
     replicated = module.__dict__.get("_is_replica")  # DataParallel's threads would share the places
-    if every_state or checkpointed or replicated or torch.compiler.is_compiling():
+    if _asks_for_more(module, args, kwargs) or checkpointed or replicated or torch.compiler.is_compiling():
         return
     places += [mask.flatten().nonzero().squeeze(1), torch.tensor(mask.shape)]
+
+
+def _asks_for_more(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call, or the config at that moment, asks for an output beside the logits: transformers calls each such
+    switch output_*, whatever the model. What the call says of one counts before the config.
+    """
+    given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+    said = {name: value for name, value in given.items() if name.startswith("output_") and value is not None}
+    config: Any = getattr(module, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    switched = {
+        name.lstrip("_") for source in (config, text) if source is not None for name in vars(source)
+        if name.lstrip("_").startswith("output_") and getattr(source, name.lstrip("_"), None) is True
+    }  # fmt: skip
+    return any(said.values()) or not switched <= said.keys()
 
 
 def _clear_places(module: nn.Module, *_: Any) -> None:
@@ -158,13 +174,13 @@ def _try_out(core: Any, top: nn.Module) -> dict[str, nn.Module]:
         handle.remove()
     kwargs = {key: value for key, value in kwargs.items() if "cache" not in key and key != "past_key_values"}
 
-    def run_block() -> tuple[list[torch.Tensor], torch.Tensor]:
+    def run_block() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         seed_all(top)
         output = top(*args, **kwargs)
         states = output[0] if isinstance(output, tuple) else output
         kept = states[mask]
         towards = torch.linspace(-1, 1, kept.numel(), device=device).reshape(kept.shape)
-        return _gradients(top, (kept.float() * towards).sum(), kept), torch.get_rng_state()
+        return _gradients(top, (kept.float() * towards).sum(), kept), random_numbers(core)
 
     places = [mask.flatten().nonzero().squeeze(1), torch.tensor(mask.shape)]
     plain, random_after = run_block()
@@ -184,7 +200,7 @@ def _try_out(core: Any, top: nn.Module) -> dict[str, nn.Module]:
             for module in candidates.values():
                 del module.__dict__[_PLACES]
         every_called = called == set(candidates.values())  # else its weight is used past its call, and nothing is saved
-        return every_called and torch.equal(random_now, random_after) and _same(got, wanted)
+        return every_called and all(map(torch.equal, random_now, random_after)) and _same(got, wanted)
 
     def look(module: nn.Module, path: str) -> None:
         for name, child in module.named_children():
@@ -206,13 +222,12 @@ def _try_out(core: Any, top: nn.Module) -> dict[str, nn.Module]:
     kept[:, :-1] = labels[:, 1:] != -100
     places[0] = kept.flatten().nonzero().squeeze(1)
 
-    def run_model() -> tuple[list[torch.Tensor], torch.Tensor]:
+    def run_model() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         seed_all(core)
-        output = core(input_ids=ids, logits_to_keep=kept)
-        loss = nn.functional.cross_entropy(output.logits.float(), labels[:, 1:][kept[:, :-1]])
-        if getattr(output, "aux_loss", None) is not None:  # of experts that are balanced over all tokens
-            loss = loss + output.aux_loss
-        return _gradients(core, loss, loss.reshape(1)), torch.get_rng_state()
+        # By the model's own loss: experts may be balanced in it over all tokens, whoever asks for that.
+        targets = labels[:, 1:][kept[:, :-1]]
+        loss = core(input_ids=ids, labels=labels, logits_to_keep=kept, shift_labels=targets).loss
+        return _gradients(core, loss, loss.reshape(1)), random_numbers(core)
 
     wanted, random_after = run_model()
     return accepted if holds(accepted, run_model, wanted) else {}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_freeze import FreezePlan, freeze
-from hf_freeze.supervision import supervised_positions
+from hf_freeze.supervision import all_logits, supervised_logits_only, supervised_positions
 from hf_freeze.top_block import reduce_top_block, whole_top_block
 from tests.tiny import tiny_model
 from tests.zoo import build
@@ -107,6 +107,50 @@ def test_a_checkpointed_block_is_whole() -> None:
     reduced_loss, reduced_gradients = step(model, batch)
     assert torch.equal(reduced_loss, loss)
     assert all(torch.equal(a, b) for a, b in zip(gradients, reduced_gradients, strict=True))
+
+
+@pytest.mark.parametrize("asked_by", ["config", "argument"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "olmoe"])
+def test_a_loss_that_balances_experts_sees_every_token_when_it_is_asked_for_afterwards(
+    kind: str, asked_by: str
+) -> None:
+    model = build(kind, router_aux_loss_coef=1.0).train()
+    freeze(model, FreezePlan(decoder_blocks=3))
+    batch = batch_of(model)
+    batch["labels"] = batch["input_ids"].masked_fill(torch.rand(4, 11) < 0.7, -100)
+    del batch["logits_to_keep"], batch["targets"]
+    assert "of the top block too" in supervised_logits_only(model).reason
+    model.config.output_router_logits = asked_by == "config"
+    given = {} if asked_by == "config" else {"output_router_logits": True}
+
+    def train() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        output = model(**batch, **given)
+        assert output.aux_loss > 0
+        output.loss.backward()
+        return output.loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    loss, gradients = train()
+    assert all_logits(model)
+    plain_loss, plain = train()
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-6, atol=0)
+    assert gradients.keys() == plain.keys()
+    assert any("gate" in name or "router" in name for name in plain)
+    for name, gradient in gradients.items():
+        assert (gradient - plain[name]).norm() <= 1e-5 * plain[name].norm() + 1e-8, name
+
+
+def test_a_switch_in_the_text_config_of_a_larger_model_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama").train()
+    batch, text = batch_of(model), copy.copy(model.config)
+    monkeypatch.setattr(type(model.config), "get_text_config", lambda *_, **__: text)
+    assert reduce_top_block(model)
+    rows: list[int] = []
+    model.model.layers[3].mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:-1].numel()))
+    for text.output_router_logits in (False, True):
+        step(model, batch)
+    model(batch["input_ids"], logits_to_keep=batch["logits_to_keep"], output_router_logits=False)
+    assert rows[1] == batch["input_ids"].numel() > rows[0] == rows[2]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])

@@ -22,7 +22,8 @@ from hf_freeze.plan import Cut, FreezePlan, find_cuts
 from hf_freeze.prefix.build import Collator, Rows, move, progress_bar, read_dataset
 from hf_freeze.prefix.crossing import find_prefix
 from hf_freeze.prefix.proof import check_states, check_training
-from hf_freeze.prefix.replay import ATTRIBUTE, Prefix
+from hf_freeze.prefix.replay import ATTRIBUTE, AUTOCAST, Prefix
+from hf_freeze.prepared import autocast_left, is_being_trained, take_off_autocast
 
 __all__ = ["Prepared", "prepare", "refuse_moving_positions", "two_sided", "wider_sample"]
 
@@ -80,6 +81,7 @@ def prepare(
             f"A prefix cache was asked for a {type(core).__name__} that trains from another one already. Call its "
             "close() first, or add(dataset) for more rows."
         )
+    _settle_autocast(core, precision)
     anatomy = read_anatomy(core, blocks=blocks)
     cuts = _cuts_of(core, anatomy)
     every = [cuts, *(_cuts_of_plan(plan, anatomy, cuts) for plan in also)]
@@ -115,6 +117,13 @@ def _check_precision_name(precision: str | None) -> None:
             f"PrefixCache.build was asked for precision={precision!r}; it is one of "
             f"{', '.join(map(repr, PRECISIONS))}: the autocast of training."
         )
+
+
+def _settle_autocast(core: nn.Module, precision: str | None) -> None:
+    """Takes off the autocast of an earlier training where this one's is another: the next trainer puts its own on."""
+    wanted = AUTOCAST.get(precision or "")
+    if (wanted is None or autocast_left(core) != wanted) and not is_being_trained(core):
+        take_off_autocast(core)
 
 
 def _refuse_wrapped(core: nn.Module) -> None:
