@@ -1,9 +1,9 @@
 """Trainer's checkpoints: which of them are whole, what a resume must match, and those that hold trained tensors only.
 
 Trainer writes a checkpoint file by file and removes older ones before anything says that the new one is whole; killed
-in between, a run has none. Here each checkpoint gets a manifest once all of it is on disk, older ones go after that,
-and a resume takes marked ones only and refuses another plan, model, data or batch. What is in a checkpoint is Trainer's
-business, but for `DeltaCheckpoints`.
+in between, a run has none. Here each checkpoint gets a manifest once all of it is on disk, older ones of the same run
+go after that, and a resume takes marked ones only and refuses another plan, model, data or batch. One run at a time
+writes into a folder. What is in a checkpoint is Trainer's business, but for `DeltaCheckpoints`.
 """
 
 from __future__ import annotations
@@ -12,27 +12,39 @@ import copy
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
+import uuid
+import warnings
 import weakref
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from datetime import date, timedelta
+from datetime import time as time_of_day
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_freeze.anatomy import unwrap
 from hf_freeze.delta import is_delta, load_delta, save_delta
 from hf_freeze.errors import FreezeError, ResumeError
 from hf_freeze.freezing import freeze_record
+from hf_freeze.locks import leave_folder, take_folder
+from hf_freeze.processes import agreed, barrier
 
 __all__ = ["CheckpointGuard", "DeltaCheckpoints", "guard_checkpoints", "last_whole_checkpoint", "resume_from"]
 
 MANIFEST = "hf_freeze_checkpoint.json"
 VERSION = 1
+NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 FIXES = {
     "plan": "Give the plan of the checkpoint (its freeze_plan.json), or start a new run.",
     "frozen part": "Start from the model that the run started from.",
@@ -43,9 +55,9 @@ FIXES = {
 
 
 class CheckpointGuard(TrainerCallback):
-    """Marks each checkpoint once all of it is on disk, and only then removes the ones beyond the limit.
+    """Marks each checkpoint once all of it is on disk, and only then removes those of its run beyond the limit.
 
-    Put in place by `guard_checkpoints`.
+    Put in place by `guard_checkpoints`. While it trains no other guarded run may write into the output folder.
 
     Args:
         trainer: Whose callback it is.
@@ -56,21 +68,41 @@ class CheckpointGuard(TrainerCallback):
         self._trainer = weakref.ref(trainer)
         self.limit = limit
         self.facts: dict[str, Any] = {}  # what a resume must match
+        self.run_id = ""  # stands in the manifest of each checkpoint of this run, resumed or not
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.read_facts()
+        with agreed("begin a guarded run"):
+            if args.process_index == 0:
+                take_folder(Path(args.output_dir))
+            resumed = read_manifest(_checkpoint(args, state)) if state.global_step else {}
+            self.run_id = resumed.get("run_id") or uuid.uuid4().hex
+            self.read_facts()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.process_index == 0:
+            leave_folder(Path(args.output_dir))
 
     def read_facts(self) -> dict[str, Any]:
         """What a resume must match, of the run as it is now: it may have been frozen since the guard was made."""
         self.facts = run_facts(self._trainer())
         return self.facts
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Unmarks what Trainer is about to write over, as after a resume from an earlier checkpoint."""
+        may_save = control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST)
+        if may_save and args.should_save:
+            (_checkpoint(args, state) / MANIFEST).unlink(missing_ok=True)
+
+    on_epoch_end = on_step_end
+
     def on_save(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if args.world_size > 1:
-            torch.distributed.barrier()  # each process writes its random state there
-        if not args.should_save:
-            return
+        folder = _checkpoint(args, state)
+        barrier()  # each process writes its random state there
+        with agreed(f"mark {folder} as whole"):
+            if args.should_save:
+                self._mark(folder, state, model)
+
+    def _mark(self, folder: Path, state: Any, model: nn.Module | None) -> None:
         record = freeze_record(unwrap(model)) if model is not None else None
         if record is not None:
             record[1].plan.save_pretrained(folder)
@@ -79,23 +111,23 @@ class CheckpointGuard(TrainerCallback):
             _flush(path)
             sizes[str(path.relative_to(folder))] = path.stat().st_size
         values = {"version": VERSION, "step": state.global_step, "written": time.time_ns(), "files": sizes}
-        write_json(folder / MANIFEST, values | {"run": self.facts})
-        remove_older(folder, self.limit, state.best_model_checkpoint)
+        write_json(folder / MANIFEST, values | {"run_id": self.run_id, "run": self.facts})
+        if self.limit is not None and self.limit >= 1:
+            best = state.best_model_checkpoint
+            remove_checkpoints(folder.parent, self.run_id, self.limit, [folder, *([Path(best)] if best else [])])
 
 
-def remove_older(newest: Path, limit: int | None, best: str | None) -> None:
-    """Removes the checkpoints beside the newest that are beyond the limit, and those that are not whole.
+def remove_checkpoints(folder: Path, run_id: str, limit: int, kept: Sequence[Path]) -> None:
+    """Removes a run's own checkpoints in a folder but the last `limit` whole ones and those that are to be kept.
 
     By when they were written, not by step: after a resume from an earlier checkpoint the one just written is not the
-    highest. The best one stays.
+    highest. What carries no manifest of this run is another's: it stays.
     """
-    if limit is None or limit < 1:
-        return
-    kept = {newest.resolve(), *(path.resolve() for path in _whole_ones(newest.parent)[:limit])}
-    if best:
-        kept.add(Path(best).resolve())
-    for path in newest.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if path.is_dir() and path.resolve() not in kept:
+    own = [path for path in _checkpoints(folder) if read_manifest(path).get("run_id") == run_id]
+    last = [path for path in _last_first(own) if not _damage(path)][:limit]
+    keep = {path.resolve() for path in (*last, *kept)}
+    for path in own:
+        if path.resolve() not in keep:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -144,7 +176,10 @@ def run_facts(trainer: Any) -> dict[str, Any]:
 
 
 def data_digest(dataset: Any) -> str | None:
-    """Digest of all rows in their order; None where they can only be iterated.
+    """Digest of all rows in their order; None where they can only be iterated, or where nothing tells two rows apart.
+
+    That is so where a row comes otherwise at each reading, as with random augmentation, and where it holds something
+    that is neither a plain value, a tensor nor an image; a warning then names it.
 
     >>> data_digest([{"input_ids": [1, 2]}]) == data_digest([{"input_ids": torch.tensor([1, 2])}])
     True
@@ -153,24 +188,84 @@ def data_digest(dataset: Any) -> str | None:
         return None
     digest = hashlib.blake2b(digest_size=16)
     for number in range(len(dataset)):
-        digest.update(json.dumps(dataset[number], sort_keys=True, default=_plain).encode())
+        try:
+            row = _row_bytes(dataset[number])
+            stable = number > 0 or row == _row_bytes(dataset[number])
+        except _NoContent as error:
+            warnings.warn(
+                f"Row {number} of the data holds {error}, by whose content it cannot be told from another; so a resume "
+                "cannot make sure that the rows are those of the run. Hand out plain values, tensors or images.",
+                stacklevel=2,
+            )
+            return None
+        if not stable:
+            warnings.warn(
+                "The first row of the data comes otherwise at each reading, as with random augmentation; so a resume "
+                "cannot make sure that the rows are those of the run. See to it that they are.",
+                stacklevel=2,
+            )
+            return None
+        digest.update(row)
     return digest.hexdigest()
+
+
+class _NoContent(Exception):
+    """What a row holds has no content that a digest could be taken of; the text names it and its column."""
+
+
+def _row_bytes(row: Any) -> bytes:
+    try:
+        return json.dumps(row, sort_keys=True, default=_plain).encode()
+    except (_NoContent, TypeError, ValueError, RecursionError) as error:
+        if isinstance(row, Mapping):
+            for name, value in row.items():
+                try:
+                    json.dumps(value, sort_keys=True, default=_plain)
+                except (_NoContent, TypeError, ValueError, RecursionError) as inner:
+                    raise _NoContent(f"{inner} in column {name!r}") from error
+        raise _NoContent(str(error)) from error
+
+
+def _plain(value: Any) -> Any:
+    """What stands for a value that is none of JSON's own."""
+    if callable(getattr(value, "tolist", None)):
+        return value.tolist()  # tensors, arrays and numbers of theirs
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, set | frozenset):
+        return sorted(json.dumps(item, sort_keys=True, default=_plain) for item in value)
+    if isinstance(
+        value, bytes | date | time_of_day | timedelta | PurePath | Decimal | Fraction | Enum | uuid.UUID | complex
+    ):
+        return str(value)
+    if callable(getattr(value, "tobytes", None)) and hasattr(value, "mode") and hasattr(value, "size"):  # of PIL
+        palette = value.getpalette() if callable(getattr(value, "getpalette", None)) else None
+        return [value.mode, value.size, palette, hashlib.blake2b(value.tobytes(), digest_size=16).hexdigest()]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    raise _NoContent(f"a {type(value).__module__}.{type(value).__qualname__}")
 
 
 def last_whole_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The newest checkpoint in an output folder that is whole; None where there is none."""
-    return next(iter(_whole_ones(Path(folder))), None)
+    return next((path for path in _last_first(_checkpoints(Path(folder))) if not _damage(path)), None)
 
 
-def _whole_ones(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, the one written last first."""
-    whole = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if not _damage(path)]
-    return sorted(whole, key=lambda path: -int(_manifest(path).get("written", 0)))
+def _checkpoint(args: Any, state: Any) -> Path:
+    """Where Trainer saves at this step."""
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-def _manifest(checkpoint: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    return values
+def _checkpoints(folder: Path) -> list[Path]:
+    """The folders that bear the name of a checkpoint of Trainer's; `checkpoint-my-best` is somebody else's."""
+    try:
+        return [p for p in folder.iterdir() if NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
+    except OSError:  # no such folder, or none to read
+        return []
+
+
+def _last_first(checkpoints: Sequence[Path]) -> list[Path]:
+    return sorted(checkpoints, key=lambda path: -read_manifest(path).get("written", 0))
 
 
 def resume_from(trainer: Any, asked: str | os.PathLike[str] | Literal[True]) -> str | None:
@@ -202,7 +297,9 @@ def resume_from(trainer: Any, asked: str | os.PathLike[str] | Literal[True]) -> 
             other = last_whole_checkpoint(checkpoint.parent)
             fix = f"The newest whole one is {other}." if other else "There is no whole one beside it: start anew."
             raise ResumeError(f"--resume_from_checkpoint {checkpoint} was asked for; {damage}. {fix}")
-    then, now = _manifest(checkpoint)["run"], guard_checkpoints(trainer).read_facts()
+    guard, manifest = guard_checkpoints(trainer), read_manifest(checkpoint)
+    guard.run_id = manifest.get("run_id", "")
+    then, now = manifest["run"], guard.read_facts()
     differing = [name for name in FIXES if then.get(name) != now[name]]
     if differing:
         name = differing[0]  # another plan freezes other tensors and trains others: one difference is told
@@ -238,6 +335,8 @@ class DeltaCheckpoints:
         if not small or hasattr(unwrap(self.model), "peft_config"):  # PEFT saves its adapters only, as it is
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
             return
+        if self.args.should_save and output_dir:  # Trainer writes over a checkpoint of the same step, and so does this
+            (Path(output_dir) / "config.json").unlink(missing_ok=True)
         save_delta(self.model, output_dir or self.args.output_dir)
         if self.args.should_save and self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
@@ -283,22 +382,39 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in own]
 
 
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint's manifest says; {} where there is none, or none that `CheckpointGuard` could have written."""
+    path = checkpoint / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # a pipe would be waited for
+    except (OSError, ValueError, RecursionError):
+        return {}
+    kinds = {"version": int, "written": int, "files": dict, "run": dict}
+    if not isinstance(values, dict) or not isinstance(values.get("run_id", ""), str):  # earlier versions had none
+        return {}
+    if isinstance(version := values.get("version"), int) and version != VERSION:
+        return {"version": version, "written": 0, "files": {}, "run": {}}  # what else it holds is not known here
+    return values if all(isinstance(values.get(name), kind) for name, kind in kinds.items()) else {}
+
+
 def _damage(checkpoint: Path) -> str:
     """Why a checkpoint is not whole; "" where it is."""
     if not checkpoint.is_dir():
         return "there is no such folder"
-    try:
-        values = _manifest(checkpoint)
-        version, files = values["version"], dict(values["files"])
-    except FileNotFoundError:
+    values = read_manifest(checkpoint)
+    if not values and not os.path.lexists(checkpoint / MANIFEST):
         return f"it is half written, or not written under hf_freeze: it has no {MANIFEST}"
-    except (ValueError, KeyError, TypeError):
+    if not values:
         return f"its {MANIFEST} is damaged"
-    if version != VERSION:
-        return f"its {MANIFEST} is of version {version}, not {VERSION}"
-    for name, size in files.items():
+    if values["version"] != VERSION:
+        return f"its {MANIFEST} is of version {values['version']}, not {VERSION}"
+    for name, size in values["files"].items():
         path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != size:
+        try:
+            whole = path.is_file() and path.stat().st_size == size
+        except OSError as error:
+            return f"its {name} cannot be read ({error.strerror})"
+        if not whole:
             return f"its {name} is missing or cut short"
     return ""
 
@@ -306,10 +422,6 @@ def _damage(checkpoint: Path) -> str:
 def json_digest(values: Any) -> str:
     """Digest of JSON values."""
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _difference(name: str, then: Any, now: Any) -> str:

@@ -12,7 +12,6 @@ import inspect
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -31,6 +30,7 @@ from hf_freeze.checkpoints import (
     guard_checkpoints,
     json_digest,
     last_whole_checkpoint,
+    remove_checkpoints,
     resume_from,
     run_facts,
     write_json,
@@ -456,8 +456,8 @@ class _Run:
         )
         if trainer.args.should_save:
             self._write()
-            for path in best_folder.parent.glob("checkpoint-*"):  # nothing goes on from them any more
-                shutil.rmtree(path, ignore_errors=True)
+            run_id = guard_checkpoints(trainer).run_id
+            remove_checkpoints(best_folder.parent, run_id, 0, [])  # nothing goes on from them any more
         _wait(trainer.args)
         if number < len(self.stages):
             _let_go(trainer)

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
+from transformers import BatchEncoding
 
 from hf_freeze import FreezePlan, freeze
-from hf_freeze.checkpoints import MANIFEST, data_digest, guard_checkpoints, last_whole_checkpoint, resume_from
+from hf_freeze.checkpoints import (
+    MANIFEST,
+    data_digest,
+    guard_checkpoints,
+    last_whole_checkpoint,
+    remove_checkpoints,
+    resume_from,
+)
 from hf_freeze.errors import FreezeError, ResumeError
 from hf_freeze.freezing import freeze_record, verify_frozen
+from hf_freeze.locks import LOCK, leave_folder, take_folder
 from tests.prefix_cases import review_rows
 from tests.staged_run import Rows, make_trainer, pretrained
 
@@ -164,11 +182,96 @@ def test_what_was_written_last_is_kept_whatever_its_step(whole: Any, tmp_path: P
     folder = broken(whole, tmp_path)
     trainer = trainer_in(tmp_path, save_total_limit=1)
     shutil.copytree(Path(whole.args.output_dir) / "checkpoint-4", folder / "checkpoint-4")
-    (folder / "checkpoint-9").mkdir()  # half written
     trainer.args.max_steps = 6
     trainer.train(resume_from_checkpoint=resume_from(trainer, folder / "checkpoint-4"))
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
     assert last_whole_checkpoint(folder) == folder / "checkpoint-6"
+
+
+def test_what_the_run_did_not_write_stays_whatever_its_name(whole: Any, tmp_path: Path) -> None:
+    earlier = Path(whole.args.output_dir)
+    for name in ("checkpoint-8", "checkpoint-my-best"):  # of another guarded run, and a copy of one
+        shutil.copytree(earlier / "checkpoint-8", tmp_path / name)
+    for name in ("checkpoint-100", "checkpoint-3", "checkpoint-"):  # a stock run's, a half written one, anything
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"theirs")
+    (tmp_path / "checkpoint-5").symlink_to(earlier / "checkpoint-2")
+    there = {path.name for path in tmp_path.glob("checkpoint-*")}
+    trainer = trainer_in(tmp_path, save_total_limit=1, max_steps=6)
+    trainer.train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == there | {"checkpoint-6"}
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+    assert (earlier / "checkpoint-2" / MANIFEST).exists()
+    again = trainer_in(tmp_path, save_total_limit=1, max_steps=8, save_steps=1)  # the same run, gone on with
+    again.train(resume_from_checkpoint=resume_from(again, "last"))
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == there
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-8", "written over, as Trainer does"
+
+
+def test_a_checkpoint_that_is_being_written_over_is_not_whole(whole: Any, tmp_path: Path) -> None:
+    shutil.copytree(Path(whole.args.output_dir), tmp_path / "run")
+    trainer = trainer_in(tmp_path / "run", save_total_limit=None)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt  # the weights are new, the optimizer's state is of the run before
+
+    trainer._save_optimizer_and_scheduler = killed
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=resume_from(trainer, tmp_path / "run" / "checkpoint-4"))
+    assert trainer.state.global_step == 6
+    with pytest.raises(ResumeError, match=r"checkpoint-6 was asked for; it is half written"):
+        resume_from(trainer, tmp_path / "run" / "checkpoint-6")
+
+
+# ----------------------------------------------------------------------------------------------- one run in a folder
+
+
+def another_run(folder: Path) -> int:
+    """A process that has the folder, as a run in it does."""
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        take_folder(folder)
+        os.write(writer, b"taken")
+        time.sleep(600)
+        os._exit(0)
+    assert os.read(reader, 5) == b"taken"
+    return child
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    child = another_run(tmp_path)
+    try:
+        trainer = trainer_in(tmp_path, max_steps=2)
+        told = rf"{tmp_path}; process {child} on {socket.gethostname()} \(since \d.*\) is writing there\. Wait for"
+        with pytest.raises(FreezeError, match=told):
+            trainer.train()
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    trainer = trainer_in(tmp_path, max_steps=2)  # a lock of a dead process is no lock
+    trainer.train()
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    child = another_run(tmp_path)  # the run is over
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_a_run_that_was_interrupted_leaves_its_folder_to_the_next_of_its_process_and_to_no_other(
+    tmp_path: Path,
+) -> None:
+    take_folder(tmp_path)
+    take_folder(tmp_path / ".." / tmp_path.name)
+    child = os.fork()
+    if not child:
+        try:
+            take_folder(tmp_path)
+        except FreezeError:
+            os._exit(3)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    leave_folder(tmp_path)
+    leave_folder(tmp_path)
 
 
 def test_a_manifest_half_written_by_a_kill_does_no_harm(tmp_path: Path) -> None:
@@ -214,6 +317,30 @@ def test_a_checkpoint_that_is_not_whole_is_refused_and_the_last_whole_one_named(
     with pytest.raises(ResumeError, match=f"{message}.*The newest whole one is .*checkpoint-6"):
         resume_from(trainer, folder / "checkpoint-8")
     assert resume_from(trainer, True) == str(folder / "checkpoint-6")
+
+
+WRONG: list[Any] = [None, True, "x", 1.5, [], ["x"], {"x": {}}, {"../x": "y"}]
+
+
+@pytest.mark.parametrize("field", ["version", "step", "written", "files", "run_id", "run", None])
+def test_a_manifest_of_other_types_is_damage_and_no_traceback(whole: Any, field: str | None, tmp_path: Path) -> None:
+    folder = broken(whole, tmp_path)
+    path = folder / "checkpoint-8" / MANIFEST
+    values = json.loads(path.read_text())
+    trainer = trainer_in(tmp_path)
+    for wrong in WRONG:
+        path.write_text(json.dumps(wrong if field is None else values | {field: wrong}))
+        for asked in (folder / "checkpoint-8", True):
+            with contextlib.suppress(ResumeError):
+                assert resume_from(trainer, asked) in (str(folder / "checkpoint-8"), str(folder / "checkpoint-6"))
+        remove_checkpoints(folder, "another run", 0, [])
+    path.write_text("[" * 100_000)
+    with pytest.raises(ResumeError, match="is damaged"):
+        resume_from(trainer, folder / "checkpoint-8")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ResumeError, match="is damaged"):
+        resume_from(trainer, folder / "checkpoint-8")
 
 
 def test_without_any_whole_checkpoint_the_last_one_is_none(tmp_path: Path) -> None:
@@ -279,6 +406,55 @@ def test_rows_that_can_only_be_iterated_have_no_digest() -> None:
     assert data_digest(iter([1])) is None
     assert data_digest(Stream()) is None
     assert data_digest([{"a": [1]}]) != data_digest([{"a": [2]}])
+
+
+def image(level: int, mode: str = "L") -> Any:
+    return Image.new(mode, (4, 3), level)
+
+
+def test_rows_with_images_are_told_apart_by_their_pixels() -> None:
+    digest = data_digest([{"image": image(3), "label": 1}])
+    assert digest == data_digest([{"image": image(3), "label": 1}])  # other objects, at other addresses
+    others = [image(4), image(3, "P"), image(3, "RGB"), image(3).resize((3, 4))]
+    assert len({digest, *(data_digest([{"image": other, "label": 1}]) for other in others)}) == 5
+    assert data_digest([{"images": [image(3)]}]) != data_digest([{"images": [image(4)]}])
+
+
+@dataclass
+class Pair:
+    first: Any
+    second: Any = None
+
+
+@pytest.mark.parametrize(
+    ("one", "same", "other"),
+    [
+        (BatchEncoding({"ids": torch.arange(5000)}), BatchEncoding({"ids": torch.arange(5000)}),
+         BatchEncoding({"ids": torch.arange(5000).roll(1)})),
+        ({"a": {"x", "y", "z"}}, {"a": {"z", "y", "x"}}, {"a": {"x", "y"}}),
+        (Pair(b"1", date(2020, 1, 2)), Pair(b"1", date(2020, 1, 2)), Pair(b"1", date(2020, 1, 3))),
+        ({"a": np.array([1, "x"], dtype=object)}, {"a": [1, "x"]}, {"a": [1, "y"]}),
+    ],
+)  # fmt: skip
+def test_rows_of_all_kinds_have_a_digest_of_their_content(one: Any, same: Any, other: Any) -> None:
+    assert data_digest([one]) == data_digest([same]) != data_digest([other])
+    assert data_digest([one]) is not None
+
+
+def test_rows_without_content_have_no_digest_and_are_named() -> None:
+    with pytest.warns(
+        UserWarning, match=r"Row 1 of the data holds a builtins\.object in column 'audio', by whose content"
+    ):
+        assert data_digest([{"audio": [1]}, {"audio": [object()], "label": 1}]) is None
+    with pytest.warns(UserWarning, match=r"Row 0 of the data holds .* not supported between .* in column 'a'"):
+        assert data_digest([{"a": {1: 2, "b": 3}}]) is None
+
+    class Augmented(list[Any]):
+        def __getitem__(self, key: Any) -> Any:
+            return {"pixels": torch.rand(4)}
+
+    with pytest.warns(UserWarning, match=r"The first row of the data comes otherwise at each reading"):
+        assert data_digest(Augmented([1, 2])) is None
 
 
 def test_the_callers_arguments_are_left_alone(tmp_path: Path) -> None:

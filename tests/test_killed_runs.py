@@ -47,7 +47,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("trainer", "_save_rng_state"),
         ("guard", "on_save"),  # all is written, nothing is marked
         ("trainer", "evaluate"),
-        (hf_freeze.checkpoints, "remove_older"),
+        (hf_freeze.checkpoints, "remove_checkpoints"),
         (hf_freeze.checkpoints.os, "replace"),  # the manifest is written under its temporary name
         (hf_freeze.stages, "save_delta"),  # the best weights are about to be written
         (hf_freeze.stages, "write_json"),  # a stage is done and not noted

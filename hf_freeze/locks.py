@@ -1,0 +1,73 @@
+"""Whose run writes into a folder: one process at a time, known to the others by number, host and time.
+
+The system holds the lock and drops it with its process, however that ends; its file is never replaced or removed, since
+a lock belongs to an inode. Without locks (Windows, some network disks) nobody is kept out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from hf_freeze.errors import FreezeError
+
+__all__ = ["leave_folder", "take_folder"]
+
+LOCK = "_hf_freeze_run.lock"  # a Trainer's upload leaves out what begins with an underscore
+_taken: dict[Path, tuple[int, int]] = {}  # by file: the process, which a fork is not, and the open file
+
+
+def take_folder(folder: Path) -> None:
+    """Takes a folder for the runs of this process, until `leave_folder` or its end; made where it is missing.
+
+    A second run of the same process gets it too: the first one is over, if only by an exception.
+
+    Raises:
+        FreezeError: Another process has it.
+    """
+    path = folder.resolve() / LOCK
+    if sys.platform == "win32" or _taken.get(path, (0, 0))[0] == os.getpid():
+        return
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    except OSError:
+        return
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which data loaders' workers would inherit
+    except (BlockingIOError, PermissionError) as error:
+        holder = _holder(os.pread(descriptor, 4096, 0))
+        os.close(descriptor)
+        raise FreezeError(
+            f"A run was to write into {folder}; {holder} is writing there. Wait for that one, end it, or give another "
+            "output_dir."
+        ) from error
+    except OSError:
+        os.close(descriptor)
+        return
+    told = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(told).encode(), 0)
+    _taken[path] = os.getpid(), descriptor
+
+
+def leave_folder(folder: Path) -> None:
+    """Lets the next process have a folder."""
+    process, descriptor = _taken.pop(folder.resolve() / LOCK, (0, 0))
+    if process == os.getpid():
+        os.ftruncate(descriptor, 0)
+        os.close(descriptor)
+
+
+def _holder(told: bytes) -> str:
+    try:
+        values = json.loads(told)
+        return f"process {values['process']} on {values['host']} (since {values['since']})"
+    except (ValueError, KeyError, TypeError):  # it has not said so yet
+        return "another process"
