@@ -19,12 +19,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from hf_freeze import FreezePlan, PrefixCache, freeze
 from hf_freeze.errors import CacheDamaged, FreezeError
+from hf_freeze.prefix import files as files_room
 from hf_freeze.prefix import store as store_room
-from hf_freeze.prefix.store import MANIFEST, SHARDS, TABLES, Store, StreamSpec, clear_caches, evict_caches
+from hf_freeze.prefix.leases import LOCK, MANIFEST, SHARDS, TABLES, clear_caches, evict_caches
+from hf_freeze.prefix.store import Store, StreamSpec, TableSpec
 from tests.zoo import VOCAB, build
 
 KEY = {"weights": "abc", "cuts": [["decoder", 3]]}
@@ -36,6 +39,7 @@ STREAMS = [
     StreamSpec("row", "", "float32", (5,)),  # one entry a row
 ]
 SMALL = [StreamSpec("x", "source", "float32", (1,))]
+BIAS = TableSpec("bias", torch.float32, (3, "source", "source"))
 ROOT = Path(__file__).parent.parent
 
 
@@ -152,10 +156,10 @@ def test_a_row_that_two_processes_wrote_is_read_once(tmp_path):
 
 def test_tables_are_read_back_the_same_bits(tmp_path):
     store = Store.create(tmp_path / "a", KEY, SMALL)
-    assert store.load_tables() == {}
+    assert store.load_tables([], {}) == {}
     bias = torch.randn(3, 4, 4)
     store.save_tables({"bias": bias.transpose(1, 2)})
-    assert torch.equal(store.load_tables()["bias"], bias.transpose(1, 2))
+    assert torch.equal(store.load_tables([BIAS], {})["bias"], bias.transpose(1, 2))
 
 
 def _read_elsewhere(pickled: bytes, answers: Any) -> None:
@@ -227,6 +231,14 @@ def test_a_flipped_bit_anywhere_in_a_shard_is_found(tmp_path, region):
     assert not unseen
 
 
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes a manifest as one that had been written so."""
+    values = json.loads((folder / MANIFEST).read_text())
+    change(values)
+    values["checksum"] = store_room._manifest_checksum(values)
+    (folder / MANIFEST).write_text(json.dumps(values))
+
+
 def refusal(folder: Path) -> str:
     """Why a store is not opened, "" where it is."""
     try:
@@ -252,11 +264,11 @@ def test_a_shard_cut_short_anywhere_is_found(tmp_path):
 @pytest.mark.parametrize("damage", ["cut short", "bit flipped"])
 def test_tables_that_are_damaged_are_refused(tmp_path, damage):
     store = filled(tmp_path / "a", SMALL)
-    store.save_tables({"bias": torch.randn(3)})
+    store.save_tables({"bias": torch.randn(3, 4, 4)})
     path = tmp_path / "a" / TABLES
     damaged(path, damage)
     with pytest.raises(CacheDamaged, match=r"tables\.safetensors (is damaged|does not hold)"):
-        store.load_tables()
+        store.load_tables([BIAS], {})
 
 
 def damaged(path: Path, how: str) -> None:
@@ -302,11 +314,17 @@ MANIFESTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: path.write_text(path.read_text().replace('"format": 1', '"format": 7')),
         r"of format 7; this version reads format 1",
     ),
-    "not JSON": (lambda path: path.write_text(path.read_text()[:-3]), r"cannot be read \(JSONDecodeError"),
-    "empty": (lambda path: path.write_text(""), r"cannot be read \(JSONDecodeError"),
-    "not text": (lambda path: path.write_bytes(b"\xff\xfe\x00"), r"cannot be read \(UnicodeDecodeError"),
-    "a list": (lambda path: path.write_text("[]"), r"cannot be read \(TypeError"),
-    "of something else": (lambda path: path.write_text('{"name": "a web page"}'), r"cannot be read \(KeyError"),
+    "not JSON": (
+        lambda path: path.write_text(path.read_text()[:-3]),
+        r"manifest\.json cannot be read \(Unterminated string",
+    ),
+    "empty": (lambda path: path.write_text(""), r"cannot be read \(Expecting value"),
+    "not text": (lambda path: path.write_bytes(b"\xff\xfe\x00"), r"cannot be read \(it is no text\)"),
+    "a list": (lambda path: path.write_text("[]"), r"cannot be read \(it holds a list where an object should be\)"),
+    "of something else": (
+        lambda path: path.write_text('{"name": "a web page"}'),
+        r"cannot be read \(it is no manifest of a prefix cache\)",
+    ),
 }
 
 
@@ -361,16 +379,16 @@ def test_nothing_half_written_is_left_when_the_disk_is_full(tmp_path, monkeypatc
     store.add(digests[0], rows[digests[0]])
     store.flush()
     store.add(digests[1], rows[digests[1]])
-    monkeypatch.setattr(store_room, "save_file", no_space_after(0))
+    monkeypatch.setattr(files_room, "save_file", no_space_after(0))
     with pytest.raises(FreezeError, match=r"could not be written to .*No space left.*What was written whole stays"):
         store.flush()
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [MANIFEST, only_shard(tmp_path / "a").name]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [LOCK, MANIFEST, only_shard(tmp_path / "a").name]
     assert_holds(Store.open(tmp_path / "a", KEY), {digests[0]: rows[digests[0]]})
 
 
 def no_space_after(shards: int) -> Callable[..., None]:
     """`save_file` on a disk that takes so many files more; a last one is half written."""
-    real = store_room.save_file
+    real = files_room.save_file
     written = 0
 
     def save_file(tensors: Any, path: Any, metadata: Any = None) -> None:
@@ -405,7 +423,7 @@ def test_a_file_that_the_system_does_not_let_grow_is_a_clear_error(tmp_path):
     done = run_python(_TRUNCATED, tmp_path / "a")
     assert done.returncode == 0, done.stderr
     assert "refused: The prefix cache could not be written to" in done.stdout
-    assert [path.name for path in (tmp_path / "a").iterdir()] == [MANIFEST]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [LOCK, MANIFEST]
 
 
 def run_python(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -554,11 +572,11 @@ def row_a_shard(monkeypatch):
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from hf_freeze.prefix import store as store_room
+from hf_freeze.prefix import files, store as store_room
 from tests.test_prefix_store import cached, damaged, frozen_model
 folder, moment = Path(sys.argv[1]), sys.argv[2]
 store_room.SHARD_BYTES = 1
-real, written = store_room.save_file, 0
+real, written = files.save_file, 0
 
 def save_file(tensors, path, metadata=None):
     global written
@@ -570,7 +588,7 @@ def save_file(tensors, path, metadata=None):
             damaged(Path(path), "cut short")
         os.kill(os.getpid(), signal.SIGKILL)
 
-store_room.save_file = save_file
+files.save_file = save_file
 cached(frozen_model(), folder)
 """
 
@@ -610,7 +628,7 @@ HARMS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     **{f"a manifest {what}": (lambda f, harm=harm: harm(f / MANIFEST), 0, reason)
        for what, (harm, reason) in MANIFESTS.items()},
     "a manifest of another key": (
-        lambda f: (f / MANIFEST).write_text((f / MANIFEST).read_text().replace(torch.__version__, "1.0")), 0,
+        lambda f: rewritten(f, lambda values: values["key"].update(torch="1.0")), 0,
         r"built for something else: torch was '1\.0', is "),
 }  # fmt: skip
 
@@ -652,23 +670,114 @@ def test_a_build_mends_a_manifest_with_a_flipped_bit_in_a_streams_name(tmp_path)
     assert_trains_right(cache)
 
 
-def test_tables_that_are_damaged_are_built_again(tmp_path):
-    def frozen_t5() -> nn.Module:
-        model = build("t5")
-        freeze(model, FreezePlan(encoder_blocks="all", decoder_blocks=2))
-        return model
+def frozen_t5(seed: int = 0) -> nn.Module:
+    """The whole encoder and two blocks of the decoder frozen; the position bias is large enough to matter."""
+    model = build("t5")
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    freeze(model, FreezePlan(encoder_blocks="all", decoder_blocks=2))
+    return model
 
-    rows = pairs_of_tokens((9, 6, 7))
-    first = cached(frozen_t5(), tmp_path, rows)
-    damaged(first.store.folder / TABLES, "bit flipped")
-    cache = cached(frozen_t5(), tmp_path, rows)
-    assert "tables.safetensors does not hold the bytes" in cache.report.reasons[0]
-    found = []
-    for model, batch in ((cache.model, cache.collator(rows)), (frozen_t5(), pad_right(rows))):
-        torch.manual_seed(7)  # dropout above the cut
-        found.append(model.train()(**batch).loss.item())
-    assert cache.batches_used == 1
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+T5_ROWS = pairs_of_tokens((9, 6, 7))
+
+
+def step(model: nn.Module, collator: Any, rows: Any) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradients of a batch."""
+    torch.manual_seed(7)  # dropout above the cut
+    loss = model.train()(**collator(rows)).loss
+    return loss.item(), list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+
+
+def assert_steps_alike(cache: PrefixCache, plain: nn.Module, rows: Any) -> None:
+    used = cache.batches_used
+    loss, gradients = step(cache.model, cache.collator, rows)
+    wanted, plain_gradients = step(plain, pad_right, rows)
+    assert cache.batches_used == used + 1
+    assert loss == pytest.approx(wanted, rel=1e-5)
+    for one, other in zip(gradients, plain_gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+def _another_caches(path: Path) -> None:
+    other = cached(frozen_t5(1), path.parent.parent / "other", T5_ROWS)
+    shutil.copy(other.store.folder / TABLES, path)
+
+
+def _without_key(path: Path) -> None:
+    store = Store.open(path.parent)
+    tables = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    store.close()
+    files_room.write_tensors(path, tables, {})
+
+
+def _narrower(path: Path) -> None:
+    """Whole, of this cache, and too narrow for its rows."""
+    store = Store.open(path.parent)
+    store.save_tables({name: tensor[:, :, :5, :5] for name, tensor in load_file(path).items()})
+    store.close()
+
+
+def _wrong(path: Path) -> None:
+    """Whole and of this cache, with other numbers: only the model can tell."""
+    store = Store.open(path.parent)
+    store.save_tables({name: tensor.flip(1) for name, tensor in load_file(path).items()})
+    store.close()
+
+
+TABLE_HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "of another cache": (_another_caches, r"tables\.safetensors was built for something else"),
+    "of an earlier version": (_without_key, r"tables\.safetensors was built by an earlier version"),
+    "that are gone": (Path.unlink, r"tables\.safetensors is gone"),
+    "that are damaged": (lambda path: damaged(path, "bit flipped"), r"tables\.safetensors does not hold the bytes"),
+    "that are too narrow": (_narrower, r"rows of \{'source': 9, 'target': 9\} tokens need"),
+    "with other numbers": (_wrong, "is not what the model computes"),
+}
+
+
+def harms(*quick: str) -> list[Any]:
+    return [pytest.param(what, marks=() if what in quick else pytest.mark.slow, id=what) for what in TABLE_HARMS]
+
+
+@pytest.mark.parametrize("what", harms("of another cache", "that are gone"))
+def test_tables_that_do_not_fit_are_refused_by_open_and_computed_again_by_build(tmp_path, what):
+    harm, reason = TABLE_HARMS[what]
+    first = cached(frozen_t5(), tmp_path, T5_ROWS)
+    first.close()
+    harm(first.store.folder / TABLES)
+    if what != "with other numbers":
+        with pytest.raises(CacheDamaged, match=reason):
+            PrefixCache.open(frozen_t5(), T5_ROWS, pad_right, cache_dir=tmp_path, progress=False)
+    cache = cached(frozen_t5(), tmp_path, T5_ROWS)
+    if what != "that are too narrow":  # then they are widened, as for new rows
+        assert re.search(reason, cache.report.reasons[0])
+    assert cache.report.computed_rows == 0, "the rows are whole"
+    assert_steps_alike(cache, frozen_t5(), T5_ROWS)
+    cache.close()
+    opened = PrefixCache.open(frozen_t5(), T5_ROWS, pad_right, cache_dir=tmp_path, progress=False)
+    assert_steps_alike(opened, frozen_t5(), T5_ROWS)
+
+
+@pytest.mark.parametrize("what", harms("with other numbers"))
+def test_tables_that_do_not_fit_are_mended_by_add(tmp_path, what):
+    cache = cached(frozen_t5(), tmp_path, T5_ROWS)
+    TABLE_HARMS[what][0](cache.store.folder / TABLES)
+    wider = pairs_of_tokens((14, 12), seed=1)
+    reasons = cache.add(wider).reasons
+    assert what == "that are too narrow" or re.search(TABLE_HARMS[what][1], reasons[0])
+    for rows in (wider, T5_ROWS, [wider[0], T5_ROWS[0]]):
+        assert_steps_alike(cache, frozen_t5(), rows)
+
+
+def test_a_cache_goes_on_from_its_own_tables_while_another_widens_them(tmp_path):
+    mine, other = cached(frozen_t5(), tmp_path, T5_ROWS), cached(frozen_t5(), tmp_path, T5_ROWS)
+    wider = pairs_of_tokens((14, 12), seed=1)
+    other.add(wider)
+    assert_steps_alike(mine, frozen_t5(), T5_ROWS)
+    assert "prefix_states" not in mine.collator(wider), "it does not know them"
+    mine.add(wider)
+    assert_steps_alike(mine, frozen_t5(), wider)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad disks
@@ -676,7 +785,7 @@ def test_tables_that_are_damaged_are_built_again(tmp_path):
 
 def test_a_full_disk_stops_a_build_and_the_next_goes_on(tmp_path, monkeypatch, row_a_shard):
     model = frozen_model()
-    monkeypatch.setattr(store_room, "save_file", no_space_after(3))
+    monkeypatch.setattr(files_room, "save_file", no_space_after(3))
     with pytest.raises(FreezeError, match=r"No space left.*the next build goes on from it; free space"):
         cached(model, tmp_path)
     monkeypatch.undo()
@@ -757,7 +866,7 @@ def test_two_builds_of_one_cache_at_once_end_well_and_share_the_work(tmp_path):
             "computed": 0, "rows": everything, "reasons": [], "losses": plain, "used": 5
         }  # fmt: skip
     store = Store.open(*(tmp_path / "cache").glob("*/"))
-    assert sum(len(digests) for digests in store._starts) == everything, "no row twice"
+    assert sum(len(shard.starts) for shard in store._shards) == everything, "no row twice"
 
 
 def test_a_build_under_a_limit_keeps_the_newest_caches(tmp_path):

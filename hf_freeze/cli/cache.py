@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -67,40 +66,28 @@ def _listed(folder: Path) -> Told:
 
 
 def _manifests(folder: Path) -> list[Path]:
-    from hf_freeze.prefix.store import MANIFEST
+    from hf_freeze.prefix.leases import MANIFEST
 
     return sorted(folder.glob(f"*/{MANIFEST}"))
 
 
 def _describe(manifest: Path) -> dict[str, Any]:
     """What a manifest and the headers of its shards say; no state is read, and nothing is marked as used."""
-    from hf_freeze.prefix.store import SHARDS
+    from hf_freeze.prefix.leases import folder_bytes
+    from hf_freeze.prefix.store import read_manifest, stored_rows
 
     place = manifest.parent
-    used = datetime.fromtimestamp(manifest.stat().st_mtime, UTC).isoformat(timespec="seconds")
-    size = sum(path.stat().st_size for path in place.iterdir() if path.is_file())
-    told: dict[str, Any] = {"folder": str(place), "bytes": size, "rows": None, "last_used": used}
+    used = datetime.fromtimestamp(manifest.lstat().st_mtime, UTC).isoformat(timespec="seconds")
+    told: dict[str, Any] = {"folder": str(place), "bytes": folder_bytes(place), "rows": None, "last_used": used}
     try:
-        values = json.loads(manifest.read_text(encoding="utf-8"))
-        key = values["key"]
+        key, _, model = read_manifest(place)
         # A store knows its model by the digest of the frozen weights; the name is of the one that built it.
-        name = values.get("model") or f"weights {key['weights'][:8]}"
-        told |= {"model": name, "precision": key["precision"], "key": key}
+        told |= {"model": model or f"weights {str(key['weights'])[:8]}", "precision": key["precision"], "key": key}
         told["cuts"] = ", ".join(f"{stack} {blocks}" for stack, blocks in key["cuts"])
-        told["rows"] = sum(_rows(shard) for shard in place.glob(SHARDS))
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        told = {"model": "damaged", "cuts": "", "damage": repr(error), **told}
+        told["rows"] = stored_rows(place)
+    except (FreezeError, KeyError, TypeError, ValueError) as error:
+        told = {"model": "damaged", "cuts": "", "damage": str(error), **told}
     return told
-
-
-def _rows(shard: Path) -> int:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(shard, framework="pt") as file:
-            return int(file.get_slice("row_digests").get_shape()[0])
-    except SafetensorError as error:
-        raise ValueError(f"{shard.name}: {error}") from error
 
 
 def _cleared(folder: Path) -> Told:

@@ -44,6 +44,10 @@ class Rows:
         """Tokens of a row on all sides, an image's pixels as many as they are worth."""
         return max(1, sum(self.lengths[row].values()) + self.dense_tokens[row])
 
+    def longest(self) -> dict[str, int]:
+        """Tokens of the longest row, by side."""
+        return {side: max(lengths.get(side, 0) for lengths in self.lengths) for side in self.lengths[0]}
+
     def width(self, row: int) -> int:
         """Tokens of a row on its longest side: what a batch of it is padded to."""
         return max(1, *self.lengths[row].values(), self.dense_tokens[row])

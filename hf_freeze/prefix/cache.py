@@ -28,12 +28,13 @@ from hf_freeze.errors import CacheDamaged, CannotCache, FreezeError
 from hf_freeze.plan import Cut, FreezePlan
 from hf_freeze.prefix.break_even import BreakEven, predict_saving
 from hf_freeze.prefix.build import Rows, build_rows, capture, move, pad_states, read_dataset
+from hf_freeze.prefix.leases import MANIFEST, clear_caches, evict_caches, remove_leftovers
 from hf_freeze.prefix.prepare import Prepared, prepare, refuse_moving_positions, two_sided, wider_sample
 from hf_freeze.prefix.proof import check_states
 from hf_freeze.prefix.release import Released
 from hf_freeze.prefix.replay import Prefix, Replay, autocast
 from hf_freeze.prefix.rows import PREFIX_KEY, TARGET, read_rows
-from hf_freeze.prefix.store import MANIFEST, Store, clear_caches, evict_caches, remove_leftovers
+from hf_freeze.prefix.store import Store, read_manifest, same_states
 from hf_freeze.processes import barrier, rank_and_world
 from hf_freeze.report import count_text
 from hf_freeze.trial import on_trial
@@ -124,7 +125,7 @@ class PreparedCache:
         prefix = self.prepared.prefixes[0]
         key = _key(self.prepared.model, prefix)  # a digest of the whole prefix
         try:
-            stored = Store.open(_folder_of(self.prepared.folder, key), key)
+            stored = Store.open(_folder_of(self.prepared.folder, key), key, prefix.streams())
         except CacheDamaged:
             stored = None
         return predict_saving(
@@ -169,7 +170,7 @@ class PreparedCache:
                 f"No prefix cache in {self.prepared.folder} was built for this model as it is. "
                 f"{_nearest_key(self.prepared.folder, key)}Use PrefixCache.build."
             )
-        store = Store.open(place, key)
+        store = Store.open(place, key, prefix.streams())
         rows = self.prepared.rows_of(prefix)
         if missing := [row for row, digest in enumerate(rows.digests) if digest not in store]:
             raise CacheDamaged(
@@ -349,7 +350,7 @@ class PrefixCache:
                 f"The states of this {prepared.anatomy.model_class} were computed, but a batch does not find them "
                 "again: its rows have other lengths than their tokens."
             )
-        replay = Replay(prefix, store.load_tables(), prefix.digest())
+        replay = Replay(prefix, store.load_tables(prefix.tables(), rows.longest()), prefix.digest())
         inner = [core.get_base_model()] if hasattr(core, "get_base_model") else []
         entries = list(dict.fromkeys([core, *inner, *(stack.root for stack in prepared.anatomy.stacks)]))
         return cls(core, prefix, store, collator, report, replay, entries, replay.attach(entries), options)
@@ -374,13 +375,14 @@ class PrefixCache:
         refuse_moving_positions(self.model, rows)
         check_states(self.model, self.prefix, rows, wider_sample(rows), collator)
         folder = self._options["folder"]
+        reasons: list[str] = []
         with _one_builder(folder, chief, progress):
             self.store.refresh()
             if chief:
                 _check_disk(folder, [(self.store, rows)], self._options["max_cache_bytes"])
             before = sum(digest in self.store for digest in set(rows.digests))
             if chief:
-                _save_tables(self.model, self.prefix, self.store, rows, collator)
+                _save_tables(self.model, self.prefix, self.store, rows, collator, reasons)
             tokens = build_rows(
                 self.model,
                 [(self.prefix, self.store, rows)],
@@ -391,10 +393,10 @@ class PrefixCache:
             )
             barrier()
             self.store.refresh()
-        self._replay.tables = self.store.load_tables()
+        self._replay.tables = self.store.load_tables(self.prefix.tables(), rows.longest())
         unique = len(set(rows.digests))
         seconds = time.perf_counter() - started
-        self.report = BuildReport(len(rows), unique - before, tokens, self.store.stored_bytes, seconds)
+        self.report = BuildReport(len(rows), unique - before, tokens, self.store.stored_bytes, seconds, tuple(reasons))
         return self.report
 
     def release_prefix(self) -> int:
@@ -434,12 +436,10 @@ class PrefixCache:
             cache_dir: As for `build`.
         """
         for path in (Path(cache_dir) if cache_dir is not None else cache_folder() / "prefix").glob(f"*/{MANIFEST}"):
-            try:
-                values = json.loads(path.read_text(encoding="utf-8"))
-                if values["model"] == _name(model) and values["key"]["cuts"] == [list(cut) for cut in cuts]:
+            with suppress(FreezeError):  # of another version, or damaged: as good as none
+                key, _, name = read_manifest(path.parent)
+                if name == _name(model) and key.get("cuts") == [list(cut) for cut in cuts]:
                     return True
-            except (OSError, ValueError, LookupError, TypeError):
-                continue  # of another version, or damaged: as good as none
         return False
 
     @staticmethod
@@ -498,8 +498,8 @@ def _nearest_key(folder: Path, key: dict[str, Any]) -> str:
     """What the cache there that is most alike was built for instead."""
     differences: list[list[str]] = []
     for path in folder.glob(f"*/{MANIFEST}"):
-        with suppress(ValueError, KeyError, OSError):
-            other = json.loads(path.read_text(encoding="utf-8"))["key"]
+        with suppress(FreezeError):
+            other, _, _ = read_manifest(path.parent)
             differences.append([name for name in key if key[name] != other.get(name)])
     if not differences:
         return ""
@@ -513,20 +513,15 @@ def _open_or_create(prepared: Prepared, prefix: Prefix, chief: bool, reasons: li
     place = _folder_of(prepared.folder, key)
     if chief:
         remove_leftovers(place)
-        opened: Store | None = None
         try:
-            opened = store = Store.open(place, key, mend=reasons)
-            store.load_tables()
+            store = Store.open(place, key, prefix.streams(), mend=reasons)
         except CacheDamaged as damage:
             if place.exists():
                 reasons.append(str(damage))
-            if opened is not None:
-                opened.close()
-            specs = [leaf.spec() for leaf in prefix.leaves("stream").values()]
-            store = Store.create(place, key, specs, _name(prepared.model))
-        _save_tables(prepared.model, prefix, store, prepared.rows_of(prefix), prepared.collator)
+            store = Store.create(place, key, prefix.streams(), _name(prepared.model), mend=reasons)
+        _save_tables(prepared.model, prefix, store, prepared.rows_of(prefix), prepared.collator, reasons)
     barrier()
-    return store if chief else Store.open(place, key)
+    return store if chief else Store.open(place, key, prefix.streams())
 
 
 def _name(core: Any) -> str:
@@ -536,28 +531,45 @@ def _name(core: Any) -> str:
 
 
 def _save_tables(
-    core: nn.Module, prefix: Prefix, store: Store, rows: Rows, collator: Callable[[list[Any]], Any]
+    core: nn.Module,
+    prefix: Prefix,
+    store: Store,
+    rows: Rows,
+    collator: Callable[[list[Any]], Any],
+    reasons: list[str],
 ) -> None:
-    """What is the same for all rows, at the greatest width that a batch of these rows can have."""
-    leaves = prefix.leaves("table")
-    if not leaves:
+    """What is the same for all rows, at the greatest width that a batch of these rows can have.
+
+    What is stored for wider rows stays, where it agrees with what the model computes now.
+    """
+    if not (specs := prefix.tables()):
         return
     widest = [max(range(len(rows)), key=lambda row: rows.lengths[row].get(side, 0)) for side in prefix.sides]
     batch = move(collator([rows.features[row] for row in widest]), next(core.parameters()).device)
     with on_trial(core, training=False), autocast(prefix.precision, next(core.parameters()).device):
         found = capture(core, prefix, batch)
-    there = store.load_tables()
-    tables = {name: found[name].cpu() for name in leaves}
-    for name, old in there.items():
-        if all(have >= new for have, new in zip(old.shape, tables[name].shape, strict=True)):
-            tables[name] = old
-        elif any(have > new for have, new in zip(old.shape, tables[name].shape, strict=True)):
+    tables = {spec.name: found[spec.name].cpu() for spec in specs}
+    stored: dict[str, torch.Tensor] = {}
+    try:
+        stored = store.load_tables(specs, {})
+    except CacheDamaged as damage:
+        if len(store):  # else there were none yet
+            reasons.append(str(damage))
+    kept = {}
+    for name, old in stored.items():
+        new = tables[name]
+        both = tuple(slice(min(sizes)) for sizes in zip(old.shape, new.shape, strict=True))
+        if not same_states(old[both], new[both], low=prefix.precision is not None):
+            reasons.append(f"The stored {name} is not what the model computes.")
+        elif all(have >= wanted for have, wanted in zip(old.shape, new.shape, strict=True)):
+            kept[name] = old
+        elif any(have > wanted for have, wanted in zip(old.shape, new.shape, strict=True)):
             raise CannotCache(
-                f"The prefix cache holds {name} for lengths {list(old.shape)} and was asked for "
-                f"{list(tables[name].shape)}, wider and narrower at once. Build it from all rows in one call."
+                f"The prefix cache holds {name} for lengths {list(old.shape)} and was asked for {list(new.shape)}, "
+                "wider and narrower at once. Build it from all rows in one call."
             )
-    if not there or any(tables[name] is not there[name] for name in tables):
-        store.save_tables(tables)
+    if len(kept) < len(tables):
+        store.save_tables(tables | kept)
 
 
 def _check_disk(folder: Path, jobs: Sequence[tuple[Store, Rows]], limit: int | None) -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from hf_freeze.errors import CacheDamaged, FreezeError
 from hf_freeze.freezing import RELEASED, tensor_digest
+from hf_freeze.prefix.files import Identity, TensorFile, identity_of, open_regular, read_tensor
 from hf_freeze.prefix.replay import Prefix, Replay
 
 __all__ = ["Released"]
@@ -37,6 +37,7 @@ class Released:
         self.away = False
         self.kept: dict[str, torch.Tensor] = {}
         self.file: Path | None = None
+        self.identity: Identity | None = None  # of the file as it was written
         self.folder = folder
         self.modules = [module for part in prefix.replaced for module in part.module.modules()]
         inside = set(self.modules)
@@ -68,7 +69,7 @@ class Released:
         tensors = {name: p.detach() for name, p in self.parameters.items()}
         if device.type != "cpu":
             self.kept = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-        elif self.file is None:
+        elif not self._is_kept():
             self.file = self._write(tensors)
         for parameter in self.parameters.values():
             nothing = torch.full((1,), float("nan"), dtype=parameter.dtype, device=parameter.device)
@@ -89,13 +90,25 @@ class Released:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
             os.replace(temporary, path)
+            with open_regular(path) as descriptor:
+                TensorFile.read(path, descriptor)  # what cannot be read back must not leave
+                self.identity = identity_of(descriptor)
         except Exception as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise FreezeError(
                 f"release_prefix was asked for; the prefix's weights could not be written to {path}: {error}. They "
                 "stay in memory; free space there, or leave release_prefix out."
             ) from error
         return path
+
+    def _is_kept(self) -> bool:
+        """Whether the file of an earlier release is there, untouched: what leaves memory must be somewhere."""
+        with contextlib.suppress(FreezeError):
+            if self.file is not None:
+                with open_regular(self.file) as descriptor:
+                    return identity_of(descriptor) == self.identity
+        return False
 
     def restore(self) -> None:
         """Brings them back, and checks that they are the same bits.
@@ -108,8 +121,9 @@ class Released:
         digests = self.replay.digests
         try:
             if self.file is not None:
-                with safe_open(self.file, framework="pt") as file:
-                    tensors = {name: file.get_tensor(name).clone() for name in self.parameters}
+                with open_regular(self.file) as descriptor:
+                    places = TensorFile.read(self.file, descriptor).places
+                    tensors = {name: read_tensor(self.file, descriptor, places[name]) for name in self.parameters}
             else:
                 tensors = self.kept
         except Exception as error:
@@ -136,7 +150,8 @@ class Released:
         for module in self.modules:
             module.__dict__.pop(RELEASED, None)
         if self.file is not None:
-            self.file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.file.unlink(missing_ok=True)
             self.file = None
 
 

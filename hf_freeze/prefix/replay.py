@@ -21,7 +21,7 @@ from hf_freeze.errors import CannotCache
 from hf_freeze.freezing import tensor_digest
 from hf_freeze.prefix.casts import Casts, is_sharded
 from hf_freeze.prefix.rows import PREFIX_KEY
-from hf_freeze.prefix.store import StreamSpec
+from hf_freeze.prefix.store import StreamSpec, TableSpec
 from hf_freeze.trial import ON_TRIAL
 
 __all__ = ["Leaf", "Prefix", "Replaced", "Replay", "autocast", "map_tree"]
@@ -120,6 +120,14 @@ class Prefix:
         for module in self.replaced:
             map_tree(look, module.outputs)
         return found
+
+    def streams(self) -> tuple[StreamSpec, ...]:
+        """What a store of it holds of each row."""
+        return tuple(leaf.spec() for leaf in self.leaves("stream").values())
+
+    def tables(self) -> tuple[TableSpec, ...]:
+        """What a store of it holds for all rows."""
+        return tuple(TableSpec(leaf.name, leaf.dtype, leaf.dims) for leaf in self.leaves("table").values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the states depend on: parameters and persistent buffers of the replaced modules and beside them."""

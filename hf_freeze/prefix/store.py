@@ -2,8 +2,8 @@
 
 A shard describes and checks itself, and appears by a rename, so that a build killed at any moment leaves whole shards
 and no half ones, several processes write into one store without asking each other, and the next build goes on from
-there. Rows are stored without padding and read through memory maps. A model's name is kept for people and decides
-nothing here.
+there. Rows are stored without padding. What is read is what was checked: a shard that was touched since is checked
+again, to the bit, before a row of it is given. A model's name is kept for people and decides nothing here.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ import contextlib
 import json
 import math
 import os
-import re
 import shutil
-import sys
 import uuid
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,19 +23,34 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from hf_freeze.errors import CacheDamaged, FreezeError
+from hf_freeze.prefix.files import (
+    DTYPES,
+    Identity,
+    Place,
+    TensorFile,
+    identity_of,
+    is_regular,
+    is_shape,
+    open_regular,
+    read_json,
+    read_tensor,
+    set_aside,
+    tensors_checksum,
+    write_tensors,
+    write_whole,
+)
+from hf_freeze.prefix.leases import LOCK, MANIFEST, SHARDS, TABLES, shard_paths, share_store
 
-__all__ = ["Store", "StreamSpec", "clear_caches", "evict_caches", "remove_leftovers"]
+__all__ = ["Store", "StreamSpec", "TableSpec", "read_manifest", "same_states", "stored_rows"]
 
 FORMAT = 1
-MANIFEST = "manifest.json"
-SHARDS = "rows-*.safetensors"
-TABLES = "tables.safetensors"
 SHARD_BYTES = 64 << 20  # what a kill can cost: a few seconds of building
 _DIGESTS, _LENGTHS = "row_digests", "row_lengths"
+# Two builds of a row differ by rounding; another row's states, or another model's, by more.
+SAME_ROW, SAME_ROW_LOW = 2e-3, 0.05
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,41 @@ class StreamSpec:
         return math.prod(self.shape) * dtype.itemsize
 
 
+@dataclass(frozen=True)
+class TableSpec:
+    """A tensor that is the same for every row, such as T5's position bias, and wide enough for the widest batch.
+
+    Attributes:
+        dims: Its shape; a size that follows the tokens of a side bears the side's name.
+    """
+
+    name: str
+    dtype: torch.dtype
+    dims: tuple[int | str, ...]
+
+    def fits(self, place: Place, tokens: Mapping[str, int]) -> bool:
+        """Whether a stored tensor is such a one, wide enough for so many tokens of each side."""
+        if place.dtype != self.dtype or len(place.shape) != len(self.dims):
+            return False
+        sizes: dict[str, int] = {}
+        return all(
+            size == dim if isinstance(dim, int) else size >= tokens.get(dim, 1) and size == sizes.setdefault(dim, size)
+            for size, dim in zip(place.shape, self.dims, strict=True)
+        )
+
+
+@dataclass
+class _Shard:
+    """A shard as it was checked: which file, with which bytes, and where its rows lie in it."""
+
+    name: str
+    identity: Identity
+    checksum: str
+    places: dict[str, Place]
+    starts: np.ndarray[Any, Any]  # [rows, streams]: where each row begins
+    lengths: np.ndarray[Any, Any]
+
+
 class Store:
     """The rows of one cache: `missing` and `read` look them up, `add` and `flush` write them. Pickles without data.
 
@@ -74,83 +122,100 @@ class Store:
         self.folder = folder
         self.key = key
         self.specs = tuple(specs)
-        self._shards: list[str] = []
-        self._starts: list[np.ndarray[Any, Any]] = []  # per shard [rows, streams]: where each row begins
-        self._lengths: list[np.ndarray[Any, Any]] = []
+        self._shards: list[_Shard] = []
         self._place: dict[bytes, tuple[int, int]] = {}
-        self._maps: dict[int, dict[str, torch.Tensor]] = {}
-        self._waiting: list[tuple[bytes, dict[str, torch.Tensor]]] = []
+        self._doubles: list[tuple[tuple[int, int], tuple[int, int]]] = []  # places of a row that stands in two shards
+        self._waiting: dict[bytes, dict[str, torch.Tensor]] = {}
         self._waiting_bytes = 0
         self._release: Any = None
 
     # -------------------------------------------------------------------------------------------------- make and open
 
     @classmethod
-    def create(cls, folder: Path, key: dict[str, Any], specs: Sequence[StreamSpec], model: str = "") -> Store:
+    def create(
+        cls,
+        folder: Path,
+        key: dict[str, Any],
+        specs: Sequence[StreamSpec],
+        model: str = "",
+        *,
+        mend: list[str] | None = None,
+    ) -> Store:
         """A store with a new manifest. Whole shards that lie in its folder stay: others may be training from them.
 
         Args:
             model: What people call the model; it decides nothing.
+            mend: Takes the reasons why something that lies there is not used.
         """
+        reasons = [] if mend is None else mend
+        manifest = {"format": FORMAT, "key": key, "streams": [asdict(spec) for spec in specs], "model": model}
+        manifest["checksum"] = _manifest_checksum(manifest)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / TABLES).unlink(missing_ok=True)
-            manifest = {"format": FORMAT, "key": key, "streams": [asdict(spec) for spec in specs], "model": model}
-            manifest["checksum"] = _manifest_checksum(manifest)
-            _write_whole(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+            lease = _lease_of_new(folder, reasons)
+            try:
+                _give_way(folder / MANIFEST, reasons)
+                write_whole(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+                return cls.open(folder, key, specs, mend=reasons)
+            finally:
+                if lease is not None:
+                    os.close(lease)
         except OSError as error:
             raise _disk_error(error, folder) from error
-        return cls.open(folder, key, mend=[])
 
     @classmethod
-    def open(cls, folder: Path, key: dict[str, Any] | None = None, *, mend: list[str] | None = None) -> Store:
+    def open(
+        cls,
+        folder: Path,
+        key: dict[str, Any] | None = None,
+        specs: Sequence[StreamSpec] | None = None,
+        *,
+        mend: list[str] | None = None,
+    ) -> Store:
         """Opens a store and checks every byte of it.
 
         Args:
-            key: What it must have been built for; None takes what the manifest says.
+            key: What it must have been built for, and with which streams; None takes what the manifest says.
             mend: Where given, damaged shards are removed, their rows count as missing, and the reasons are added here.
 
         Raises:
             CacheDamaged: There is none, it is of another version or for another key, or a shard is not what was
                 written; the message says which.
+            FreezeError: A file cannot be read, or another process is about to remove the store.
         """
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            specs = [StreamSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in manifest["streams"]]
-            version, stored_key = manifest["format"], manifest["key"]
-        except FileNotFoundError:
-            raise CacheDamaged(f"{folder} was opened as a prefix cache; it has no {MANIFEST}. Build it.") from None
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise CacheDamaged(f"{folder / MANIFEST} cannot be read ({error!r}). Build the cache again.") from error
-        if version != FORMAT:
-            raise CacheDamaged(
-                f"{folder} is a prefix cache of format {version}; this version reads format {FORMAT}. Build it again."
-            )
-        if key is not None and stored_key != key:
-            differing = [name for name in {*key, *stored_key} if key.get(name) != stored_key.get(name)]
-            told = "; ".join(f"{n} was {stored_key.get(n)!r}, is {key.get(n)!r}" for n in sorted(differing))
-            raise CacheDamaged(f"{folder} was built for something else: {told}. Build the cache again.")
-        if manifest.get("checksum") != _manifest_checksum(manifest):
-            raise CacheDamaged(f"{folder / MANIFEST} does not hold what was written. Build the cache again.")
-        store = cls(folder, stored_key, specs)
-        store._hold()
-        for path in sorted(folder.glob(SHARDS)):
+        if not os.path.lexists(folder / MANIFEST):
+            raise CacheDamaged(f"{folder} was opened as a prefix cache; it has no {MANIFEST}. Build it.")
+        with _build_again():
+            if mend is not None:
+                _give_way(folder / LOCK, mend)
+            store = cls(folder, {}, ())
+            store._hold(share_store(folder))  # first, or what is read now may be removed before it is held
             try:
-                store._adopt(path)
-            except CacheDamaged as damage:
-                if mend is None:
-                    raise
-                mend.append(str(damage))
-                path.unlink(missing_ok=True)
+                store.key, store.specs, _ = read_manifest(folder)
+                store._check_request(key, specs)
+                store._adopt_all(mend)
+            except BaseException:
+                store.close()
+                raise
         with contextlib.suppress(OSError):
             os.utime(folder / MANIFEST)  # when it was last used, for eviction
         return store
 
-    def _hold(self) -> None:
-        """Keeps the store from being evicted while this object lives."""
-        descriptor = _lease(self.folder, shared=True)
-        if descriptor is not None:
-            self._release = weakref.finalize(self, os.close, descriptor)
+    def _check_request(self, key: dict[str, Any] | None, specs: Sequence[StreamSpec] | None) -> None:
+        """Refuses a store that was built for something else."""
+        if key is not None and self.key != key:
+            told = "; ".join(
+                f"{name} was {_short(self.key.get(name))}, is {_short(key.get(name))}"
+                for name in sorted({*key, *self.key})
+                if self.key.get(name) != key.get(name)
+            )
+            raise CacheDamaged(f"{self.folder} was built for something else: {told}.")
+        if specs is not None and self.specs != tuple(specs):
+            raise CacheDamaged(f"{self.folder / MANIFEST} names other streams than cross the cut of this prefix.")
+
+    def _hold(self, lease: int | None) -> None:
+        """Keeps the store from being removed while this object lives."""
+        if lease is not None:
+            self._release = weakref.finalize(self, os.close, lease)
 
     def close(self) -> None:
         """Lets the store be evicted again; it can still be read."""
@@ -159,40 +224,118 @@ class Store:
 
     def refresh(self) -> None:
         """Takes in the shards that other processes have finished since."""
-        known = set(self._shards)
-        for path in sorted(self.folder.glob(SHARDS)):
-            if path.name not in known:
+        with _build_again():
+            self._adopt_all(None)
+
+    def _adopt_all(self, mend: list[str] | None) -> None:
+        known = {shard.name for shard in self._shards}
+        for path in shard_paths(self.folder):
+            if path.name in known:
+                continue
+            try:
                 self._adopt(path)
+            except CacheDamaged as damage:
+                if not os.path.lexists(path):
+                    continue  # another process has mended it
+                if mend is None:
+                    raise
+                self._give_up(path, str(damage), mend)
+        pairs = self._contradictions()
+        for one, other in pairs:
+            told = (
+                f"{self.folder / one} and {other} hold other states for the same row: one of them is not what it says."
+            )
+            if mend is None:
+                raise CacheDamaged(told)
+            for name in (one, other):  # nothing tells which one
+                self._give_up(self.folder / name, told, mend)
+        if pairs:
+            self._shards, self._place, self._doubles = [], {}, []
+            self._adopt_all(mend)
+
+    def _give_up(self, path: Path, reason: str, reasons: list[str]) -> None:
+        """Removes a damaged shard, or moves away what is none and stands in its place."""
+        try:
+            if is_regular(path):
+                path.unlink()
+                reasons.append(reason)
+            else:
+                _give_way(path, reasons)
+        except OSError as error:
+            raise FreezeError(
+                f"The prefix cache was to be built again: {reason} It cannot be removed: {error.strerror or error}. "
+                "Remove it, or give another cache_dir."
+            ) from error
 
     def _adopt(self, path: Path) -> None:
         """Reads a shard's index after checking all of its bytes."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise CacheDamaged(f"{path} is damaged or cut short ({error}). Build the cache again.") from error
-        if metadata.get("checksum") != _checksum(tensors):
-            raise CacheDamaged(f"{path} does not hold the bytes that were written. Build the cache again.")
-        if metadata.get("key") != _digest_of(self.key):
-            raise CacheDamaged(f"{path} was built for something else. Build the cache again.")
-        for spec in self.specs:
-            found = tensors.get(spec.name)
-            if found is None or str(found.dtype) != f"torch.{spec.dtype}" or tuple(found.shape[1:]) != spec.shape:
-                raise CacheDamaged(f"{path} holds other streams than the manifest names. Build the cache again.")
-        lengths = tensors[_LENGTHS].numpy().copy()
-        self._register(path.name, tensors[_DIGESTS].numpy(), lengths)
+        with open_regular(path) as descriptor:
+            identity = identity_of(descriptor)
+            file = TensorFile.read(path, descriptor)
+            checksum = file.checksum(path, descriptor)
+            if file.metadata.get("checksum") != checksum:
+                raise CacheDamaged(f"{path} does not hold the bytes that were written.")
+            if file.metadata.get("key") != _digest_of(self.key):
+                raise CacheDamaged(f"{path} was built for something else.")
+            self._check_index(path, file)
+            digests = read_tensor(path, descriptor, file.places[_DIGESTS]).numpy()
+            lengths = read_tensor(path, descriptor, file.places[_LENGTHS]).numpy()
+            if identity_of(descriptor) != identity:
+                raise CacheDamaged(f"{path} was written to while it was read.")
+        for column, spec in enumerate(self.specs):
+            tokens = file.places[spec.name].shape[0]
+            mine = lengths[:, column]
+            if (mine < 0).any() or (mine > tokens).any() or int(mine.sum()) != tokens:
+                raise CacheDamaged(f"{path} has rows of other lengths than its streams.")
+        self._register(path.name, identity, checksum, file.places, digests, lengths)
 
-    def _register(self, name: str, digests: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> None:
-        shard = len(self._shards)
-        self._shards.append(name)
-        self._lengths.append(lengths)
-        self._starts.append(np.cumsum(lengths, axis=0) - lengths)
-        for row in range(len(digests)):
-            self._place.setdefault(digests[row].tobytes(), (shard, row))
+    def _check_index(self, path: Path, file: TensorFile) -> None:
+        """Refuses other streams than the manifest's, and an index that doesn't fit them."""
+        rows = next(iter(file.places[_DIGESTS].shape), 0) if _DIGESTS in file.places else 0
+        wanted = {_DIGESTS: (torch.uint8, (rows, 16)), _LENGTHS: (torch.int64, (rows, len(self.specs)))}
+        names = {*wanted, *(spec.name for spec in self.specs)}
+        if not rows or file.places.keys() != names:
+            raise CacheDamaged(f"{path} holds other streams than the manifest names, or no rows.")
+        for name, (dtype, shape) in wanted.items():
+            if file.places[name].dtype != dtype or file.places[name].shape != shape:
+                raise CacheDamaged(f"{path} has an index of rows that cannot be read: {name} is of another kind.")
+        for spec in self.specs:
+            place = file.places[spec.name]
+            if place.dtype != getattr(torch, spec.dtype) or not place.shape or place.shape[1:] != spec.shape:
+                raise CacheDamaged(f"{path} holds other streams than the manifest names.")
+
+    def _register(
+        self,
+        name: str,
+        identity: Identity,
+        checksum: str,
+        places: dict[str, Place],
+        digests: np.ndarray[Any, Any],
+        lengths: np.ndarray[Any, Any],
+    ) -> None:
+        starts = np.cumsum(lengths, axis=0) - lengths
+        streams = {spec.name: places[spec.name] for spec in self.specs}
+        self._shards.append(_Shard(name, identity, checksum, streams, starts, lengths))
+        for row, digest in enumerate(digests):
+            place = (len(self._shards) - 1, row)
+            first = self._place.setdefault(digest.tobytes(), place)
+            if first != place:
+                self._doubles.append((first, place))
+
+    def _contradictions(self) -> list[tuple[str, str]]:
+        """Pairs of shards that hold a row each, and not the same one. Two processes may have built a row at once."""
+        pairs = []
+        low = bool(self.key.get("precision"))
+        for (one, first), (other, second) in self._doubles:
+            states = self._read(self._shards[one], first), self._read(self._shards[other], second)
+            if not all(same_states(states[0][spec.name], states[1][spec.name], low=low) for spec in self.specs):
+                pairs.append((self._shards[one].name, self._shards[other].name))
+        if not pairs:
+            self._doubles = []
+        return pairs
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_release": None, "_maps": {}, "_waiting": [], "_waiting_bytes": 0}
+        return {**self.__dict__, "_release": None, "_waiting": {}, "_waiting_bytes": 0}
 
     # ----------------------------------------------------------------------------------------------------------- rows
 
@@ -205,7 +348,7 @@ class Store:
     @property
     def stored_bytes(self) -> int:
         """Bytes of all shards on disk."""
-        return sum((self.folder / name).stat().st_size for name in self._shards)
+        return sum(shard.identity.size for shard in self._shards)
 
     def length(self, digest: bytes, stream: str) -> int:
         """Number of tokens that a row has in a stream.
@@ -214,33 +357,45 @@ class Store:
             KeyError: The row is not in the store.
         """
         shard, row = self._place[digest]
-        return int(self._lengths[shard][row, [spec.name for spec in self.specs].index(stream)])
+        return int(self._shards[shard].lengths[row, [spec.name for spec in self.specs].index(stream)])
 
     def read(self, digest: bytes) -> dict[str, torch.Tensor]:
-        """A row's tensors [tokens, ...] by stream, as views of a memory map: they must not be written to.
+        """A row's tensors [tokens, ...] by stream, in memory of their own.
 
         Raises:
             KeyError: The row is not in the store.
+            CacheDamaged: Its shard does not hold what it held when it was opened.
         """
         shard, row = self._place[digest]
-        if shard not in self._maps:
-            path = self.folder / self._shards[shard]
-            try:
-                with safe_open(path, framework="pt") as file:
-                    self._maps[shard] = {spec.name: file.get_tensor(spec.name) for spec in self.specs}
-            except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-                raise CacheDamaged(
-                    f"{path} was whole when it was opened and is not now ({error}). Build the cache again."
-                ) from error
-        starts, lengths = self._starts[shard][row], self._lengths[shard][row]
-        return {
-            spec.name: self._maps[shard][spec.name][int(starts[i]) : int(starts[i] + lengths[i])]
+        with _build_again():
+            return self._read(self._shards[shard], row)
+
+    def _read(self, shard: _Shard, row: int) -> dict[str, torch.Tensor]:
+        path = self.folder / shard.name
+        parts = {
+            spec.name: shard.places[spec.name].rows(int(shard.starts[row, i]), int(shard.lengths[row, i]))
             for i, spec in enumerate(self.specs)
         }
+        with open_regular(path) as descriptor:
+            for _ in range(3):
+                tensors = {name: read_tensor(path, descriptor, place) for name, place in parts.items()}
+                if identity_of(descriptor) == shard.identity:  # looked at afterwards: it was so all the time
+                    return tensors
+                self._check_again(shard, path, descriptor)
+        raise CacheDamaged(f"{path} is written to all the time.")
+
+    def _check_again(self, shard: _Shard, path: Path, descriptor: int) -> None:
+        """Refuses a shard that was touched since and does not hold the same bytes any more."""
+        identity = identity_of(descriptor)
+        if TensorFile.read(path, descriptor).checksum(path, descriptor) != shard.checksum:
+            raise CacheDamaged(f"{path} was replaced or written to after it was opened and checked.")
+        shard.identity = identity
 
     def add(self, digest: bytes, tensors: dict[str, torch.Tensor]) -> None:
         """Takes a row's tensors [tokens, ...]; writes a shard when enough have come together."""
-        self._waiting.append((digest, tensors))
+        if digest in self._waiting:
+            return
+        self._waiting[digest] = tensors
         self._waiting_bytes += sum(t.numel() * t.element_size() for t in tensors.values())
         if self._waiting_bytes >= SHARD_BYTES:
             self.flush()
@@ -253,73 +408,126 @@ class Store:
         """
         if not self._waiting:
             return
-        digests = np.frombuffer(b"".join(digest for digest, _ in self._waiting), dtype=np.uint8).reshape(-1, 16)
-        lengths = np.array([[len(row[spec.name]) for spec in self.specs] for _, row in self._waiting], dtype=np.int64)
-        # Contiguous, since safetensors writes nothing else: an image model may keep its channels last.
-        tensors = {
-            spec.name: torch.cat([row[spec.name] for _, row in self._waiting]).contiguous() for spec in self.specs
-        }
+        rows = list(self._waiting.values())
+        digests = np.frombuffer(b"".join(self._waiting), dtype=np.uint8).reshape(-1, 16)
+        lengths = np.array([[len(row[spec.name]) for spec in self.specs] for row in rows], dtype=np.int64)
+        tensors = {spec.name: torch.cat([row[spec.name] for row in rows]) for spec in self.specs}
         tensors |= {_DIGESTS: torch.from_numpy(digests.copy()), _LENGTHS: torch.from_numpy(lengths)}
         name = SHARDS.replace("*", uuid.uuid4().hex)
-        temporary = self.folder / f"{name}.tmp"
+        file, identity = self._write(self.folder / name, tensors)
+        self._register(name, identity, file.metadata["checksum"], file.places, digests, lengths)
+        self._waiting, self._waiting_bytes = {}, 0
+
+    def _write(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[TensorFile, Identity]:
         try:
-            save_file(tensors, temporary, metadata={"checksum": _checksum(tensors), "key": _digest_of(self.key)})
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, self.folder / name)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            return write_tensors(path, tensors, {"key": _digest_of(self.key)})
+        except (OSError, SafetensorError, CacheDamaged) as error:
             raise _disk_error(error, self.folder) from error
-        self._register(name, digests, lengths)
-        self._waiting, self._waiting_bytes = [], 0
 
     # --------------------------------------------------------------------------------------------------------- tables
 
     def save_tables(self, tables: Mapping[str, torch.Tensor]) -> None:
         """Writes what is the same for every row, such as T5's position bias at the greatest length."""
-        if tables:
-            _save_tensors(self.folder / TABLES, dict(tables))
+        path = self.folder / TABLES
+        try:
+            _give_way(path, [])
+        except OSError as error:
+            raise _disk_error(error, self.folder) from error
+        self._write(path, tables)
 
-    def load_tables(self) -> dict[str, torch.Tensor]:
-        """What `save_tables` wrote; {} where nothing was.
+    def load_tables(self, specs: Sequence[TableSpec], tokens: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """What `save_tables` wrote.
+
+        Args:
+            specs: What the prefix needs; nothing is read where it needs none.
+            tokens: The longest row that they must do for, by side.
 
         Raises:
-            CacheDamaged: The file is not what was written.
+            CacheDamaged: It is not there, not what was written, or of another cache; or too narrow.
         """
-        path = self.folder / TABLES
-        if not path.exists():
+        if not specs:
             return {}
-        try:
-            with safe_open(path, framework="pt") as file:
-                checksum = (file.metadata() or {}).get("checksum")
-                tables = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise CacheDamaged(f"{path} is damaged or cut short ({error}). Build the cache again.") from error
-        if checksum != _checksum(tables):
-            raise CacheDamaged(f"{path} does not hold the bytes that were written. Build the cache again.")
+        path = self.folder / TABLES
+        with _build_again():
+            with open_regular(path) as descriptor:
+                file = TensorFile.read(path, descriptor)
+                tables = {name: read_tensor(path, descriptor, place) for name, place in file.places.items()}
+            if file.metadata.get("checksum") != tensors_checksum(tables):
+                raise CacheDamaged(f"{path} does not hold the bytes that were written.")
+            if file.metadata.get("key") != _digest_of(self.key):
+                owner = "for something else" if "key" in file.metadata else "by an earlier version, for what isn't said"
+                raise CacheDamaged(f"{path} was built {owner}.")
+            if tables.keys() != {spec.name for spec in specs}:
+                raise CacheDamaged(f"{path} holds other tables than this prefix needs.")
+            for spec in specs:
+                if not spec.fits(file.places[spec.name], tokens):
+                    raise CacheDamaged(
+                        f"{path} holds {spec.name} as {list(tables[spec.name].shape)}; rows of {dict(tokens)} tokens "
+                        f"need {list(spec.dims)}."
+                    )
         return tables
 
 
-def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+# ------------------------------------------------------------------------------------------------------------ manifest
+
+
+def read_manifest(folder: Path) -> tuple[dict[str, Any], tuple[StreamSpec, ...], str]:
+    """A store's key, its streams, and what people call its model.
+
+    Raises:
+        CacheDamaged: It is not there, of another version, or not what was written.
+        FreezeError: It cannot be read.
+    """
+    path = folder / MANIFEST
+    values = read_json(path)
+    version, key, streams = values.get("format"), values.get("key"), values.get("streams")
+    if type(version) is int and version != FORMAT:
+        raise CacheDamaged(
+            f"{folder} is a prefix cache of format {_short(version)}; this version reads format {FORMAT}."
+        )
+    if type(version) is not int or not isinstance(key, dict) or not isinstance(streams, list):
+        raise CacheDamaged(f"{path} cannot be read (it is no manifest of a prefix cache).")
     try:
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, temporary, metadata={"checksum": _checksum(tensors)})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise _disk_error(error, path.parent) from error
+        specs = tuple(map(_read_spec, streams))
+    except (ValueError, TypeError) as error:
+        raise CacheDamaged(f"{path} cannot be read ({error}).") from error
+    if not specs or len({spec.name for spec in specs}) < len(specs):
+        raise CacheDamaged(f"{path} cannot be read (it names no streams, or one of them twice).")
+    if values.get("checksum") != _manifest_checksum(values):
+        raise CacheDamaged(f"{path} does not hold what was written.")
+    model = values.get("model")
+    return key, specs, model if isinstance(model, str) else ""
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Digest of names, shapes, dtypes and bytes; finds accidents, at several GB a second."""
-    state = xxhash.xxh3_128()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        if tensor.numel():
-            state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
+_DTYPE_NAMES = {str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
+
+
+def _read_spec(value: Any) -> StreamSpec:
+    if not isinstance(value, dict) or value.keys() != {"name", "side", "dtype", "shape"}:
+        raise ValueError("a stream is not described as one")
+    name, side, dtype, shape = value["name"], value["side"], value["dtype"], value["shape"]
+    if not isinstance(name, str) or name in ("", _DIGESTS, _LENGTHS) or side not in ("source", "target", ""):
+        raise ValueError(f"a stream has the name {_short(name)} and the side {_short(side)}")
+    if not isinstance(dtype, str) or dtype not in _DTYPE_NAMES or not is_shape(shape):
+        raise ValueError(f"the stream {name[:80]} has the dtype {_short(dtype)} and the shape {_short(shape)}")
+    return StreamSpec(name, side, dtype, tuple(shape))
+
+
+def stored_rows(folder: Path) -> int:
+    """Rows of a store, by the headers of its shards: no state is read, and nothing is proved.
+
+    Raises:
+        CacheDamaged: A header is damaged.
+        FreezeError: A shard cannot be read.
+    """
+    rows = 0
+    for path in shard_paths(folder):
+        with open_regular(path) as descriptor:
+            index = TensorFile.read(path, descriptor).places.get(_DIGESTS)
+        if index is None or not index.shape:
+            raise CacheDamaged(f"{path} has no index of rows.")
+        rows += index.shape[0]
+    return rows
 
 
 def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
@@ -331,10 +539,49 @@ def _digest_of(value: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _lease_of_new(folder: Path, reasons: list[str]) -> int | None:
+    """Makes a store's folder and takes the lease before there is anything that could be removed."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        _give_way(folder / LOCK, reasons)
+        try:
+            return share_store(folder)
+        except CacheDamaged:  # removed between the two
+            continue
+
+
+def _give_way(path: Path, reasons: list[str]) -> None:
+    """Moves aside what stands in the place of a file and is none: nothing says that it is ours to remove."""
+    if os.path.lexists(path) and not is_regular(path):
+        with contextlib.suppress(FileNotFoundError):
+            reasons.append(f"{path} was no file of the cache: it is {set_aside(path).name} now.")
+
+
+@contextlib.contextmanager
+def _build_again() -> Iterator[None]:
+    """Adds to what is damaged what to do about it."""
+    try:
+        yield
+    except CacheDamaged as damage:
+        raise CacheDamaged(f"{damage} Build the cache again.") from damage
+
+
+def same_states(one: torch.Tensor, other: torch.Tensor, *, low: bool) -> bool:
+    """Whether two tensors are the same but for rounding."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if torch.equal(one, other) or not one.dtype.is_floating_point:
+        return torch.equal(one, other)
+    gap, size = (one.double() - other.double()).norm(), other.double().norm()
+    return bool(gap <= (SAME_ROW_LOW if low or one.itemsize < 4 else SAME_ROW) * size)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 200 else f"{text[:200]}..."
 
 
 def _disk_error(error: Exception, folder: Path) -> FreezeError:
@@ -345,79 +592,3 @@ def _disk_error(error: Exception, folder: Path) -> FreezeError:
         f"The prefix cache could not be written to {folder}: {error}. Free there: {free}. What was written whole stays "
         "and the next build goes on from it; free space, or give another cache_dir."
     )
-
-
-# -------------------------------------------------------------------------------------------------------- many caches
-
-
-def _caches(cache_dir: Path) -> list[Path]:
-    """The stores in a folder, least recently used first; nothing that is not one."""
-    if not cache_dir.is_dir():
-        return []
-    found = [path.parent for path in cache_dir.glob(f"*/{MANIFEST}") if re.fullmatch("[0-9a-f]{24}", path.parent.name)]
-    return sorted(found, key=lambda folder: (folder / MANIFEST).stat().st_mtime)
-
-
-def _lease(folder: Path, *, shared: bool) -> int | None:
-    """A lock on a store's manifest, held until its descriptor is closed; None where others hold it, or without locks.
-
-    Whoever trains from a store shares one, so that no other process's eviction takes the rows away from under it.
-    """
-    if sys.platform == "win32":
-        return None
-    import fcntl
-
-    descriptor = os.open(folder / MANIFEST, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-
-
-def clear_caches(cache_dir: str | os.PathLike[str]) -> int:
-    """Removes every prefix cache in a folder that nobody trains from, and nothing else; returns the bytes freed."""
-    freed = 0
-    for folder in _caches(Path(cache_dir)):
-        size = _folder_bytes(folder)
-        freed += size if _remove(folder) else 0
-    return freed
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes what killed runs have left in a store, where nobody trains from it."""
-    if (folder / MANIFEST).exists() and (descriptor := _lease(folder, shared=False)) is not None:
-        for leftover in (*folder.glob("*.tmp"), *folder.glob("*.weights")):
-            leftover.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _remove(folder: Path) -> bool:
-    """Removes a store, unless somebody trains from it."""
-    descriptor = _lease(folder, shared=False)
-    if descriptor is None and sys.platform != "win32":
-        return False
-    shutil.rmtree(folder)
-    if descriptor is not None:
-        os.close(descriptor)
-    return True
-
-
-def evict_caches(cache_dir: Path, limit_bytes: int, keep: Iterable[Path], needed_bytes: int = 0) -> list[Path]:
-    """Removes the least recently used caches until the rest and `needed_bytes` fit in the limit; returns them."""
-    kept = {path.resolve() for path in keep}
-    sizes = {folder: _folder_bytes(folder) for folder in _caches(cache_dir)}
-    total = sum(sizes.values()) + needed_bytes
-    gone = []
-    for folder, size in sizes.items():
-        if total <= limit_bytes:
-            break
-        if folder.resolve() not in kept and _remove(folder):
-            gone.append(folder)
-            total -= size
-    return gone
