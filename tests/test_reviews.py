@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import itertools
 import json
 import os
 import socket
@@ -87,7 +89,7 @@ def test_other_columns_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def test_all_csv_columns_stay_text_as_they_are_written(tmp_path: Path) -> None:
-    path = write(tmp_path / "r.csv", "review,summary,zip,stars,\nWarm,Good,00501,4.50,x\nNull,n/a,,NaN\n")
+    path = write(tmp_path / "r.csv", "review,summary,zip,stars,\nWarm,Good,00501,4.50,x\nNull,n/a,,NaN,\n")
     dataset = read_reviews(path).dataset
     assert dataset[0] == {
         "review": "Warm", "summary": "Good", "row": 1, "zip": "00501", "stars": "4.50", "column 5": "x",
@@ -399,12 +401,14 @@ def test_a_split_of_a_local_source_is_an_error(tmp_path: Path) -> None:
         ("r.parquet", "", r"r\.parquet is empty \(0 bytes\)"),
         ("r.csv", "\n \n", r"r\.csv is empty \(blank lines only\)"),
         ("r.csv", "review,summary\n\n", r"r\.csv has no rows"),
-        ("r.jsonl", "\n\n", r"r\.jsonl has no rows"),
+        ("r.jsonl", "\n\n", r"r\.jsonl is empty \(blank lines only\)"),
         ("r.csv", "review,summary\n,a\nb,\n", r"(?s)No usable row; needed is a review and a summary.*\(row 1\)"),
         ("r.xlsx", "PK", r"ends in '\.xlsx', .* It reads \.csv, \.tsv, \.jsonl, \.ndjson, \.json, \.parquet"),
-        ("r.csv", "review,summary\nok,ok\na,b,c\n", r"line 3 has 3 fields, but the header has 2: 'a,b,c'"),
-        ("r.csv", 'review,summary\n"a\nb",ok\na,b,"c\nd"\n', r"line 4 has 3 fields"),
-        ("r.csv", 'review,summary\nok,ok\n"a,b\nc,d\n', r"row that begins at line 3 opens a quote .* never closed"),
+        ("r.csv", "review,summary\nok,ok\na,b,c\n", r"line 3 has 3 cells, but the header has 2: 'a,b,c'"),
+        ("r.csv", 'review,summary\n"a\nb",ok\na,b,"c\nd"\n', r"line 4 has 3 cells"),
+        ("r.csv", 'review,summary\nok,ok\n"a,b\nc,d\n', r"row that begins at line 3 is broken .* never closed"),
+        ("r.csv", "review,summary\nok,ok\na\n", r"line 3 has 1 cells, .* empty ones too: it has none for 'summary'"),
+        ("r.csv", "review,summary\na\0,b\n", r"line 2 holds a NUL: .*Save it as UTF-8"),
         ("r.csv", "review,summary,review\na,b,c\n", r"header names 'review' more than once"),
         ("r.jsonl", '{"review": "a"}\n\n{"review": \n', r"line 3 is not JSON \(.*\): '\{\"review\":'\. Each line"),
         ("r.jsonl", '{"review": "a"} {"review": "b"}\n', r"line 1 is not JSON"),
@@ -412,8 +416,10 @@ def test_a_split_of_a_local_source_is_an_error(tmp_path: Path) -> None:
         ("r.jsonl", '"a review"\n', r"line 1 is a string, not an object"),
         ("r.jsonl", "true\n", r"line 1 is a truth value, not an object"),
         ("r.jsonl", '{"review": "a \\ud83d", "summary": "b"}\n', r"line 1 holds half a character \('\\ud83d'\)"),
-        ("r.jsonl", '{"review": "a", "review": "b", "summary": "c"}\n', r"could not be read as JSON lines: .*twice"),
-        ("r.parquet", "PAR1 not at all", r"r\.parquet is not a Parquet file \("),
+        ("r.jsonl", '{"review": "a", "review": "b", "summary": "c"}\n', r"line 1 names 'review' more than once"),
+        ("r.jsonl", '{"review": "a", "n": {"x": 1, "x": 2}}\n', r"line 1 names 'x' more than once"),
+        ("r.jsonl", '{"review": "a", "n": NaN}\n', r"line 1 is not JSON \(NaN is no JSON"),
+        ("r.parquet", "PAR1 not at all", r"r\.parquet is not a Parquet file, or its metadata is damaged \("),
     ],
 )
 def test_a_file_that_cannot_be_read_says_where_and_what_to_do(
@@ -465,6 +471,72 @@ def test_a_folder_that_cannot_be_read_as_one_is_an_error(tmp_path: Path) -> None
     write(tmp_path / "unlike" / "b.csv", "review,title\na,b\n")
     with pytest.raises(ReviewsError, match=r"b\.csv has the columns \['review', 'title'\] .* must agree"):
         read_reviews(tmp_path / "unlike")
+
+
+def test_a_column_of_two_types_names_both_and_where(tmp_path: Path) -> None:
+    write_rows(tmp_path / "1.jsonl", [{"review": "a", "n": None}, {"review": "b", "n": 1}])
+    write_rows(tmp_path / "2.jsonl", [{"review": "c", "n": "d"}])
+    message = r"column 'n' holds a number \(.*1\.jsonl, line 2\) and a string \(.*2\.jsonl, line 1\)\. All rows must"
+    with pytest.raises(ReviewsError, match=message):
+        read_reviews(tmp_path, need_summaries=False)
+
+
+@pytest.mark.parametrize("texts", [["a", "c"], ["a"], ["a", "b", "c"]])
+def test_a_text_that_was_read_otherwise_than_it_is_written_is_an_error(
+    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path / "r.jsonl", [{"review": "a"}, {"review": "b"}])
+    loaded = datasets.Dataset.from_dict({"review": texts})
+    monkeypatch.setattr(datasets.Dataset, "from_json", lambda *_, **__: loaded)
+    with pytest.raises(ReviewsError, match=r"r\.jsonl.* was read as .*, and .* is what it holds"):
+        read_reviews(path, need_summaries=False)
+
+
+def test_a_pipe_a_device_and_a_link_that_leads_nowhere_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "gone.csv")
+    within = write(tmp_path / "within" / "a.csv", "review\na\n").parent
+    for name, message in (
+        ("pipe.csv", "neither a file nor a folder"),
+        ("link.csv", r"a link to .*gone\.csv, which is not"),
+    ):
+        with pytest.raises(ReviewsError, match=message):
+            read_reviews(tmp_path / name, need_summaries=False)
+        (tmp_path / name).rename(within / name)
+        with pytest.raises(ReviewsError, match=rf"within holds {name}, which is no file"):
+            read_reviews(within, need_summaries=False)
+        (within / name).unlink()
+    with pytest.raises(ReviewsError, match="neither a file nor a folder"):
+        read_reviews("/dev/null")
+
+
+def test_what_a_folder_holds_beside_its_files_is_named(tmp_path: Path) -> None:
+    for name in ("a.csv", "notes.txt", "old/b.csv"):
+        write(tmp_path / name, "review\na\n")
+    assert read_reviews(tmp_path, need_summaries=False).notes[0] == "ignored in the folder: notes.txt, old"
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_file_that_goes_away_or_may_not_be_read_is_a_sentence(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_pairs(tmp_path / f"r.{ending}", PAIRS)
+    opened, calls, refused = Path.open, itertools.count(), -1
+
+    def open_or_refuse(self: Path, *args: Any, **options: Any) -> Any:
+        if self == path and next(calls) == refused:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", open_or_refuse)
+    assert len(read_reviews(path)) == len(PAIRS)
+    times = next(calls)
+    assert times > 1
+    for refused in range(times):  # the first time that it is opened, the second time, and so on
+        calls = itertools.count()
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / str(refused))
+        with pytest.raises(ReviewsError, match=rf"r\.{ending} could not be read: Permission denied\. It must stay"):
+            read_reviews(path)
 
 
 # ------------------------------------------------------------------------------------------------------ splits

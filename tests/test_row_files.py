@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_freeze.errors import ReviewsError
-from hf_freeze.summarization import row_files
+from hf_freeze.summarization import files, row_files
 from hf_freeze.summarization.row_files import GivenRows, Row, RowFiles, RowLines, row_text, spreadsheet_safe
 
 
@@ -76,6 +77,7 @@ def test_a_folder_is_read_in_the_order_of_its_names_and_its_files_must_agree(tmp
         ('id,text\n1,"a" b\n', r"begins at line 2 is broken.*text follows a closing quote"),
         ('id,text\n1,"two\nlines"\n2,b,c\n', r"line 4 has 3 cells"),
         ("id,id\n1,a\n", "header names 'id' more than once"),
+        ("i\0d\0,\0t\0\n\0", r"line 1 holds a NUL"),
         ("", "is empty .0 bytes."),
         ("\n \n", "is empty .blank lines only."),
     ],
@@ -93,6 +95,9 @@ def test_a_broken_table_is_an_error_that_names_the_line(content: str, message: s
         ('{"text": "a"}\n["a"]\n', r"line 2 is an array, not an object"),
         ('{"text": "a"}\n{"text": "\\ud83d"}\n', r"line 2 holds half a character"),
         ("[" * 5000, r"line 1 is not JSON"),
+        ('{"text": "a"}\n\u00a0\n', r"line 2 is not JSON"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", r"line 1 is not JSON \(Exceeds the limit"),
+        ('{"text": "a", "n": [' + '{"a": 1, "a": 2}]}', r"line 1 names 'a' more than once"),
     ],
 )
 def test_a_broken_json_line_is_an_error_that_names_it(content: str, message: str, tmp_path: Path) -> None:
@@ -109,7 +114,8 @@ def test_bytes_that_are_no_utf8_are_named_by_line_wherever_they_stand(tmp_path: 
 def test_a_quote_that_is_never_closed_does_not_swallow_a_large_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_files, "LONGEST_CELL", 1000)
+    for room in (files, row_files):
+        monkeypatch.setattr(room, "LONGEST_CELL", 1000)
     path = written(tmp_path, "a.csv", 'id,text\n1,"open\n' + "2,b\n" * 10_000)
     with pytest.raises(ReviewsError, match=r"begins at line 2 is broken \(field larger"):
         values(path)
@@ -133,6 +139,41 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
     content[4:400] = b"\xff" * 396
     with pytest.raises(ReviewsError, match="is damaged after row 0"):
         values(written(tmp_path, "b.parquet", bytes(content)))
+
+
+def test_a_header_longer_than_the_limit_of_csv_is_read(tmp_path: Path) -> None:
+    name = "t" * 200_000
+    assert values(written(tmp_path, "a.csv", f"id;{name}\n1;a\n")) == [{"id": "1", name: "a"}]
+
+
+@pytest.mark.parametrize("damaged", range(25))
+def test_damaged_metadata_of_parquet_is_a_sentence(damaged: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a", "b", "c"]}), path)
+    content = bytearray(path.read_bytes())
+    begin = len(content) - 8 - int.from_bytes(content[-8:-4], "little")  # of the metadata
+    content[begin + 5 * damaged : begin + 5 * damaged + 5] = b"\xff" * 5
+    path.write_bytes(content)
+    with pytest.raises(
+        ReviewsError, match=r"a\.parquet.* (metadata is damaged|is damaged|no such column|more than once)"
+    ):
+        RowFiles(path).columns and values(path)
+
+
+def test_a_parquet_row_that_is_not_utf8_is_named_and_those_before_it_are_given(tmp_path: Path) -> None:
+    texts = pa.array([b"a", b"b", b"caf\xe9", b"d"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    rows = iter(RowFiles(tmp_path / "a.parquet"))
+    assert [next(rows).values["text"] for _ in range(2)] == ["a", "b"]
+    with pytest.raises(ReviewsError, match=r"a\.parquet, row 3 is not UTF-8: byte 0xe9"):
+        next(rows)
+
+
+def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path: Path) -> None:
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ReviewsError, match="its schema names 'text' more than once"):
+        RowFiles(tmp_path / "a.parquet")
 
 
 def test_a_missing_file_names_the_nearest_and_an_unknown_ending_those_that_are_known(tmp_path: Path) -> None:
@@ -161,6 +202,32 @@ def test_given_rows_must_be_mappings() -> None:
         GivenRows([])
     with pytest.raises(ReviewsError, match=r"Row 2 is str \('b'\); a mapping is expected"):
         list(GivenRows(iter([{"review": "a"}, "b"])))  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a", None: ["b"]}, r"Row 2 has the column None; names of columns are texts"),
+        ({"text": "a\ud83d"}, r"Row 2 holds half a character \('\\ud83d'\) in column 'text'"),
+        ({"te\ud83dxt": "a"}, r"Row 2 holds half a character"),
+    ],
+)
+def test_a_given_row_that_no_file_could_hold_is_named(row: dict[Any, Any], message: str) -> None:
+    with pytest.raises(ReviewsError, match=message):
+        list(GivenRows([{"text": "a"}, row]))
+
+
+def test_a_number_that_is_none_is_null_in_json_lines() -> None:
+    row = Row({"text": "a", "stars": float("nan"), "all": [1.5, float("inf"), {"x": float("-inf")}]}, "row 1")
+    line = RowLines(Path("out.jsonl"), list(row.values), "summary").line(row, "Fine.")
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "text": "a", "stars": None, "all": [1.5, None, {"x": None}], "summary": "Fine.",
+    }  # fmt: skip
+
+
+def test_a_carriage_return_between_two_json_words_ends_no_line(tmp_path: Path) -> None:
+    row = next(iter(RowFiles(written(tmp_path, "a.jsonl", '{"text":\r"a"}\n'))))
+    assert "\r" not in RowLines(Path("out.jsonl"), ["text"], "summary").line(row, "Fine.")
 
 
 def test_a_cell_that_is_no_text_is_an_error_and_a_missing_one_is_blank() -> None:

@@ -10,6 +10,9 @@ import codecs
 import csv
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +20,18 @@ from hf_freeze.errors import ReviewsError, nearest
 
 __all__ = [
     "FORMATS",
+    "LONGEST_CELL",
     "digest_file",
     "find_separator",
     "list_files",
+    "long_cells",
     "name_columns",
     "parse_object",
     "quote_start",
     "read_parquet_size",
     "tell_missing",
     "word_kind",
+    "worded_reading",
 ]
 
 FORMATS = {
@@ -37,15 +43,51 @@ FORMATS = {
     ".parquet": "Parquet",
 }
 CHUNK_BYTES = 1 << 20
+LONGEST_CELL = 16_000_000  # characters, of a cell or a line: a quote that is never closed would swallow the whole file
+
+
+@contextmanager
+def worded_reading(path: Path) -> Iterator[None]:
+    """Turns what the system says while a file is read into an error of ours.
+
+    Raises:
+        ReviewsError: The file is gone, may not be read, or its disk fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ReviewsError(
+            f"{path} could not be read: {error.strerror or error}. It must stay where it is and be readable until the "
+            f"run ends."
+        ) from error
+
+
+@contextmanager
+def long_cells() -> Iterator[None]:
+    """Lets `csv` read cells of up to `LONGEST_CELL` characters; its own limit, of 128 KiB, is the whole process's."""
+    before = csv.field_size_limit(LONGEST_CELL)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def list_files(path: Path) -> tuple[list[Path], tuple[str, ...]]:
     """The files to read, all of one format, and what was ignored in a folder.
 
     Raises:
-        ReviewsError: An ending that is not known, a folder without files, or with several formats.
+        ReviewsError: No file or folder, an ending that is not known, a folder without files, or with several formats.
     """
+    with worded_reading(path):
+        return _list_files(path)
+
+
+def _list_files(path: Path) -> tuple[list[Path], tuple[str, ...]]:
     endings = ", ".join(FORMATS)
+    if not path.exists():
+        raise ReviewsError(f"No file or folder {path}: {tell_missing(path)}. Check the path.")
+    if not (path.is_file() or path.is_dir()):  # a pipe would be waited for, and can be read once only
+        raise ReviewsError(f"{path} is neither a file nor a folder. Write the reviews to a file first.")
     if path.is_file():
         if path.suffix.lower() not in FORMATS:
             raise ReviewsError(
@@ -53,10 +95,14 @@ def list_files(path: Path) -> tuple[list[Path], tuple[str, ...]]:
                 f"save the reviews as one of them."
             )
         return [path], ()
-    visible = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    visible = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     files = [file for file in visible if file.suffix.lower() in FORMATS]
+    if strange := next((file for file in files if not file.is_file()), None):
+        raise ReviewsError(
+            f"{path} holds {strange.name}, which is no file that can be read. Take it out, or name one file of {path}."
+        )
     if not files:
-        found = ", ".join(file.name for file in visible[:5]) or "no files"
+        found = ", ".join(entry.name for entry in visible[:5]) or "no files"
         raise ReviewsError(
             f"{path} is a folder without a file that read_reviews knows; it holds {found}. "
             f"Put files there that end in one of {endings}."
@@ -73,6 +119,8 @@ def list_files(path: Path) -> tuple[list[Path], tuple[str, ...]]:
 
 def tell_missing(path: Path) -> str:
     """Words where a missing path was looked for and what is near it."""
+    if path.is_symlink():
+        return f"it is a link to {path.readlink()}, which is not there"
     if not path.parent.is_dir():
         return f"there is no folder {path.parent}"
     names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
@@ -85,11 +133,11 @@ def digest_file(path: Path, utf8: bool) -> str:
     """Digest of the file's bytes; on the way, checks that they are UTF-8, where they should be.
 
     Raises:
-        ReviewsError: They are not; it names the byte, its offset and its line.
+        ReviewsError: They are not (it names the byte, its offset and its line), or cannot be read.
     """
     digest, decoder = hashlib.blake2b(digest_size=16), codecs.getincrementaldecoder("utf-8")()
     offset = line = 0  # offset: bytes before this chunk; line: line breaks before it
-    with path.open("rb") as file:
+    with worded_reading(path), path.open("rb") as file:
         while True:
             chunk = file.read(CHUNK_BYTES)
             digest.update(chunk)
@@ -113,25 +161,30 @@ def read_parquet_size(path: Path) -> tuple[list[str], int]:
     """The columns of a Parquet file, and how many rows it has.
 
     Raises:
-        ReviewsError: It is no Parquet file.
+        ReviewsError: It is no Parquet file, is damaged, cannot be read, or has two columns of one name.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    with worded_reading(path):
+        path.open("rb").close()  # what the system refuses; below, OSError is also what arrow calls a damage
     try:
         with pq.ParquetFile(path) as file:
-            return list(file.schema_arrow.names), int(file.metadata.num_rows)
-    except pa.ArrowInvalid as error:
-        raise ReviewsError(f"{path} is not a Parquet file ({error}). Write it again, or correct its ending.") from error
+            names, rows = list(file.schema_arrow.names), int(file.metadata.num_rows)
+    except Exception as error:  # of damaged metadata arrow raises ArrowInvalid, OSError, UnicodeDecodeError and others
+        raise ReviewsError(
+            f"{path} is not a Parquet file, or its metadata is damaged ({str(error).strip()}). Write it again, or "
+            f"correct its ending."
+        ) from error
+    _refuse_repeated(names, f"{path}: its schema")
+    return names, rows
 
 
-def find_separator(path: Path) -> str:
-    """The separator that cuts the header line into most fields: the ending is often wrong about it."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        header = next((line for line in file if line.strip()), "")
+def find_separator(path: Path, header: str) -> str:
+    """The separator that cuts a table's header line into most fields: the ending is often wrong about it."""
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
-    # Spreadsheets write semicolons where the comma is the decimal point. max keeps the first of equals.
-    return max((usual, "\t", ",", ";"), key=lambda sign: len(next(csv.reader([header], delimiter=sign), [])))
+    with long_cells():
+        # Spreadsheets write semicolons where the comma is the decimal point. max keeps the first of equals.
+        return max((usual, "\t", ",", ";"), key=lambda sign: len(next(csv.reader([header], delimiter=sign), [])))
 
 
 def name_columns(path: Path, row: list[str]) -> list[str]:
@@ -141,12 +194,14 @@ def name_columns(path: Path, row: list[str]) -> list[str]:
         ReviewsError: A name stands there twice.
     """
     names = [name.strip() or f"column {number}" for number, name in enumerate(row, 1)]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ReviewsError(
-            f"{path}: the header names {', '.join(map(repr, repeated))} more than once. Rename one of them."
-        )
+    _refuse_repeated(names, f"{path}: the header")
     return names
+
+
+def _refuse_repeated(names: Iterable[str], where: str) -> None:
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise ReviewsError(f"{where} names {', '.join(map(repr, repeated))} more than once. Rename one of them.")
 
 
 def parse_object(line: str, place: str, like: str) -> dict[str, Any]:
@@ -158,10 +213,28 @@ def parse_object(line: str, place: str, like: str) -> dict[str, Any]:
         like: What it might hold, for errors.
 
     Raises:
-        ReviewsError: It is not JSON, no object, or holds half a character.
+        ReviewsError: It is not JSON, no object, names a key twice, or holds half a character.
     """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):  # `json` would keep the last one
+            _refuse_repeated((name for name, _ in pairs), place)
+        return values
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON: null is a value that is missing")
+
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=once, parse_constant=refuse)
+        if "\\u" in line:  # only an escape can smuggle in half a character, as a cut-off emoji does
+            json.dumps(values, ensure_ascii=False).encode()
+    except ReviewsError:
+        raise
+    except UnicodeEncodeError as error:
+        raise ReviewsError(
+            f"{place} holds half a character ({error.object[error.start]!r}): {quote_start(line)} Take that escape out."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ReviewsError(
             f"{place} is not JSON ({error}): {quote_start(line)} Each line must be one whole JSON object."
@@ -171,14 +244,6 @@ def parse_object(line: str, place: str, like: str) -> dict[str, Any]:
             f"{place} is {word_kind(values)}, not an object: {quote_start(line)} "
             f"Each line must be one JSON object, like {like}."
         )
-    if "\\u" in line:  # only an escape can smuggle in half a character, as a cut-off emoji does
-        try:
-            json.dumps(values, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise ReviewsError(
-                f"{place} holds half a character ({error.object[error.start]!r}): {quote_start(line)} Take that escape "
-                f"out."
-            ) from error
     return values
 
 

@@ -4,16 +4,18 @@ It owns: finding the format, the columns and the rows that cannot be used, with 
 guess where a guess could lose a row: a broken line is an error with its line number, an unusable row is a
 named and counted skip. It does not truncate, tokenize or word prompts.
 
-Text files are passed over once in constant memory before `datasets` parses them, because its parsers know
-neither line numbers nor byte offsets, and repair some broken files silently.
+Rows are read as they are streamed (`row_files`), because the parsers of `datasets` know neither line numbers nor
+byte offsets, and repair some broken files silently. Tables come from there; JSON lines and Parquet, whose columns
+have types, are parsed by `datasets`, and what it made of the texts is compared.
 """
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
 import importlib.resources
+import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,18 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_freeze.errors import ReviewsError, nearest
-from hf_freeze.summarization.files import (
-    FORMATS,
-    digest_file,
-    find_separator,
-    list_files,
-    name_columns,
-    parse_object,
-    quote_start,
-    read_parquet_size,
-    tell_missing,
-    word_kind,
-)
+from hf_freeze.summarization.files import FORMATS, digest_file, tell_missing, word_kind
+from hf_freeze.summarization.row_files import RowFiles
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,6 +38,7 @@ SUMMARY_NAMES = ("summary", "title", "review_title", "headline", "highlights", "
 
 LONG_REVIEW_CHARACTERS = 20_000  # some 5,000 tokens: more than the models of this package read
 MOST_VALIDATION_ROWS = 1_000  # more would cost time at each evaluation and hardly narrow the estimate
+TABLE_BATCH = 1_000  # rows of a table that are kept together
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name; a bare "csv" names a builder of `datasets`
 
 
@@ -131,18 +124,23 @@ def read_reviews(
             f"read_reviews was asked for split={split!r} of {path}, a local source, which has no splits. "
             f"Give each split's own file or folder, and no split."
         )
-    files, notes = list_files(path)
-    scans = [_scan(file) for file in files]
-    if not any(scan.has_rows for scan in scans):
-        raise ReviewsError(f"{path} has no rows. Give a file with at least one review.")
-    columns = _common_columns(files, scans)
+    files = RowFiles(path)
+    kinds = _read_through(files) if files.kind == "JSON lines" else {}
     # before loading, so that a wrong column costs no parsing
-    choice = choose_columns(str(path), columns, text_column, summary_column, need_summaries)
-    raw = _load_files(path, files, scans, columns)
-    not_text: dict[str, str] = {}
-    for scan in reversed(scans):  # so that the first file's places stay
-        not_text |= scan.not_text
-    return _account(raw, str(path), choice, need_summaries, notes, not_text)
+    choice = choose_columns(str(path), list(files.columns), text_column, summary_column, need_summaries)
+    raw = _load_files(files, kinds)
+    if not len(raw):
+        raise _no_rows(path)
+    not_text = {
+        name: f"{place} holds {kind} there"
+        for name, places in kinds.items()
+        for kind, place in reversed(places.items())  # the first place wins
+        if kind not in ("a string", "null")
+    }
+    reviews = _account(raw, str(path), choice, need_summaries, files.notes, not_text)
+    if files.kind == "JSON lines":
+        _compare(raw, files, [name for name in choice[:2] if name])
+    return reviews
 
 
 def shipped_reviews() -> dict[str, Reviews]:
@@ -237,151 +235,109 @@ def _load_from_hub(source: str, path: Path, split: str | None) -> Dataset:
         ) from error
 
 
-# ---------------------------------------------------------------------- passing over a file, for line numbers
-
-
-@dataclass
-class _Scan:
-    """What one pass over one file found."""
-
-    columns: list[str]
-    digest: str  # of the bytes: part of the cache key, so that a changed file is never answered from the cache
-    has_rows: bool
-    separator: str = ","
-    not_text: dict[str, str] = field(default_factory=dict)  # JSON lines: column -> where it first is not
-
-
-def _scan(path: Path) -> _Scan:
-    kind = FORMATS[path.suffix.lower()]
-    if path.stat().st_size == 0:
-        raise ReviewsError(f"{path} is empty (0 bytes). Give a file with at least one review.")
-    digest = digest_file(path, utf8=kind != "Parquet")
-    if kind == "Parquet":
-        columns, rows = read_parquet_size(path)
-        return _Scan(columns, digest, has_rows=rows > 0)
-    if kind == "JSON lines":
-        return _scan_json_lines(path, digest)
-    return _scan_table(path, digest)
-
-
-def _scan_json_lines(path: Path, digest: str) -> _Scan:
-    names: dict[str, None] = {}  # a set that keeps the order
-    not_text: dict[str, str] = {}
-    has_rows = False
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            row = parse_object(line, f"{path}, line {number}", '{"review": "...", "summary": "..."}')
-            has_rows = True
-            names.update(dict.fromkeys(row))
-            for name, value in row.items():
-                if not (value is None or isinstance(value, str)):
-                    not_text.setdefault(name, f"{path}, line {number} holds {word_kind(value)} there")
-    return _Scan(list(names), digest, has_rows, not_text=not_text)
-
-
-def _scan_table(path: Path, digest: str) -> _Scan:
-    at_end = False
-
-    def lines() -> Iterator[str]:
-        nonlocal at_end
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from file
-        at_end = True
-
-    limit = csv.field_size_limit(2**31 - 1)  # Python's own limit is 128 KiB a field; `datasets` has none
-    try:
-        separator = find_separator(path)
-        reader = csv.reader(lines(), delimiter=separator)
-        header: list[str] = []
-        has_rows, first_line = False, 1
-        for row in reader:
-            if not any(cell.strip() for cell in row) and len(row) <= 1:
-                first_line = reader.line_num + 1
-                continue  # a blank line
-            if at_end:  # the parser wanted more lines to finish this row
-                raise ReviewsError(
-                    f"{path}: the row that begins at line {first_line} opens a quote that is never closed: "
-                    f"{quote_start(separator.join(row))} Close it, or double a quote that belongs to the text."
-                )
-            if not header:
-                header = name_columns(path, row)
-            elif len(row) > len(header):
-                raise ReviewsError(
-                    f"{path}, line {first_line} has {len(row)} fields, but the header has {len(header)}: "
-                    f"{quote_start(separator.join(row))} Put quotes around a field that holds {separator!r}."
-                )
-            else:
-                has_rows = True
-            first_line = reader.line_num + 1
-    finally:
-        csv.field_size_limit(limit)
-    if not header:
-        raise ReviewsError(f"{path} is empty (blank lines only). Give a file with at least one review.")
-    return _Scan(header, digest, has_rows, separator)
-
-
-def _common_columns(files: Sequence[Path], scans: Sequence[_Scan]) -> list[str]:
-    """The columns of all files; the files of a table format must agree on them."""
-    if FORMATS[files[0].suffix.lower()] == "JSON lines":  # an object may leave a key out
-        return list(dict.fromkeys(name for scan in scans for name in scan.columns))
-    for file, scan in zip(files, scans, strict=True):
-        if scan.columns != scans[0].columns or scan.separator != scans[0].separator:
-            raise ReviewsError(
-                f"{file} has the columns {scan.columns} separated by {scan.separator!r}, but {files[0]} has "
-                f"{scans[0].columns} separated by {scans[0].separator!r}. Files of one folder must agree."
-            )
-    return scans[0].columns
-
-
 # ---------------------------------------------------------------------------------------------------- loading
 
 
-def _load_files(path: Path, files: Sequence[Path], scans: Sequence[_Scan], columns: list[str]) -> Dataset:
-    from datasets import Dataset, Features, Value
-    from datasets.exceptions import DatasetsError
+def _read_through(files: RowFiles) -> dict[str, dict[str, str]]:
+    """Reads all JSON lines, so that a broken one is named; kinds of values by column, each with its first place."""
+    kinds: dict[str, dict[str, str]] = {}
+    for row in files:
+        for name, value in row.values.items():
+            kinds.setdefault(name, {}).setdefault(word_kind(value), row.place)
+    return kinds
 
-    options: dict[str, Any] = {}
-    kind = FORMATS[files[0].suffix.lower()]
+
+def _no_rows(path: str | Path) -> ReviewsError:
+    return ReviewsError(f"{path} has no rows. Give a file with at least one review.")
+
+
+def _load_files(files: RowFiles, kinds: Mapping[str, Mapping[str, str]]) -> Dataset:
+    from datasets import Dataset, config
+
+    # `datasets` keys its cache by path and time of change; the digest adds the content.
+    digests = "".join(digest_file(file, utf8=files.kind != "Parquet") for file in files.files)
+    digest = hashlib.blake2b(f"{digests}{files.kind}{files.separator}".encode(), digest_size=16).hexdigest()
     # not load_dataset, which asks a server to count even a local file's use
-    read = {"JSON lines": Dataset.from_json, "Parquet": Dataset.from_parquet}.get(kind, Dataset.from_csv)
-    if kind in ("CSV", "TSV"):
-        # All columns as text, exactly as written: a type that pandas infers would turn "NA" into nothing and
-        # "007" into 7, and would depend on the first 10,000 rows only.
-        options = {
-            "features": Features(dict.fromkeys(columns, Value("string"))),
-            "column_names": columns,
-            "header": 0,
-            "sep": scans[0].separator,
-            "keep_default_na": False,
-        }
-    # `datasets` keys its cache by path and time of change; the digest in the name adds the content.
-    digest = hashlib.blake2b("".join(scan.digest for scan in scans).encode(), digest_size=16).hexdigest()
-    names = [glob.escape(str(file.resolve())) for file in files]  # it takes "[1]" and "*" for patterns
     try:
         with _quiet():
-            return read(names, config_name=digest, **options)
-    except (DatasetsError, ValueError) as error:
+            if files.kind in ("CSV", "TSV"):
+                return _load_table(files, Path(config.HF_DATASETS_CACHE) / "hf_freeze" / f"{digest}.arrow")
+            names = [glob.escape(str(file.resolve())) for file in files.files]  # it takes "[1]" and "*" for patterns
+            read = Dataset.from_json if files.kind == "JSON lines" else Dataset.from_parquet
+            raw = read(names, config_name=digest)
+            raw.data.validate(full=True)  # Parquet may hold strings that are not UTF-8
+            return raw
+    except Exception as error:  # a foreign reader may raise anything
+        if isinstance(error, ReviewsError):
+            raise
+        for _ in files:  # which names the row, where the file is at fault
+            pass
+        mixed = (
+            f"column {name!r} holds {' and '.join(f'{kind} ({places[kind]})' for kind in places if kind != 'null')}"
+            for name, places in kinds.items()
+            if len(places.keys() - {"null"}) > 1
+        )
+        reason = error.__cause__ or error
+        advice = "All rows must have the same columns, each once and of one type."
+        if isinstance(reason, OSError):
+            advice = f"`datasets` keeps what it has read in {config.HF_DATASETS_CACHE}, which must have space."
         raise ReviewsError(
-            f"{path} could not be read as {kind}: {error.__cause__ or error}. "
-            f"All rows must have the same columns, each once and of one type."
+            f"{files.path} could not be read as {files.kind}: {next(mixed, str(reason).strip())}. {advice}"
         ) from error
+
+
+def _load_table(files: RowFiles, place: Path) -> Dataset:
+    """The rows of tables by our own reader, from a file that is mapped into memory.
+
+    All columns are text, exactly as written: a type that is inferred would turn "NA" into nothing and "007" into 7.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+        schema = pa.schema([(name, pa.string()) for name in files.columns])
+        rows = iter(files)
+        try:
+            with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+                while batch := [list(row.values.values()) for row in itertools.islice(rows, TABLE_BATCH)]:
+                    columns = [pa.array(cells, pa.string()) for cells in zip(*batch, strict=True)]
+                    stream.write_batch(pa.record_batch(columns, schema))
+            os.replace(temporary, place)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return Dataset.from_file(str(place))
+
+
+def _compare(raw: Dataset, files: RowFiles, columns: list[str]) -> None:
+    """Makes sure that `datasets` has read every text as it is written."""
+    pairs = itertools.zip_longest(_rows(raw, columns), files)
+    for loaded, row in pairs:
+        texts = {name: row.values.get(name) for name in columns} if row else None
+        if loaded != texts:
+            raise ReviewsError(
+                f"{row.place if row else files.path} was read as {loaded!r:.100}, and {texts!r:.100} is what it "
+                f"holds. Write the reviews as CSV or Parquet."
+            )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of `datasets`: a local file is read before one could be looked at."""
+    """Without the bars of `datasets`, since a local file is read before one could be looked at, and without its log."""
     from datasets import config, disable_progress_bars, enable_progress_bars
-    from datasets.utils import are_progress_bars_disabled
+    from datasets.utils import are_progress_bars_disabled, logging
 
     # where the environment has decided, the switches only warn
     switch = config.HF_DATASETS_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
     if switch:
         disable_progress_bars()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # an error is worded here
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if switch:
             enable_progress_bars()
 
@@ -451,7 +407,7 @@ def _account(
     for name in (text, summary) if summary else (text,):
         kind = str(getattr(raw.features[name], "dtype", raw.features[name]))
         # null is a column without any value: its rows are skipped by name
-        if name in not_text or kind not in ("string", "large_string", "null"):
+        if name in not_text or kind not in ("string", "large_string", "string_view", "null"):
             raise ReviewsError(
                 f"Column {name!r} of {source} does not hold text: {not_text.get(name, f'its type is {kind}')}. "
                 f"Name another column, or write its values as strings."

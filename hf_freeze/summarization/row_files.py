@@ -10,6 +10,8 @@ import csv
 import io
 import itertools
 import json
+import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -17,20 +19,21 @@ from typing import IO, Any, NamedTuple
 from hf_freeze.errors import ReviewsError, nearest
 from hf_freeze.summarization.files import (
     FORMATS,
+    LONGEST_CELL,
     digest_file,
     find_separator,
     list_files,
+    long_cells,
     name_columns,
     parse_object,
     quote_start,
     read_parquet_size,
-    tell_missing,
     word_kind,
+    worded_reading,
 )
 
 __all__ = ["GivenRows", "Row", "RowFiles", "RowLines", "row_text", "spreadsheet_safe"]
 
-LONGEST_CELL = 16_000_000  # characters, of a cell or a line: a quote that is never closed would swallow the whole file
 PARQUET_BATCH = 1024  # rows decoded together
 TABLES = {"CSV": ",", "TSV": "\t"}  # with the separator that each is written with
 
@@ -65,9 +68,11 @@ class RowFiles:
         header: For a table, the names as they stand in the file.
         separator: Of a table; "" for other formats.
         total_bytes: Size of all files.
+        notes: What a folder holds beside them.
 
     Raises:
         ReviewsError: no such file, an unknown ending, mixed formats, files that disagree about columns, no columns.
+            While rows are read: a broken one, with its line.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "shoes.csv")
@@ -79,21 +84,19 @@ class RowFiles:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.name = str(self.path)
-        if not self.path.exists():
-            raise ReviewsError(f"No file or folder {self.path}: {tell_missing(self.path)}. Check the path.")
-        if not (self.path.is_file() or self.path.is_dir()):
-            raise ReviewsError(f"{self.path} is neither a file nor a folder. Write the reviews to a file first.")
-        self.files = list_files(self.path)[0]
+        self.files, self.notes = list_files(self.path)
         self.kind = FORMATS[self.files[0].suffix.lower()]
-        self.total_bytes = sum(file.stat().st_size for file in self.files)
         self.separator = ""
         self.header: list[str] = []
         self.columns: dict[str, None] = {}
         self._done_bytes = 0
         self._open: IO[Any] | None = None
         self._share = 0.0  # of the open Parquet file
+        self.total_bytes = 0
         for file in self.files:
-            self._read_columns(file)
+            with worded_reading(file):
+                self.total_bytes += file.stat().st_size
+                self._read_columns(file)
 
     def _read_columns(self, file: Path) -> None:
         if file.stat().st_size == 0:
@@ -101,7 +104,7 @@ class RowFiles:
         separator, header, columns, empty = "", [], [], False
         try:
             if self.kind in TABLES:
-                separator = find_separator(file)
+                separator = find_separator(file, next(filter(str.strip, _lines(file, None, newline="")), ""))
                 header = next((cells for cells, _ in _cells(file, separator)), [])
                 columns, empty = name_columns(file, header), not header
             elif self.kind == "Parquet":
@@ -133,14 +136,15 @@ class RowFiles:
     def __iter__(self) -> Iterator[Row]:
         self._done_bytes = 0
         for path in self.files:
-            with path.open("rb") as self._open:
+            with worded_reading(path), path.open("rb") as self._open:
+                size = os.fstat(self._open.fileno()).st_size
                 try:
                     yield from self._rows(path, self._open)
                 except UnicodeDecodeError:
                     _raise_not_utf8(path)
                 finally:
                     self._open = None
-            self._done_bytes += path.stat().st_size
+            self._done_bytes += size
 
     def _rows(self, path: Path, file: IO[bytes]) -> Iterator[Row]:
         if self.kind == "Parquet":
@@ -159,20 +163,24 @@ class RowFiles:
                 yield Row(dict(zip(names, cells, strict=True)), f"{path}, line {line}")
 
     def _parquet_rows(self, path: Path, file: IO[bytes]) -> Iterator[Row]:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        size, number = path.stat().st_size, 0
+        size, number, total = path.stat().st_size, 0, 0
         try:
             with pq.ParquetFile(file) as parquet:
-                total = max(1, parquet.metadata.num_rows)
+                total = parquet.metadata.num_rows
                 for batch in parquet.iter_batches(batch_size=PARQUET_BATCH):
-                    for values in batch.to_pylist():
+                    for values in _decoded(batch):
                         number += 1
-                        self._share = size * number / total
+                        self._share = size * number / max(1, total)
                         yield Row(values, f"{path}, row {number}")
-        except (pa.ArrowException, OSError) as error:
+        except UnicodeDecodeError as error:
+            byte = f"byte 0x{error.object[error.start]:02x}"
+            raise ReviewsError(f"{path}, row {number + 1} is not UTF-8: {byte}. Write it again as UTF-8.") from error
+        except Exception as error:  # of damaged pages arrow raises ArrowInvalid, OSError, MemoryError and others
             raise ReviewsError(f"{path} is damaged after row {number} ({error}). Write it again.") from error
+        if number != total:
+            raise ReviewsError(f"{path} is damaged: it names {total} rows and holds {number}. Write it again.")
 
 
 class GivenRows:
@@ -185,7 +193,8 @@ class GivenRows:
         columns: Column names.
 
     Raises:
-        ReviewsError: No iterable, no rows, or a row that is no mapping.
+        ReviewsError: No iterable, no rows, or a row that is no mapping of names that are texts, or holds half a
+            character.
 
     >>> [row.place for row in GivenRows({"review": text} for text in ("Good.", "Bad."))]
     ['row 1', 'row 2']
@@ -216,6 +225,16 @@ class GivenRows:
                 f"Row {number} is {type(values).__name__} ({values!r:.60}); a mapping is expected, such as "
                 f"{{'review': '...'}}."
             )
+        for name, value in values.items():
+            if not isinstance(name, str):  # csv.DictReader files the cells of too long a row under None
+                raise ReviewsError(f"Row {number} has the column {name!r}; names of columns are texts. Rename it.")
+            try:
+                f"{name}{value if isinstance(value, str) else ''}".encode()
+            except UnicodeEncodeError as error:
+                raise ReviewsError(
+                    f"Row {number} holds half a character ({error.object[error.start]!r}) in column {name!r}. Take it "
+                    f"out."
+                ) from error
 
 
 def row_text(row: Row, column: str) -> str:
@@ -258,6 +277,8 @@ def _lines(path: Path, file: IO[bytes] | None, newline: str) -> Iterator[str]:
                     f"{path}, line {number} is longer than {LONGEST_CELL:,} characters: {quote_start(line[:100])} "
                     f"Write one review a line (a JSON array is not JSON lines)."
                 )
+            if "\0" in line:  # UTF-16 without its mark is valid UTF-8 with a NUL beside each letter
+                raise ReviewsError(f"{path}, line {number} holds a NUL: {quote_start(line[:100])} Save it as UTF-8.")
             yield line
 
 
@@ -267,16 +288,14 @@ def _cells(path: Path, separator: str, file: IO[bytes] | None = None) -> Iterato
     width = 0
     while True:
         line = reader.line_num + 1
-        limit = csv.field_size_limit(LONGEST_CELL)  # of the whole process: 128 KiB, which is everybody's business
         try:
-            cells = next(reader, None)
+            with long_cells():  # for this row only: the limit is everybody's
+                cells = next(reader, None)
         except csv.Error as error:
             raise ReviewsError(
                 f"{path}: the row that begins at line {line} is broken ({error}): a quote is never closed, or text "
                 f"follows a closing quote. Close it, or double a quote that belongs to the text."
             ) from error
-        finally:
-            csv.field_size_limit(limit)
         if cells is None:
             return
         blank = not cells or (len(cells) == 1 and width != 1 and not cells[0].strip())
@@ -293,13 +312,23 @@ def _wrong_width(path: Path, line: int, cells: Sequence[str], names: Sequence[st
     return ReviewsError(f"{path}, line {line} has {len(cells)} cells, but the header has {len(names)}: {start} {fix}")
 
 
+def _decoded(batch: Any) -> Iterable[dict[str, Any]]:
+    """The rows of an Arrow batch; one by one where one of them cannot be decoded, so that those before it are given."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError:
+        return (batch.slice(place, 1).to_pylist()[0] for place in range(len(batch)))
+
+
 def _json_rows(path: Path, file: IO[bytes] | None = None) -> Iterator[Row]:
     for number, line in enumerate(_lines(path, file, newline="\n"), 1):
-        if not line.strip():
+        text = line.strip(" \t\r\n")  # what JSON calls white space
+        if not text:
             continue
         place = f"{path}, line {number}"
-        values = parse_object(line, place, '{"review": "..."}')
-        yield Row(values, place, line.strip())
+        values = parse_object(text, place, '{"review": "..."}')
+        # a bare carriage return between two words would end a line for many readers
+        yield Row(values, place, text.replace("\r", " "))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,7 +410,7 @@ class RowLines:
         if not row.values:
             return added + "\n"
         # JSON's own characters where there are any: 1.10 stays 1.10.
-        text = row.text or json.dumps(dict(row.values), ensure_ascii=False, default=str)
+        text = row.text or json.dumps(_without_nan(dict(row.values)), ensure_ascii=False, default=str)
         return f"{text[:-1].rstrip()}, {added[1:]}\n"
 
     def _refuse(self, row: Row) -> None:
@@ -396,6 +425,15 @@ class RowLines:
         # With both characters as its line end the writer quotes cells that hold either, as every reader needs it.
         csv.writer(sink, delimiter=self.separator, lineterminator="\r\n").writerow(cells)
         return sink.getvalue()[:-2] + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    """A value as JSON has it: null for numbers that are none, which nobody else could read (Parquet and pandas)."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _without_nan(one) for name, one in value.items()}
+    return [_without_nan(one) for one in value] if isinstance(value, list) else value
 
 
 def _cell(value: Any) -> str:
