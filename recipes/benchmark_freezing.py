@@ -87,7 +87,9 @@ def main() -> None:
     verdict = compare_losses(modes, args.precision)
     tables = [mode_table(modes, verdict, frozen, args), *other_tables(results, args)]
     print("\n" + "\n\n".join(map(str, tables)))
-    output = Path(args.output or f"out/benchmark-{args.model}-{args.precision}-{started:%Y%m%d-%H%M%S}.json")
+    # with the process's number: two may start within a second
+    name = f"out/benchmark-{args.model}-{args.precision}-{started:%Y%m%d-%H%M%S}-{os.getpid()}.json"
+    output = Path(args.output or name)
     output.parent.mkdir(parents=True, exist_ok=True)
     facts = {"date": started.isoformat(timespec="seconds"), "device": device_name(args.device), "losses": verdict}
     facts |= {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}

@@ -54,7 +54,7 @@ from hf_freeze import (
 )
 from hf_freeze.embedded import EMBEDDED_NAME, cache_folder, embedded_model
 from hf_freeze.machine import peak_bytes, read_hardware
-from hf_freeze.processes import leave_group
+from hf_freeze.processes import agreed, from_first, leave_group
 from hf_freeze.summarization import (
     DataFacts,
     SummaryCollator,
@@ -172,10 +172,11 @@ def main() -> None:
     model_args, data_args, args = parse_arguments()
     chief = args.process_index == 0
     say = print if chief else lambda *_: None
-    folder = [str(new_output_folder(args.output_dir, resuming=bool(args.resume_from_checkpoint))) if chief else None]
-    if args.world_size > 1:
-        broadcast_object_list(folder)
-    args.output_dir = folder[0]
+    folder = args.output_dir
+    with agreed("take its output folder"):  # the first process takes it, and all learn which, or why not
+        if chief:
+            folder = str(new_output_folder(folder, resuming=bool(args.resume_from_checkpoint)))
+    args.output_dir = from_first(folder)
     set_seed(args.seed)
 
     # Read the data first: a wrong column should not wait for a model to load.

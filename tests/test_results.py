@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 def test_a_folder_with_another_run_is_refused_and_taken_to_go_on(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     assert new_output_folder(str(folder)) == folder, "a folder that is not there is free"
-    folder.mkdir()
+    assert folder.is_dir()
     (folder / "notes.txt").write_text("mine")
     assert new_output_folder(str(folder)) == folder, "a folder without a run is free"
     (folder / name).write_text("")
@@ -43,9 +45,38 @@ def test_a_folder_with_another_run_is_refused_and_taken_to_go_on(name: str, tmp_
 def test_without_a_name_the_next_free_folder_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert new_output_folder("") == Path("out/summaries-1")
-    (tmp_path / "out" / "summaries-1").mkdir(parents=True)
-    assert new_output_folder("") == Path("out/summaries-2")
-    assert not (tmp_path / "out" / "summaries-2").exists(), "it is named, not made"
+    (tmp_path / "out" / "summaries-2").write_text("a file has the name too")
+    assert new_output_folder("") == Path("out/summaries-3")
+
+
+def test_runs_that_start_at_once_get_a_folder_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    together = threading.Barrier(16)
+
+    def start(_: int) -> list[Path]:
+        together.wait()
+        return [new_output_folder("") for _ in range(5)]
+
+    with ThreadPoolExecutor(16) as pool:
+        folders = [folder for some in pool.map(start, range(16)) for folder in some]
+    assert sorted(folders, key=str) == sorted((Path(f"out/summaries-{n}") for n in range(1, 81)), key=str)
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_a_folder_that_cannot_be_made_or_written_is_told_before_the_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for asked in ("file", "file/within"):
+        with pytest.raises(FreezeError, match=rf"--output_dir {asked} was asked for; no folder can be made there: "):
+            new_output_folder(asked)
+    (tmp_path / "out").write_text("")
+    with pytest.raises(FreezeError, match=r"--output_dir out/summaries-N was asked for; .*File exists \(out\)"):
+        new_output_folder("")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(FreezeError, match="nothing can be written there"):
+        new_output_folder("mine")
 
 
 def test_the_table_of_scores_shows_intervals_where_there_are_any() -> None:

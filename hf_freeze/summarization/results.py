@@ -5,6 +5,8 @@ Only words and writes; scores come from `rouge`. The model card is `card`'s, the
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import textwrap
@@ -41,23 +43,33 @@ METRICS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rouge
 
 
 def new_output_folder(asked: str, *, resuming: bool = False) -> Path:
-    """The folder of a run: the one asked for where no other run lies in it, else the next free out/summaries-N.
+    """Makes the folder of a run: the one asked for where no other run lies in it, else the next free out/summaries-N.
+
+    Two runs that are started together get two numbers, since the folder is there when its name is returned.
 
     Raises:
-        FreezeError: The folder holds another run, which would be overwritten.
+        FreezeError: The folder holds another run, which would be overwritten, or cannot be written.
     """
-    if not asked:
-        number = 1
-        while (folder := Path("out") / f"summaries-{number}").exists():
-            number += 1
-        return folder
-    folder = Path(asked)
+    folder = Path(asked or "out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1) if not asked else ():
+            with contextlib.suppress(FileExistsError):
+                (folder / f"summaries-{number}").mkdir()
+                return folder / f"summaries-{number}"
+    except OSError as error:
+        raise FreezeError(
+            f"--output_dir {asked or 'out/summaries-N'} was asked for; no folder can be made there: "
+            f"{error.strerror or error} ({error.filename}). Choose another one."
+        ) from error
     found = [name for name in RUN_FILES if (folder / name).exists()] + [p.name for p in folder.glob("checkpoint-*")]
     if found and not resuming:
         raise FreezeError(
             f"--output_dir {asked} was asked for; it holds another run ({', '.join(found[:3])}). Choose another "
             "folder, go on with --resume_from_checkpoint, or remove it yourself."
         )
+    if not os.access(folder, os.W_OK):
+        raise FreezeError(f"--output_dir {asked} was asked for; nothing can be written there. Choose another one.")
     return folder
 
 
