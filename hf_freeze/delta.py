@@ -12,13 +12,15 @@ import contextlib
 import json
 import os
 import re
+import reprlib
 import shutil
+import stat
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -41,8 +43,9 @@ from hf_freeze.freezing import (
     untie,
     whole_tensor,
 )
-from hf_freeze.plan import PLAN_FILE
-from hf_freeze.processes import rank_and_world
+from hf_freeze.locks import alone_in
+from hf_freeze.plan import PLAN_FILE, FreezePlan
+from hf_freeze.processes import agreed, rank_and_world
 
 __all__ = ["DeltaReport", "is_delta", "load_delta", "merge_delta", "save_delta"]
 
@@ -50,8 +53,12 @@ FORMAT = 1
 WEIGHTS_FILE = "delta.safetensors"
 DELTA_FILE = "delta.json"
 FILES = (WEIGHTS_FILE, PLAN_FILE, "config.json", DELTA_FILE)  # in the order in which they are moved into place
-STAGING = ".delta.tmp"
+STAGING = ".delta*.tmp"  # where each save writes before it moves its files into place
+PATIENCE_SECONDS = 60.0  # for another save to move its files into place, which takes a moment
+READS = 20  # of a delta that other saves replace while it is read
 HUB_OPTIONS = ("repo_id", "private", "token", "commit_message")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+DIGEST = re.compile(r"\w+ \[(\d+(, \d+)*)?\] [0-9a-f]{32}")  # of `tensor_digest`
 SHOWN = 3  # names that a message gives as examples
 
 
@@ -107,7 +114,8 @@ def save_delta(
 
     That is every tensor but those that `freeze` took a digest of: trained parameters and the persistent buffers of
     modules that train; a tied tensor once. What was trained and frozen afterwards counts as frozen: save it before.
-    A delta in the folder is replaced, as a whole or not at all; other files there stay. A released prefix stays away.
+    A delta in the folder is replaced, as a whole or not at all, and of two saves at once the later one wins; other
+    files there stay. A released prefix stays away.
     Under several processes every one of them must call; the first writes, and all return when it is on disk.
 
     Args:
@@ -125,7 +133,8 @@ def save_delta(
 
     Raises:
         FreezeError: The model was not frozen, or a frozen tensor is trainable or gone; an option that does not exist;
-            or the disk is full: then an older delta there is still whole.
+            a config.json in the folder that it did not write; or the disk is full: then an older delta there is still
+            whole.
 
     Example:
         >>> import tempfile
@@ -155,16 +164,14 @@ def save_delta(
     record, frozen, saved = _split(root)
     config: Any = getattr(root, "config", None)
     target = Path(folder)
-    rank, world = rank_and_world()
-    first = rank == 0
+    first = rank_and_world()[0] == 0
     tensors = {}
     for name, tensor in saved.items():
         whole = whole_tensor(tensor).cpu().contiguous()  # every process takes part in gathering a shard
         if first:
             tensors[name] = whole
-    failure: Exception | None = None
-    if first:
-        try:
+    with agreed(f"save the delta in {target}"):
+        if first:
             manifest = _Manifest(
                 architecture=_architecture(root),
                 base=_base_id(base, config, target),
@@ -177,14 +184,6 @@ def save_delta(
             _write(target, tensors, manifest, record, config)
             if push_to_hub:
                 _push(target, hub)
-        except Exception as error:  # the other processes wait to be told
-            failure = error
-    if world > 1:
-        told = [str(failure) if failure else None]
-        dist.broadcast_object_list(told)
-        failure = failure or (FreezeError(told[0]) if told[0] else None)
-    if failure:
-        raise failure
     size = sum(_bytes(tensor) for tensor in saved.values())
     return DeltaReport(target, len(saved), size, sum(_bytes(tensor) for tensor in _first_names(root).values()))
 
@@ -286,7 +285,10 @@ def merge_delta(
 
 def is_delta(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder on this machine holds a delta; it may still be damaged."""
-    return _manifest_path(Path(folder)).is_file()
+    try:
+        return _manifest_path(Path(folder)).is_file()
+    except OSError:  # it may not be read
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------- what to save
@@ -399,18 +401,35 @@ def _bytes(tensor: torch.Tensor) -> int:
 def _write(
     target: Path, tensors: dict[str, torch.Tensor], manifest: _Manifest, record: FreezeRecord, config: Any
 ) -> None:
-    """Writes all files into a folder inside the target, then moves them into place, the weights first.
+    """Writes all files into a folder of its own inside the target, then moves them into place, the weights first.
 
     Killed before the first move, the older delta is whole; killed after it, the moves can be finished, and until
-    then a reader takes delta.json from where it was written.
+    then a reader takes delta.json from where it was written. Saves at the same time move one after the other.
     """
     new = not target.exists()
     try:
         target.mkdir(parents=True, exist_ok=True)
-        if _half_moved(target):
-            _move(target)
-        _stage(target / STAGING, tensors, manifest, record, config)
-        _move(target)
+        texts = {DELTA_FILE: json.dumps(asdict(manifest), indent=1) + "\n"}
+        if hasattr(config, "to_json_string") and not _has_config(target, text := config.to_json_string()):
+            texts["config.json"] = text
+        staging = target / STAGING.replace("*", f"-{os.getpid()}-{uuid.uuid4().hex[:12]}")
+        with contextlib.ExitStack() as stack:
+            with alone_in(target, PATIENCE_SECONDS):
+                staging.mkdir()
+                stack.enter_context(alone_in(staging))  # or another save would take it for a leftover
+            try:
+                _stage(staging, tensors, record.plan, texts)
+                stack.enter_context(alone_in(target, PATIENCE_SECONDS))
+                _clear_leftovers(target)
+            except BaseException:
+                _discard(staging)
+                raise
+            _move(staging)
+    except BlockingIOError as error:
+        raise FreezeError(
+            f"save_delta could not write {target}: another process has been moving its delta there for "
+            f"{PATIENCE_SECONDS:.0f} s. Wait for that one or end it, or give another folder."
+        ) from error
     except (OSError, SafetensorError) as error:
         if new:
             with contextlib.suppress(OSError):
@@ -419,23 +438,51 @@ def _write(
         raise FreezeError(f"save_delta could not write {target}: {error}. {'' if new else kept}".strip()) from error
 
 
-def _stage(
-    staging: Path, tensors: dict[str, torch.Tensor], manifest: _Manifest, record: FreezeRecord, config: Any
-) -> None:
-    _discard(staging)
+def _has_config(target: Path, text: str) -> bool:
+    """Whether the config of the model lies there already, beside its weights for instance.
+
+    Raises:
+        FreezeError: There is another one, which `save_delta` has not written.
+    """
+    path = target / "config.json"
+    if (
+        not os.path.lexists(path)
+        or _half_moved(target)
+        or all((target / n).is_file() for n in (DELTA_FILE, WEIGHTS_FILE))
+    ):
+        return False
     try:
-        staging.mkdir()
-        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
-        record.plan.save_pretrained(staging)
-        if hasattr(config, "to_json_string"):
-            (staging / "config.json").write_text(config.to_json_string(), encoding="utf-8")
-        (staging / DELTA_FILE).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
-        for path in staging.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-    except BaseException:
-        _discard(staging)
-        raise
+        there = json.loads(_regular(path).read_text(encoding="utf-8"))
+        wanted = json.loads(text)
+        passing = ("architectures", "dtype", "torch_dtype", "transformers_version")
+        if all(there.get(name) == wanted.get(name) for name in {*there, *wanted} if name not in passing):
+            return True
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, DeltaMismatch):
+        pass
+    raise FreezeError(
+        f"save_delta was to write config.json into {target}, which holds another one and no delta that it could belong "
+        "to. Give a folder of its own."
+    )
+
+
+def _stage(staging: Path, tensors: dict[str, torch.Tensor], plan: FreezePlan, texts: dict[str, str]) -> None:
+    save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+    plan.save_pretrained(staging)
+    for name, text in texts.items():
+        (staging / name).write_text(text, encoding="utf-8")
+    for path in staging.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Finishes what a killed save has moved in part, and removes what others have left before that."""
+    for staging in target.glob(STAGING):
+        with contextlib.suppress(BlockingIOError, FileNotFoundError, NotADirectoryError), alone_in(staging) as alone:
+            if _is_half_moved(staging):
+                _move(staging)
+            elif alone:
+                _discard(staging)
 
 
 def _discard(staging: Path) -> None:
@@ -443,21 +490,25 @@ def _discard(staging: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def _move(target: Path) -> None:
+def _move(staging: Path) -> None:
     for name in FILES:
-        if (target / STAGING / name).exists():
-            os.replace(target / STAGING / name, target / name)
-    (target / STAGING).rmdir()
+        if (staging / name).exists():
+            os.replace(staging / name, staging.parent / name)
+    staging.rmdir()
 
 
-def _half_moved(folder: Path) -> bool:
+def _is_half_moved(staging: Path) -> bool:
     """Whether a save was killed after its weights were moved into place and before its delta.json was."""
-    staging = folder / STAGING
     return (staging / DELTA_FILE).exists() and not (staging / WEIGHTS_FILE).exists()
 
 
+def _half_moved(folder: Path) -> Path | None:
+    """Where a save that is half moved has its other files."""
+    return next((staging for staging in folder.glob(STAGING) if _is_half_moved(staging)), None)
+
+
 def _manifest_path(folder: Path) -> Path:
-    return folder / STAGING / DELTA_FILE if _half_moved(folder) else folder / DELTA_FILE
+    return (_half_moved(folder) or folder) / DELTA_FILE
 
 
 def _check_options(push_to_hub: bool, hub: dict[str, Any]) -> None:
@@ -485,8 +536,17 @@ def _push(folder: Path, hub: dict[str, Any]) -> None:
 def _find(folder: str | os.PathLike[str], token: str | bool | None) -> Path:
     """The folder, or the copy of what a hub id of that name holds."""
     place = Path(folder)
-    if place.is_dir():
-        return place
+    try:
+        if place.is_dir():
+            return place
+    except OSError as error:
+        raise DeltaMismatch(f"A delta was asked from {str(folder)!r}; it cannot be read: {_line(error)}.") from error
+    if os.path.lexists(place):
+        raise DeltaMismatch(f"A delta was asked from {str(folder)!r}, which is no folder. Give that of save_delta.")
+    if not HUB_ID.fullmatch(os.fspath(folder)):
+        raise DeltaMismatch(
+            f"A delta was asked from {str(folder)!r}; there is no such folder, and no hub id is like it."
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -498,14 +558,56 @@ def _find(folder: str | os.PathLike[str], token: str | bool | None) -> Path:
 
 
 def _read(place: Path) -> tuple[_Manifest, dict[str, torch.Tensor]]:
-    """What a delta says of itself and its tensors, each of which holds the bits that were saved."""
-    manifest = _read_manifest(_manifest_path(place))
+    """What a delta says of itself and its tensors, each of which holds the bits that were saved.
+
+    A save at the same time may replace one file before the other was read: then both are read again.
+    """
+    for _ in range(READS):
+        before = _stamps(place)
+        try:
+            return _read_once(place)
+        except DeltaMismatch:
+            if _stamps(place) == before:
+                raise
+    raise DeltaMismatch(f"The delta in {place} was replaced {READS} times while it was read. Load it after training.")
+
+
+def _stamps(place: Path) -> list[tuple[str, int, int]]:
+    """What changes where another save moves its files into place."""
+    stamps = []
+    with contextlib.suppress(OSError):
+        for path in (_manifest_path(place), place / WEIGHTS_FILE):
+            found = path.stat()
+            stamps.append((str(path), found.st_ino, found.st_mtime_ns))
+    return stamps
+
+
+def _regular(path: Path) -> Path:
+    """The path of a file. A pipe in its place would be waited for, a device read without end."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise DeltaMismatch(f"{path} was to be loaded; it is {kind}, not a file. Save the delta again.")
+    return path
+
+
+def _read_once(place: Path) -> tuple[_Manifest, dict[str, torch.Tensor]]:
+    try:
+        path = _manifest_path(place)
+    except OSError as error:
+        raise DeltaMismatch(f"A delta was asked from {place}; it cannot be read: {_line(error)}.") from error
+    manifest = _read_manifest(path)
     path = place / WEIGHTS_FILE
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(_regular(path), framework="pt") as file:
             saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise DeltaMismatch(f"{path} was to be loaded; it is missing. Save the delta again.") from None
+    except PermissionError as error:
+        raise DeltaMismatch(f"{path} was to be loaded; it cannot be read: {_line(error)}.") from error
+    except DeltaMismatch:
+        raise
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         raise DeltaMismatch(f"{path} is damaged or cut short: {_line(error)}. Save the delta again.") from error
     lacking = [name for name in manifest.saved if name not in saved]
@@ -530,35 +632,52 @@ def _read(place: Path) -> tuple[_Manifest, dict[str, torch.Tensor]]:
 
 def _read_manifest(path: Path) -> _Manifest:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(_regular(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        there = sorted(entry.name for entry in path.parent.iterdir())
-        holds = f"it holds {_some(there)}" if there else "it is empty"
         raise DeltaMismatch(
-            f"A delta was asked from {path.parent}; it has no {path.name}: {holds}. Give a folder of save_delta."
+            f"A delta was asked from {path.parent}; it has no {path.name}: {_holds(path.parent)}. Give a folder of "
+            "save_delta."
         ) from None
+    except DeltaMismatch:
+        raise
+    except PermissionError as error:
+        raise DeltaMismatch(f"{path} cannot be read: {_line(error)}.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DeltaMismatch(f"{path} cannot be read as JSON: {_line(error)}. Save the delta again.") from error
     version = values.get("format") if isinstance(values, dict) else None
     if version != FORMAT:
         raise DeltaMismatch(
-            f"{path} is a delta of format {version!r}; this version reads format {FORMAT}. Load it with the version "
-            "that wrote it."
+            f"{path} is a delta of format {reprlib.repr(version)}; this version reads format {FORMAT}. Load it with "
+            "the version that wrote it."
         )
     kinds: dict[str, Any] = {"architecture": str, "base": str | None, "revision": str | None}
     kinds |= {"untied": list, "saved": dict, "frozen": dict, "extra": object, "format": int}
     wrong = [name for name, kind in kinds.items() if name not in values or not isinstance(values[name], kind)]
-    wrong += [f"{name} (an unknown field)" for name in values if name not in kinds]
+    wrong += [f"{reprlib.repr(name)} (an unknown field)" for name in values if name not in kinds]
+    if not wrong:
+        digests = (*values["saved"].values(), *values["frozen"].values())
+        wrong += [f"{reprlib.repr(text)} (no digest)" for text in digests if not _is_digest(text)]
+        wrong += [f"{reprlib.repr(text)} (no name)" for text in values["untied"] if not isinstance(text, str)]
     if not wrong:
         names = [*values["untied"], *values["saved"], *values["frozen"]]
-        texts = [*names, *values["saved"].values(), *values["frozen"].values()]
-        wrong += [f"{text!r} (no name or digest)" for text in texts if not isinstance(text, str)]
-        wrong += [f"{name!r} (a path)" for name in map(str, names) if ".." in name or name.startswith(("/", "\\"))]
+        wrong += [f"{name!r} (a path)" for name in names if ".." in name or name.startswith(("/", "\\"))]
         wrong += [f"{name!r} (both saved and frozen)" for name in values["saved"] if name in values["frozen"]]
         wrong += [f"{n!r} (untied, not saved)" for n in values["untied"] if n not in values["saved"] | values["frozen"]]
     if wrong:
         raise DeltaMismatch(f"{path} is not as save_delta writes it: {_some(wrong)}. Save the delta again.")
     return _Manifest(**values)
+
+
+def _is_digest(text: Any) -> bool:
+    return isinstance(text, str) and DIGEST.fullmatch(text) is not None
+
+
+def _holds(folder: Path) -> str:
+    try:
+        there = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        return f"it cannot be read ({_line(error)})"
+    return f"it holds {_some(there)}" if there else "it is empty"
 
 
 # ------------------------------------------------------------------------------------------------------------ the base

@@ -1,7 +1,7 @@
-"""Whose run writes into a folder: one process at a time, known to the others by number, host and time.
+"""Who writes into a folder: one run for as long as it trains, known to the others; one save for the moment it takes.
 
-The system holds the lock and drops it with its process, however that ends; its file is never replaced or removed, since
-a lock belongs to an inode. Without locks (Windows, some network disks) nobody is kept out.
+The system holds a lock and drops it with its process, however that ends; the file of a run's is never replaced or
+removed, since a lock belongs to an inode. Without locks (Windows, some network disks) nobody is kept out.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hf_freeze.errors import FreezeError
 
-__all__ = ["leave_folder", "take_folder"]
+__all__ = ["alone_in", "leave_folder", "take_folder"]
 
 LOCK = "_hf_freeze_run.lock"  # a Trainer's upload leaves out what begins with an underscore
 _taken: dict[Path, tuple[int, int]] = {}  # by file: the process, which a fork is not, and the open file
@@ -71,3 +73,38 @@ def _holder(told: bytes) -> str:
         return f"process {values['process']} on {values['host']} (since {values['since']})"
     except (ValueError, KeyError, TypeError):  # it has not said so yet
         return "another process"
+
+
+@contextmanager
+def alone_in(folder: Path, wait_seconds: float = 0.0) -> Iterator[bool]:
+    """Keeps whoever else asks, threads of this process too, from a folder for the length of a `with`.
+
+    Gives whether it does: False without locks here.
+
+    Raises:
+        BlockingIOError: Others have it, and still had it after the wait.
+    """
+    if sys.platform == "win32":
+        yield False
+        return
+    deadline = time.monotonic() + wait_seconds
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield _lock(descriptor, deadline)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, deadline: float) -> bool:
+    import fcntl
+
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.01)
+        except OSError:
+            return False

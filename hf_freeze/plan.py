@@ -159,13 +159,17 @@ Use an int for a number of blocks, or "all".
         """
         path = Path(folder) / PLAN_FILE
         try:
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise PlanError(f"{path} was to be read as a freeze plan; it is no file.")
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise PlanError(
                 f"A freeze plan was asked from {str(folder)!r}; there is no {PLAN_FILE} in it. "
                 "Write one with FreezePlan.save_pretrained."
             ) from None
-        except ValueError as error:
+        except OSError as error:
+            raise PlanError(f"{path} was to be read as a freeze plan; it cannot be read: {error.strerror}.") from error
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"{path} was read as a freeze plan; it is not JSON: {error}.") from error
         if not isinstance(values, dict):
             raise PlanError(f"{path} was read as a freeze plan; it holds a {type(values).__name__}, not an object.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,10 +26,11 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_freeze import FreezePlan, delta, freeze, thaw, verify_frozen
-from hf_freeze.delta import DELTA_FILE, FILES, STAGING, WEIGHTS_FILE, is_delta, load_delta, merge_delta, save_delta
+from hf_freeze.delta import DELTA_FILE, FILES, WEIGHTS_FILE, is_delta, load_delta, merge_delta, save_delta
 from hf_freeze.embedded import EMBEDDED_NAME
 from hf_freeze.errors import DeltaMismatch, FreezeError, ModelError
 from hf_freeze.freezing import RELEASED
+from hf_freeze.locks import alone_in
 from hf_freeze.processes import leave_group
 from tests.tiny import tiny_model
 
@@ -408,6 +410,16 @@ def test_two_values_for_one_tensor_of_the_base_are_refused(tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------------------------ damaged deltas
 
 
+def instead(path: Path, make: Callable[[Path], Any]) -> None:
+    path.unlink()
+    make(path)
+
+
+def socket_at(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(path))  # a long path is no address
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no delta.json": (lambda f: (f / DELTA_FILE).unlink(), r"it has no delta\.json: it holds config\.json, "),
     "no weights": (lambda f: (f / WEIGHTS_FILE).unlink(), r"delta\.safetensors was to be loaded; it is missing"),
@@ -416,14 +428,67 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda f: (f / DELTA_FILE).write_text("[1]"), r"is a delta of format None; this version reads format 1"),
     "another version": (lambda f: edit(f, lambda v: v.update(format=2)), r"of format 2; this version reads format 1"),
     "a missing field": (lambda f: edit(f, lambda v: v.pop("base")), r"not as save_delta writes it: base\."),
-    "an unknown field": (lambda f: edit(f, lambda v: v.update(path="x")), r"path \(an unknown field\)"),
+    "an unknown field": (lambda f: edit(f, lambda v: v.update(path="x")), r"'path' \(an unknown field\)"),
     "a wrong kind": (lambda f: edit(f, lambda v: v.update(saved=[])), r"not as save_delta writes it: saved\."),
-    "no digest": (lambda f: edit(f, lambda v: v["frozen"].update(x=1)), r"1 \(no name or digest\)"),
-    "a path": (lambda f: edit(f, lambda v: v["saved"].update({"../x": "float32 [1] 0"})), r"'\.\./x' \(a path\)"),
+    "no digest": (lambda f: edit(f, lambda v: v["frozen"].update(x=1)), r"1 \(no digest\)"),
+    "a list for a name": (lambda f: edit(f, lambda v: v["untied"].append([])), r"\[\] \(no name\)"),
+    "no shape": (lambda f: edit(f, lambda v: v["frozen"].update(x="float32 [, 4] 0")), r"'float32 \[, 4\] 0' \(no dig"),
+    "deep nesting": (lambda f: (f / DELTA_FILE).write_text("[" * 100_000), r"cannot be read as JSON"),
+    "a pipe": (lambda f: instead(f / DELTA_FILE, os.mkfifo), r"delta\.json was to be loaded; it is a pipe, not a file"),
+    "a pipe of weights": (lambda f: instead(f / WEIGHTS_FILE, os.mkfifo), r"delta\.safetensors .*; it is a pipe, not"),
+    "a folder": (lambda f: instead(f / WEIGHTS_FILE, os.mkdir), r"it is a folder, not a file"),
+    "a socket": (lambda f: instead(f / WEIGHTS_FILE, socket_at), r"it is a socket, not a file"),
+    "a device": (lambda f: instead(f / DELTA_FILE, lambda p: p.symlink_to("/dev/zero")), r"it is a device, not a file"),
+    "a link to nothing": (lambda f: instead(f / WEIGHTS_FILE, lambda p: p.symlink_to("x")), r"it is missing"),
+    "a link to itself": (lambda f: instead(f / WEIGHTS_FILE, lambda p: p.symlink_to(p.name)), r"is damaged or cut"),
+    "a path": (
+        lambda f: edit(f, lambda v: v["saved"].update({"../x": f"float32 [1] {0:032}"})),
+        r"'\.\./x' \(a path\)",
+    ),
     "an absolute path": (lambda f: edit(f, lambda v: v["untied"].append("/etc/x")), r"'/etc/x' \(a path\)"),
     "twice": (lambda f: edit(f, lambda v: v["frozen"].update(v["saved"])), r"\(both saved and frozen\)"),
     "an untied stranger": (lambda f: edit(f, lambda v: v["untied"].append("x")), r"'x' \(untied, not saved\)"),
 }
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (lambda p: p / "none", r"there is no such folder, and no hub id is like it"),
+        (lambda p: p / "file", r"which is no folder"),
+        (lambda p: p / "pipe", r"which is no folder"),
+        (lambda p: p / "empty", r"it has no delta\.json: it is empty"),
+        (lambda p: "a/b/c", r"no hub id is like it"),
+        (lambda p: f"{p}/\0", r"no hub id is like it"),
+    ],
+)
+def test_what_is_no_folder_of_a_delta_is_refused(place: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DeltaMismatch, match=message):
+        load_delta(place(tmp_path), Plain())
+
+
+@pytest.mark.parametrize("call", ["stat", "iterdir", "read_text"])
+def test_a_folder_that_may_not_be_read_is_refused(call: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "delta"
+    save_delta(trained("llama", tmp_path), folder)
+    base = load_base("llama", tmp_path)
+    if call == "iterdir":
+        (folder / DELTA_FILE).unlink()
+    plain = getattr(Path, call)
+
+    def forbidden(path: Path, *rest: Any, **named: Any) -> Any:
+        if path == folder or folder in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, call, forbidden)
+        with pytest.raises(DeltaMismatch, match=r"cannot be read.*Permission denied"):
+            load_delta(folder, base)
+        assert is_delta(folder) is (call == "read_text")
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -587,7 +652,7 @@ def test_killed_between_any_two_moves_a_delta_is_whole(
     replace = os.replace
 
     def move(source: Any, target: Any) -> None:
-        if STAGING in str(source) and Path(target).parent == folder:
+        if Path(source).parent.match(delta.STAGING) and Path(target).parent == folder:
             if len(done) == moves:
                 raise Killed
             done.append(target)
@@ -617,13 +682,87 @@ def test_killed_between_any_two_moves_a_delta_is_whole(
 def test_killed_while_writing_the_older_delta_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, folder = trained("llama", tmp_path), tmp_path / "delta"
     save_delta(model, folder)
-    staging = folder / STAGING
+    staging = folder / ".delta-1-0123.tmp"
     staging.mkdir()  # what a kill leaves: weights, and half of a delta.json
     (staging / WEIGHTS_FILE).write_bytes(b"half")
     (staging / DELTA_FILE).write_text("{")
     assert torch.equal(logits(load_delta(folder)), logits(model))
     save_delta(model, folder)
     assert not staging.exists()
+
+
+def saves_again_and_again(model: nn.Module, folder: Path, times: int) -> int:
+    """A process that does; its number."""
+    if child := os.fork():
+        return child
+    status = 1
+    try:
+        for _ in range(times):
+            save_delta(model, folder)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def test_of_saves_at_once_into_one_folder_one_is_there_whole_at_every_moment(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = Plain()
+    models = []
+    for seed in (1, 2, 3):
+        model = Plain()
+        model.load_state_dict(base.state_dict())
+        freeze(model, FreezePlan(embeddings=False, decoder_blocks=2))
+        train(model, seed)
+        models.append(model)
+    folder = tmp_path / "delta"
+    save_delta(models[0], folder)
+    children = [saves_again_and_again(model, folder, 12) for model in models]
+    wanted = [model.blocks[2][0].weight for model in models]
+    loads = 0
+    while children:
+        load_delta(folder, base)
+        assert [torch.equal(base.blocks[2][0].weight, weight) for weight in wanted].count(True) == 1
+        loads += 1
+        for child in list(children):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                children.remove(child)
+                assert status == 0
+    assert loads > 1
+    assert {path.name for path in folder.iterdir()} == {*FILES} - {"config.json"}
+    save_delta(models[1], folder)
+    assert torch.equal(load_delta(folder, base).blocks[2][0].weight, wanted[1])
+
+
+def test_a_save_waits_for_another_one_that_moves_its_files_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(delta, "PATIENCE_SECONDS", 0.05)
+    model = trained("llama", tmp_path)
+    (tmp_path / "delta").mkdir()
+    with alone_in(tmp_path / "delta"), pytest.raises(FreezeError, match=r"another process has been moving its delta"):
+        save_delta(model, tmp_path / "delta")
+    assert list((tmp_path / "delta").iterdir()) == []
+    save_delta(model, tmp_path / "delta")
+
+
+def test_a_config_that_it_has_not_written_stays(tmp_path: Path) -> None:
+    model, folder = trained("llama", tmp_path), tmp_path / "delta"
+    folder.mkdir()
+    for text in ('{"theirs": 1}', "no JSON", "[1]", tiny_model("llama", rope_theta=9.0).config.to_json_string()):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(FreezeError, match=r"write config\.json into .*, which holds another one and no delta"):
+            save_delta(model, folder)
+        assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("config.json", text)]
+    model.save_pretrained(folder)  # the whole model lies there too
+    theirs = (folder / "config.json").read_bytes()
+    model.config.architectures = None
+    save_delta(model, folder)
+    assert (folder / "config.json").read_bytes() == theirs
+    assert torch.equal(logits(load_delta(folder)), logits(model))
+    model.config.initializer_range = 0.5
+    save_delta(model, folder)  # now it belongs to the delta
+    assert json.loads((folder / "config.json").read_text())["initializer_range"] == 0.5
 
 
 def test_in_a_trainers_checkpoint_the_other_files_stay(tmp_path: Path) -> None:
