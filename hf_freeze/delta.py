@@ -154,23 +154,22 @@ def save_delta(
         >>> load_delta(folder, base).transformer.h[3].ln_1.weight[0].item()
         2.0
     """
-    _check_options(push_to_hub, hub)
-    try:
-        json.dumps(extra)
-    except (TypeError, ValueError) as error:
-        raise FreezeError(f"save_delta was given an extra that is no JSON value: {error}.") from error
     root = unwrap(model)
-    _shard_again(root)
-    record, frozen, saved = _split(root)
+    with agreed("save the delta"):
+        _check_options(push_to_hub, hub)
+        try:
+            json.dumps(extra)
+        except (TypeError, ValueError) as error:
+            raise FreezeError(f"save_delta was given an extra that is no JSON value: {error}.") from error
+        _shard_again(root)
+        record, frozen, saved = _split(root)
     config: Any = getattr(root, "config", None)
     target = Path(folder)
     first = rank_and_world()[0] == 0
-    tensors = {}
-    for name, tensor in saved.items():
-        whole = whole_tensor(tensor).cpu().contiguous()  # every process takes part in gathering a shard
-        if first:
-            tensors[name] = whole
+    tensors, failure = _on_first(saved, first)
     with agreed(f"save the delta in {target}"):
+        if failure is not None:
+            raise failure
         if first:
             manifest = _Manifest(
                 architecture=_architecture(root),
@@ -389,6 +388,23 @@ def _shard_again(root: nn.Module) -> None:
     for module in root.modules():
         if hasattr(module, "set_reshard_after_forward"):
             module.reshard()  # type: ignore[operator]
+
+
+def _on_first(saved: dict[str, torch.Tensor], first: bool) -> tuple[dict[str, torch.Tensor], Exception | None]:
+    """All tensors whole and on the CPU in the first process, and what went wrong there.
+
+    Every process takes part in gathering each shard, also when the first one has no memory left for more.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    failure: Exception | None = None
+    for name, tensor in saved.items():
+        whole = whole_tensor(tensor)
+        if first and failure is None:
+            try:
+                tensors[name] = whole.cpu().contiguous()
+            except (MemoryError, RuntimeError) as error:
+                failure = error
+    return tensors, failure
 
 
 def _bytes(tensor: torch.Tensor) -> int:

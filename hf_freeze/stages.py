@@ -36,11 +36,12 @@ from hf_freeze.checkpoints import (
     write_json,
 )
 from hf_freeze.delta import load_delta, save_delta
-from hf_freeze.errors import FreezeError, ResumeError, StageError, nearest
+from hf_freeze.errors import FreezeError, RankLost, ResumeError, StageError, nearest
 from hf_freeze.freezing import FreezeReport, freeze, named_tensors, tensor_digest, thaw, verify_frozen
 from hf_freeze.monitor import FreezeMonitor
 from hf_freeze.plan import FreezePlan, plan_at_depth
 from hf_freeze.prepared import take_off_autocast
+from hf_freeze.processes import agreed, barrier, tell_all
 from hf_freeze.report import Table
 
 __all__ = ["Stage", "StagesReport", "gradual", "load_stages", "save_stages", "train_in_stages"]
@@ -309,7 +310,8 @@ def train_in_stages(
     if not stages:
         raise StageError("train_in_stages was given no plan; give one or more, such as gradual(model, 4, 4, 3).")
     first = _make(make_trainer, stages[0])
-    run = _Run.begin(first, stages, Path(output_dir or first.args.output_dir), resume)
+    with agreed("begin the stages"):
+        run = _Run.begin(first, stages, Path(output_dir or first.args.output_dir), resume)
     tell = say if first.args.process_index == 0 else _silent
     done = len(run.results)
     if done:
@@ -325,9 +327,10 @@ def train_in_stages(
         trainer = made
         run.train(number, trainer, cache_dir, tell)
     if done == len(stages):
-        thaw(trainer.model)
-        freeze(trainer.model, stages[-1].plan)
-        load_delta(run.best_folder(done), trainer.model)
+        with agreed("load the weights of the last stage"):
+            thaw(trainer.model)
+            freeze(trainer.model, stages[-1].plan)
+            load_delta(run.best_folder(done), trainer.model)
     report = StagesReport(tuple(run.results), run.metric, trainer, done)
     tell(str(report))
     return report
@@ -395,7 +398,7 @@ class _Run:
         if ledger.exists():
             run.results = run._read(ledger)
             run.under_way = True
-        _wait(args)  # until every process has looked
+        barrier()  # until every process has looked
         start = _digest_of(trainer.model)
         if run.under_way and not run.results and start != run.start and not last_whole_checkpoint(folder / "stage-1"):
             raise ResumeError(  # a later stage compares what was frozen before it; the first one has only this
@@ -418,15 +421,21 @@ class _Run:
     ) -> None:
         """Trains one stage, from the best weights of the one before; the model then holds this one's."""
         stage, model, best_folder = self.stages[number - 1], trainer.model, self.best_folder(number)
-        report, later = self._enter(number, trainer)
+        with agreed(f"begin stage {number}"):
+            report, later = self._enter(number, trainer)
+            checkpoint = resume_from(trainer, True) if self.under_way else None
+            if len(set(found := tell_all(checkpoint))) > 1:
+                raise ResumeError(
+                    f"The ranks found unlike checkpoints of stage {number}: {', '.join(map(str, found))}. Let "
+                    "output_dir be one folder that all ranks see."
+                )
+            state = TrainerState()
+            if checkpoint:
+                state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
         before = self.results[-1].best_metric if self.results else None
         blocks = _trained_blocks(read_anatomy(model), set(report.trainable_names))
         what = f"{blocks} block{'s' * (blocks != 1)}, {report.trainable_parameters:,} parameters"
         say(f"Stage {number} of {len(self.stages)}: {what} train.")
-        checkpoint = resume_from(trainer, True) if self.under_way else None
-        state = (
-            TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)) if checkpoint else TrainerState()
-        )
         if checkpoint:
             say(f"Going on from {checkpoint}.")
         elif before is not None:
@@ -445,20 +454,21 @@ class _Run:
                 cache.close()
         seconds = time.perf_counter() - started
         best = end.best(state.log_history)
-        if best is None:
-            save_delta(model, best_folder, extra={"metric": None, "step": state.global_step})
-        else:
-            load_delta(best_folder, model)
-        verify_frozen(model, report)
-        why = end.why(state.log_history)
-        self.results.append(
-            StageResult(number, blocks, state.global_step, seconds, before, best, why, cache is not None)
-        )
-        if trainer.args.should_save:
-            self._write()
-            run_id = guard_checkpoints(trainer).run_id
-            remove_checkpoints(best_folder.parent, run_id, 0, [])  # nothing goes on from them any more
-        _wait(trainer.args)
+        with agreed(f"end stage {number}"):
+            if best is None:
+                save_delta(model, best_folder, extra={"metric": None, "step": state.global_step})
+            else:
+                load_delta(best_folder, model)
+            verify_frozen(model, report)
+            why = end.why(state.log_history)
+            self.results.append(
+                StageResult(number, blocks, state.global_step, seconds, before, best, why, cache is not None)
+            )
+            barrier()  # until every process has read the weights
+            if trainer.args.should_save:
+                self._write()
+                run_id = guard_checkpoints(trainer).run_id
+                remove_checkpoints(best_folder.parent, run_id, 0, [])  # nothing goes on from them any more
         if number < len(self.stages):
             _let_go(trainer)
 
@@ -662,11 +672,6 @@ def _digest_of(model: nn.Module) -> str:
     return json_digest(sorted((name, tensor_digest(tensor)) for name, tensor in named_tensors(unwrap(model))))
 
 
-def _wait(args: Any) -> None:
-    if args.world_size > 1:
-        torch.distributed.barrier()
-
-
 def _cut_by_cut(stages: list[Stage], anatomy: Anatomy) -> list[FreezePlan]:
     """The plans of later stages that a pass for the first one can take states for: each with another cut."""
     cuts = {stages[0].plan.resolve(anatomy).cuts, ()}
@@ -698,7 +703,9 @@ def _build_cache(
             also=later,
             progress=not trainer.args.disable_tqdm,
         )
-    except FreezeError as reason:  # it cannot be exact, or the disk is full: training goes on without
+    except RankLost:
+        raise
+    except FreezeError as reason:  # it cannot be exact, or the disk is full: training goes on without, on all ranks
         say(f"note: no prefix cache in this stage: {reason}")
         return None
     say(str(cache.report))

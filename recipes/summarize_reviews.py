@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import get_dataset_split_names
 from transformers import (
     AutoConfig,
@@ -53,8 +52,9 @@ from hf_freeze import (
     verify_frozen,
 )
 from hf_freeze.embedded import EMBEDDED_NAME, cache_folder, embedded_model
+from hf_freeze.errors import RankLost
 from hf_freeze.machine import peak_bytes, read_hardware
-from hf_freeze.processes import agreed, from_first, leave_group
+from hf_freeze.processes import agreed, from_first, leave_group, lost_ranks_named
 from hf_freeze.summarization import (
     DataFacts,
     SummaryCollator,
@@ -180,7 +180,7 @@ def main() -> None:
     set_seed(args.seed)
 
     # Read the data first: a wrong column should not wait for a model to load.
-    with args.main_process_first(desc="reading reviews"):
+    with agreed("read the reviews"), args.main_process_first(desc="reading reviews"):
         splits, scored = load_reviews(data_args, args.seed)
     for name, reviews in splits.items():
         say(f"{name}: {reviews}")
@@ -192,7 +192,7 @@ def main() -> None:
         say(f"Warning: {len(rows['train'])} training rows are fewer than one batch of {args.train_batch_size}.")
 
     # Read the model, write the plan, apply, forecast.
-    with args.main_process_first(desc="loading the model"):
+    with agreed("load the model"), args.main_process_first(desc="loading the model"):
         model, tokenizer = load_model(model_args)
     say(check_tokenizer(model, tokenizer, samples=rows["train"]["review"][:32]))
     stages = read_stages(model_args, model, args.num_train_epochs)
@@ -541,10 +541,9 @@ def build_cache(model_args: ModelArguments, args: RunArguments, model, report, t
     if args.max_steps > 0:
         steps = args.max_steps * args.gradient_accumulation_steps
     if model_args.cache_prefix == "auto":
-        found = [PrefixCache.is_there(model, report.cuts, model_args.prefix_cache_dir)]
-        if args.world_size > 1:
-            broadcast_object_list(found)  # another run may begin to write one in between
-        again = steps if found[0] else steps - batches  # batches that might run from the cache and save time by it
+        # Decided by one: another run may begin to write one in between.
+        found = from_first(PrefixCache.is_there(model, report.cuts, model_args.prefix_cache_dir))
+        again = steps if found else steps - batches  # batches that might run from the cache and save time by it
         if again < LEAST_BATCHES:
             gain = f"{max(0, again)} batches might gain by it"
             say(f"note: no prefix cache: {gain}, and finding out takes as long as some {LEAST_BATCHES}")
@@ -559,13 +558,12 @@ def build_cache(model_args: ModelArguments, args: RunArguments, model, report, t
             step=lambda batch: trainer.compute_loss(model, batch).backward(),
         )
         say(f"{saving} Finding that out took {time.perf_counter() - started:.1f} s.")
-        decision = [model_args.cache_prefix == "on" or saving.pays]
-        if args.world_size > 1:
-            broadcast_object_list(decision)  # timings differ between processes
-        if not decision[0]:
+        if model_args.cache_prefix != "on" and not saving.pays:
             return None, saving, time.perf_counter() - started
         cache = prepared.build()
-    except FreezeError as reason:  # it cannot be exact, or the disk is full: training goes on without
+    except RankLost:
+        raise
+    except FreezeError as reason:  # it cannot be exact, or the disk is full: training goes on without, on all ranks
         if model_args.cache_prefix == "on":
             raise
         say(f"note: no prefix cache: {reason}")
@@ -573,8 +571,13 @@ def build_cache(model_args: ModelArguments, args: RunArguments, model, report, t
     build_report = cache.report
     say(build_report)
     if args.eval_strategy != "no" and args.num_train_epochs > 1:
-        say(f"Validation rows: {cache.add(encoded['validation'].dataset)}")
-        cache.report = build_report
+        try:
+            say(f"Validation rows: {cache.add(encoded['validation'].dataset)}")
+            cache.report = build_report
+        except RankLost:
+            raise
+        except FreezeError as reason:
+            say(f"note: the validation rows run the whole model: {reason}")
     if model_args.release_prefix:
         say(f"{cache.release_prefix() / 1e6:,.0f} MB of frozen weights are away while training runs from the cache")
     trainer.data_collator = cache.collator
@@ -591,7 +594,8 @@ def mean_lengths(dataset, prompt) -> dict[str, int]:
 
 if __name__ == "__main__":
     try:
-        main()
-        leave_group()
+        with lost_ranks_named():
+            main()
+            leave_group()
     except FreezeError as error:
         sys.exit(f"error: {error}")

@@ -552,21 +552,21 @@ def test_processes_together_give_what_one_gives(monkeypatch, world_size):
 
     def run(rank: int, gather: Any) -> list[str]:
         monkeypatch.setattr(generation, "rank_and_world", lambda: (rank, world_size))
-        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+        monkeypatch.setattr(generation, "tell_all", gather)
         return generate_summaries(model, tokenizer, reviews, max_new_tokens=4, progress=False)
 
     for rank in range(world_size):
 
-        def keep(_: list[Any], own: Any, rank: int = rank) -> None:
+        def keep(own: Any, rank: int = rank) -> None:
             shares[rank] = own
-            raise StopIteration
+            raise InterruptedError
 
-        with pytest.raises(StopIteration):
+        with pytest.raises(InterruptedError):
             run(rank, keep)
     assert sum(map(len, shares.values())) == len(REVIEWS)
 
-    def gather(found: list[Any], own: Any) -> None:
-        found[:] = [shares[rank] for rank in range(world_size)]
+    def gather(own: Any) -> list[Any]:
+        return [shares[rank] for rank in range(world_size)]
 
     assert all(run(rank, gather) == expected for rank in range(world_size))
 
@@ -597,7 +597,6 @@ def test_the_progress_bar_counts_reviews_and_can_be_silent(capsys, monkeypatch):
     generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=2, progress=False)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(generation, "rank_and_world", lambda: (1, 2))
-    monkeypatch.setattr(generation, "_gathered", lambda done, world_size: done)
     generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=2)
     assert capsys.readouterr().err == "", "only the first process shows a bar"
 

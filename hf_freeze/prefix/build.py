@@ -6,9 +6,11 @@ Runs the user's own collator and the model up to its last needed output, nothing
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,12 +21,27 @@ from hf_freeze.errors import CannotCache
 from hf_freeze.prefix.replay import Leaf, Prefix, autocast, map_tree
 from hf_freeze.prefix.rows import SOURCE, TARGET, BatchRows, read_rows
 from hf_freeze.prefix.store import Store
+from hf_freeze.processes import pulse
 from hf_freeze.trial import on_trial
 
-__all__ = ["Collator", "Rows", "build_rows", "capture", "collate", "move", "pad_states", "read_dataset", "split_rows"]
+__all__ = [
+    "Collator",
+    "Rows",
+    "build_rows",
+    "capture",
+    "collate",
+    "declining_without_memory",
+    "missing_batches",
+    "move",
+    "pad_states",
+    "read_dataset",
+    "split_rows",
+]
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 SAMPLE = 16  # rows that are collated twice; fewer can miss a random mask
+PACKED = ("cu_seq", "max_length_q", "seq_idx")  # how the names begin that say where joined documents end
+NO_MEMORY = ("out of memory", "not enough memory", "t allocate memory", "failed to allocate")  # in a RuntimeError
 TOKENS_CPU, TOKENS_ACCELERATOR = 2048, 32768  # of one batch: the CPU's caches gain nothing by more
 
 
@@ -67,7 +84,15 @@ class _Features:
             self.unused = {c for c in columns if c not in names and c not in ("label", "label_ids", "labels")}
 
     def __getitem__(self, row: int) -> Any:
-        features = self.dataset[row]
+        try:
+            features = self.dataset[row]
+        except Exception as error:
+            if _is_out_of_memory(error):
+                raise
+            raise CannotCache(
+                f"Row {row} of the dataset that the prefix cache was asked for cannot be read: {_told(error)}. "
+                "Training reads it too: mend the row, or leave it out."
+            ) from error
         if self.unused:
             features = {name: value for name, value in features.items() if name not in self.unused}
         return features
@@ -77,8 +102,8 @@ def read_dataset(dataset: Any, collator: Collator, model: nn.Module, *, with_tar
     """Collates every row by itself, for its digest and length, and checks the collator on a sample.
 
     Raises:
-        CannotCache: The dataset has no length or no rows, or the collator gives two answers for one row or another
-            one for a row among others.
+        CannotCache: The dataset has no length or no rows; or the collator cannot collate them, joins rows or makes
+            several of one, or gives two answers for one row or another one for a row among others.
     """
     if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
         raise CannotCache(
@@ -92,7 +117,8 @@ def read_dataset(dataset: Any, collator: Collator, model: nn.Module, *, with_tar
     lengths: list[dict[str, int]] = []
     dense: list[int] = []
     for row in progress_bar(range(len(dataset)), "reading rows", "row", progress):
-        rows = read_rows(collate(collator, [features[row]]), with_target=with_target)
+        pulse()
+        _, rows = _collate_rows(collator, features, [row], with_target)
         digests.append(rows.digests[0])
         lengths.append({side: stop - start for side, ((start, stop),) in rows.spans.items()})
         dense.append(rows.dense_tokens)
@@ -101,13 +127,25 @@ def read_dataset(dataset: Any, collator: Collator, model: nn.Module, *, with_tar
     return found
 
 
-def collate(collator: Collator, features: list[Any]) -> Mapping[str, Any]:
+def collate(collator: Collator, features: list[Any], rows: Sequence[int] = ()) -> Mapping[str, Any]:
     """A batch of the user's collator, as a mapping.
 
+    Args:
+        rows: Where the features stand in the dataset, for the message.
+
     Raises:
-        CannotCache: It returns something else.
+        CannotCache: The collator fails, or returns something else.
     """
-    batch = collator(features)
+    try:
+        batch = collator(features)
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise
+        which = f"row {rows[0]}" if len(rows) == 1 else f"{len(features)} rows together"
+        raise CannotCache(
+            f"The prefix cache was asked for a collator that fails on {which}: {_told(error)}. "
+            f"{_why_default_fails(collator, features)}"
+        ) from error
     if not isinstance(batch, Mapping) and not hasattr(batch, "keys"):
         raise CannotCache(
             f"The prefix cache was asked for a collator that returns a {type(batch).__name__}; it must return the "
@@ -116,19 +154,101 @@ def collate(collator: Collator, features: list[Any]) -> Mapping[str, Any]:
     return batch
 
 
+def _why_default_fails(collator: Collator, features: list[Any]) -> str:
+    """What to do about rows that cannot be collated; names the column where transformers' default one failed."""
+    from transformers import default_data_collator
+
+    if collator is not default_data_collator:
+        return "Give the collator that training uses, and the rows as training gives them to it."
+    rows = [feature if isinstance(feature, Mapping) else vars(feature) for feature in features]
+    for name, value in rows[0].items():
+        values = [row.get(name) for row in rows]
+        kinds = sorted({type(value).__name__ for value in values})
+        if len(kinds) > 1 or (isinstance(value, str) and name in ("label", "label_ids")):
+            return (
+                f"No data_collator was given, and the default one makes no tensor of column {name!r} ("
+                f"{' and '.join(kinds)}). Fill its gaps and make it numbers, or give the data_collator of training."
+            )
+        sizes = sorted({len(each) for each in values if isinstance(each, Sized) and not isinstance(each, str)})
+        if len(sizes) > 1:
+            return (
+                f"No data_collator was given, and the default one pads nothing: column {name!r} holds {sizes[0]} to "
+                f"{sizes[-1]} values a row. Give a data_collator that pads, such as DataCollatorWithPadding(tokenizer)."
+            )
+    return "No data_collator was given, and the default one cannot collate these rows. Give that of training."
+
+
+def _collate_rows(
+    collator: Collator, features: _Features, rows: Sequence[int], with_target: bool
+) -> tuple[Mapping[str, Any], BatchRows]:
+    """Some rows of a dataset as a batch, and what is known of each: the batch has one row for each of them."""
+    given = [features[row] for row in rows]
+    batch = collate(collator, given, rows)
+    if named := [key for key in batch if key.startswith(PACKED)]:
+        raise _packing(f"it returns {', '.join(named)}")
+    try:
+        found = read_rows(batch, with_target=with_target)
+    except CannotCache as error:
+        columns = given[0].items() if isinstance(given[0], Mapping) else ()
+        if empty := [name for name, value in columns if value is None or isinstance(value, str)]:
+            raise CannotCache(
+                f"The prefix cache was asked for rows that are not tokenized: row {rows[0]} holds text or nothing in "
+                f"{', '.join(map(repr, empty))}, and the collator makes no input of it. Tokenize the rows first, or "
+                "give the data_collator of training."
+            ) from error
+        raise
+    if len(found) != len(rows):
+        if len(found) == 1:
+            raise _packing(f"the collator joins {len(rows)} rows to one")
+        raise CannotCache(
+            f"The prefix cache was asked for a collator that makes {len(found)} rows of {len(rows)} (row {rows[0]}"
+            f"{' first' if len(rows) > 1 else ''}), such as pairs, choices or windows; a stored row is found by the "
+            "one row that it was made of. Make the rows before the collator, so that it returns one for each, or train "
+            "without the cache."
+        )
+    if (place := _restart(batch, found)) is not None:
+        raise _packing(f"position_ids begin again within row {rows[place]}")
+    return batch, found
+
+
+def _packing(how: str) -> CannotCache:
+    return CannotCache(
+        f"The prefix cache was asked for packing (packing=True, padding_free=True, flattening): {how}. Documents that "
+        "share a row are others at each shuffle, and their borders are no part of a stored row. Turn packing off: what "
+        "trains from the cache wastes little on padding; or train without the cache."
+    )
+
+
+def _restart(batch: Mapping[str, Any], rows: BatchRows) -> int | None:
+    """The first row in which positions begin again, without a mask: then transformers sees borders there."""
+    positions = batch.get("position_ids")
+    if not isinstance(positions, torch.Tensor) or positions.dim() != 2 or batch.get("attention_mask") is not None:
+        return None
+    if positions.shape[0] != len(rows) or "input_ids" not in batch:
+        return None
+    falls = positions[:, 1:] < positions[:, :-1]
+    rises_later = (positions[:, 1:] > positions[:, :-1]).flip(1).cumsum(1).flip(1) > 0
+    found = (falls & rises_later).any(1).nonzero()
+    return int(found[0]) if len(found) else None
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
 def _check_collator(rows: Rows, collator: Collator, with_target: bool) -> None:
     """Refuses a collator whose answer for a row is not always the same."""
     step = max(1, len(rows) // SAMPLE)
     sample = list(range(0, len(rows), step))[:SAMPLE]
     for row in sample:
-        again = read_rows(collate(collator, [rows.features[row]]), with_target=with_target)
+        _, again = _collate_rows(collator, rows.features, [row], with_target)
         if again.digests[0] != rows.digests[row]:
             raise CannotCache(
                 f"The prefix cache was asked for a collator or dataset that gave two different answers for row {row} "
                 "(random masking, augmentation or truncation); its states would change at every epoch. Fix the "
                 "randomness before the cache, or train without it."
             )
-    together = read_rows(collate(collator, [rows.features[row] for row in sample]), with_target=with_target)
+    _, together = _collate_rows(collator, rows.features, sample, with_target)
     for place, row in enumerate(sample):
         if together.digests[place] != rows.digests[row]:
             raise CannotCache(
@@ -231,49 +351,80 @@ def pad_states(
 # --------------------------------------------------------------------------------------------------------------- pass
 
 
+def missing_batches(
+    prefixes: Sequence[tuple[Store, Rows]], device: torch.device, token_budget: int | None
+) -> list[list[int]]:
+    """The rows that a store lacks, in batches: what one process decides for all.
+
+    Args:
+        prefixes: All of one dataset, the deepest first.
+        token_budget: As of `PrefixCache.build`.
+    """
+    rows = prefixes[0][1]
+    missing = [row for row in _unique(rows) if any(known.digests[row] not in store for store, known in prefixes)]
+    budget = token_budget or (TOKENS_CPU if device.type == "cpu" else TOKENS_ACCELERATOR)
+    return list(_batches(rows, missing, budget))
+
+
 def build_rows(
     model: nn.Module,
     prefixes: Sequence[tuple[Prefix, Store, Rows]],
     collator: Collator,
+    batches: Sequence[Sequence[int]],
     *,
-    token_budget: int | None,
-    share: tuple[int, int],
     progress: bool,
 ) -> int:
-    """Computes what each store lacks in one pass and adds it; returns the tokens computed here.
+    """Computes batches of rows in one pass and adds them to the stores; returns the tokens computed.
+
+    Where the memory is too small for a batch, it and all that follow are halved.
 
     Args:
         prefixes: All of one model and dataset, with the rows as each knows them; the first one is the deepest, the
             others are taken on the way.
-        share: (this process, processes): each computes every so manieth batch.
+        batches: This process's share of `missing_batches`.
+
+    Raises:
+        CannotCache: A row's content changed since it was read, or the memory is too small for a single row.
     """
-    rows = prefixes[0][2]
-    missing = [r for r in _unique(rows) if any(known.digests[r] not in store for _, store, known in prefixes)]
-    if not missing:
+    if not batches:
         return 0
+    rows = prefixes[0][2]
     device = next(model.parameters()).device
-    budget = token_budget or (TOKENS_CPU if device.type == "cpu" else TOKENS_ACCELERATOR)
-    batches = list(_batches(rows, missing, budget))[share[0] :: share[1]]
     merged = _merge([prefix for prefix, _, _ in prefixes])
-    with_target = TARGET in merged.sides
     total = sum(rows.tokens(row) for batch in batches for row in batch)
     bar = progress_bar(None, "computing the frozen prefix", "token", progress, total=total)
     stored = 0
+    waiting = [list(batch) for batch in reversed(batches)]
     with on_trial(model, training=False), autocast(merged.precision, device):
-        for batch_rows in batches:
-            batch = collate(collator, [rows.features[row] for row in batch_rows])
-            found = read_rows(batch, with_target=with_target)
-            for place, row in enumerate(batch_rows):
-                if found.digests[place] != rows.digests[row]:
+        while waiting:
+            pulse()
+            batch_rows = waiting.pop()
+            width = rows.width(batch_rows[0])
+            try:
+                computed = _compute(model, merged, prefixes, collator, batch_rows, device)
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if len(batch_rows) == 1:
                     raise CannotCache(
-                        "The prefix cache was asked for a collator or dataset that gave two different answers for row "
-                        f"{row} (random masking, augmentation or truncation), or pads it without an attention_mask."
+                        f"The memory is too small for the prefix of row {batch_rows[0]} alone, {width} tokens: "
+                        f"{_told(error)}. Shorten the longest rows, or train without the cache."
+                    ) from error
+                computed = None
+            if computed is None:  # outside of the handler, whose traceback holds the tensors
+                _empty_cache(device)
+                budget = len(batch_rows) * width // 2
+                if progress:
+                    print(
+                        f"The memory is too small for {len(batch_rows)} rows of up to {width} tokens at once: going on "
+                        f"with {budget} tokens.",
+                        file=sys.stderr,
                     )
-            states = capture(model, merged, move(batch, device))
-            for prefix, store, known in prefixes:
-                leaves = prefix.leaves("stream")
-                on_cpu = {name: states[name].cpu() for name in leaves}
-                for row, pieces in zip(batch_rows, split_rows(on_cpu, leaves, found), strict=True):
+                left = [row for batch in (batch_rows, *reversed(waiting)) for row in batch]
+                waiting = list(_batches(rows, left, budget))[::-1]
+                continue
+            for (_, store, known), pieces_of_rows in zip(prefixes, computed, strict=True):
+                for row, pieces in zip(batch_rows, pieces_of_rows, strict=True):
                     if known.digests[row] not in store:
                         store.add(known.digests[row], pieces)
                         stored += sum(t.numel() * t.element_size() for t in pieces.values())
@@ -283,6 +434,64 @@ def build_rows(
         store.flush()
     bar.close()
     return total
+
+
+def _compute(
+    model: nn.Module,
+    merged: Prefix,
+    prefixes: Sequence[tuple[Prefix, Store, Rows]],
+    collator: Collator,
+    batch_rows: Sequence[int],
+    device: torch.device,
+) -> list[list[dict[str, torch.Tensor]]]:
+    """For each prefix the states of each row of one batch, on the CPU."""
+    rows = prefixes[0][2]
+    batch, found = _collate_rows(collator, rows.features, batch_rows, TARGET in merged.sides)
+    for place, row in enumerate(batch_rows):
+        if found.digests[place] != rows.digests[row]:
+            raise CannotCache(
+                "The prefix cache was asked for a collator or dataset that gave two different answers for row "
+                f"{row} (random masking, augmentation or truncation), or pads it without an attention_mask."
+            )
+    states = capture(model, merged, move(batch, device))
+    computed = []
+    for prefix, _, _ in prefixes:
+        leaves = prefix.leaves("stream")
+        computed.append(list(split_rows({name: states[name].cpu() for name in leaves}, leaves, found)))
+    return computed
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
+
+
+def _empty_cache(device: torch.device) -> None:
+    gc.collect()
+    if device.type != "cpu" and hasattr(module := torch.get_device_module(device), "empty_cache"):
+        module.empty_cache()
+
+
+@contextmanager
+def declining_without_memory(what: str) -> Iterator[None]:
+    """Turns an error for want of memory into one that lets training go on without the cache.
+
+    Args:
+        what: What was done, as in "The memory is too small to ...".
+
+    Raises:
+        CannotCache: In its place.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise CannotCache(
+            f"The memory is too small to {what}: {_told(error)}. Free memory, shorten the longest rows, or train "
+            "without the cache."
+        ) from error
 
 
 def _merge(prefixes: Sequence[Prefix]) -> Prefix:

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,16 @@ from hf_freeze.embedded import cache_folder
 from hf_freeze.errors import CacheDamaged, CannotCache, FreezeError
 from hf_freeze.plan import Cut, FreezePlan
 from hf_freeze.prefix.break_even import BreakEven, predict_saving
-from hf_freeze.prefix.build import Rows, build_rows, capture, move, pad_states, read_dataset
+from hf_freeze.prefix.build import (
+    Rows,
+    build_rows,
+    capture,
+    declining_without_memory,
+    missing_batches,
+    move,
+    pad_states,
+    read_dataset,
+)
 from hf_freeze.prefix.leases import MANIFEST, clear_caches, evict_caches, remove_leftovers
 from hf_freeze.prefix.prepare import Prepared, prepare, refuse_moving_positions, two_sided, wider_sample
 from hf_freeze.prefix.proof import check_states
@@ -35,7 +44,7 @@ from hf_freeze.prefix.release import Released
 from hf_freeze.prefix.replay import Prefix, Replay, autocast
 from hf_freeze.prefix.rows import PREFIX_KEY, TARGET, read_rows
 from hf_freeze.prefix.store import Store, read_manifest, same_states
-from hf_freeze.processes import barrier, rank_and_world
+from hf_freeze.processes import agreed, from_first, pulse, rank_and_world, tell_all
 from hf_freeze.report import count_text
 from hf_freeze.trial import on_trial
 
@@ -45,6 +54,9 @@ __all__ = ["BuildReport", "PrefixCache", "PrefixCollator", "PreparedCache"]
 PASSING = frozenset({"_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype",
                      "output_hidden_states", "output_attentions", "return_dict", "_attn_implementation_autoset",
                      "problem_type", "id2label", "label2id", "task_specific_params"})  # fmt: skip
+
+
+LOCK_SECONDS = 1.0  # of waiting for another build, before the other processes of this one are told that it goes on
 
 
 @dataclass(frozen=True)
@@ -123,61 +135,69 @@ class PreparedCache:
             step: Runs forward and backward of one batch; None is `model(**batch).loss.backward()`.
         """
         prefix = self.prepared.prefixes[0]
-        key = _key(self.prepared.model, prefix)  # a digest of the whole prefix
-        try:
-            stored = Store.open(_folder_of(self.prepared.folder, key), key, prefix.streams())
-        except CacheDamaged:
-            stored = None
-        return predict_saving(
-            self.prepared, stored, steps=steps, batch_size=batch_size, step=step, processes=self.share[1]
-        )
+        with agreed("predict what a prefix cache saves"), declining_without_memory("run a batch of training on trial"):
+            key = _key(self.prepared.model, prefix)  # a digest of the whole prefix
+            try:
+                stored = Store.open(_folder_of(self.prepared.folder, key), key, prefix.streams())
+            except CacheDamaged:
+                stored = None
+            predicted = predict_saving(
+                self.prepared, stored, steps=steps, batch_size=batch_size, step=step, processes=self.share[1]
+            )
+            return from_first(predicted)  # timings differ, and all must decide alike
 
     def build(self) -> PrefixCache:
         """Computes what is missing and lets the model train from the cache. As `PrefixCache.build`."""
         started = time.perf_counter()
         prepared = self.prepared
-        reasons: list[str] = []
-        with _one_builder(prepared.folder, self.chief, self.progress):
-            jobs = [
-                (prefix, _open_or_create(prepared, prefix, self.chief, reasons), prepared.rows_of(prefix))
-                for prefix in prepared.prefixes
-            ]
-            store, rows = jobs[0][1], jobs[0][2]
-            if self.chief:
-                _check_disk(prepared.folder, [(store, rows) for _, store, rows in jobs], self.max_cache_bytes)
-            before = sum(digest in store for digest in set(rows.digests))
-            tokens = build_rows(
-                prepared.model,
-                jobs,
-                prepared.collator,
-                token_budget=self.token_budget,
-                share=self.share,
-                progress=self.progress,
+        with _made_by_all("build the prefix cache") as made, declining_without_memory("build the prefix cache"):
+            keys = [_key(prepared.model, prefix) for prefix in prepared.prefixes]
+            known = [prepared.rows_of(prefix) for prefix in prepared.prefixes]
+            _check_alike(known, keys)
+            reasons: list[str] = []
+
+            def ready() -> list[Store]:
+                pairs = zip(prepared.prefixes, keys, strict=True)
+                if self.chief:
+                    return [_open_or_create(prepared, prefix, key, reasons) for prefix, key in pairs]
+                return [Store.open(_folder_of(prepared.folder, key), key, prefix.streams()) for prefix, key in pairs]
+
+            stores, computed, tokens = _fill(
+                prepared.model, prepared.prefixes, known, prepared.collator, ready, self.share, self._options
             )
-            barrier()
-            for _, each, _ in jobs:
-                each.refresh()
-        seconds = time.perf_counter() - started
-        return self._attach(store, len(set(rows.digests)) - before, tokens, seconds, tuple(reasons))
+            seconds = time.perf_counter() - started
+            made.append(self._attach(stores[0], computed, tokens, seconds, tuple(from_first(reasons))))
+        return made[0]
 
     def open(self) -> PrefixCache:
         """The cache as it is on disk. As `PrefixCache.open`."""
         prefix = self.prepared.prefixes[0]
-        key = _key(self.prepared.model, prefix)
-        place = _folder_of(self.prepared.folder, key)
-        if not place.exists():
-            raise CacheDamaged(
-                f"No prefix cache in {self.prepared.folder} was built for this model as it is. "
-                f"{_nearest_key(self.prepared.folder, key)}Use PrefixCache.build."
-            )
-        store = Store.open(place, key, prefix.streams())
-        rows = self.prepared.rows_of(prefix)
-        if missing := [row for row, digest in enumerate(rows.digests) if digest not in store]:
-            raise CacheDamaged(
-                f"The prefix cache {place} lacks {len(missing)} of {len(rows)} rows, e.g. row {missing[0]}: they were "
-                "added since, or tokenized otherwise. PrefixCache.build computes them."
-            )
-        return self._attach(store, 0, 0, 0.0, ())
+        with _made_by_all("open the prefix cache") as made:
+            key = _key(self.prepared.model, prefix)
+            place = _folder_of(self.prepared.folder, key)
+            if not place.exists():
+                raise CacheDamaged(
+                    f"No prefix cache in {self.prepared.folder} was built for this model as it is. "
+                    f"{_nearest_key(self.prepared.folder, key)}Use PrefixCache.build."
+                )
+            store = Store.open(place, key, prefix.streams())
+            rows = self.prepared.rows_of(prefix)
+            if missing := [row for row, digest in enumerate(rows.digests) if digest not in store]:
+                raise CacheDamaged(
+                    f"The prefix cache {place} lacks {len(missing)} of {len(rows)} rows, e.g. row {missing[0]}: they "
+                    "were added since, or tokenized otherwise. PrefixCache.build computes them."
+                )
+            made.append(self._attach(store, 0, 0, 0.0, ()))
+        return made[0]
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
+            "token_budget": self.token_budget,
+            "folder": self.prepared.folder,
+            "progress": self.progress,
+            "max_cache_bytes": self.max_cache_bytes,
+        }
 
     def _attach(
         self, store: Store, computed: int, tokens: int, seconds: float, reasons: tuple[str, ...]
@@ -185,9 +205,9 @@ class PreparedCache:
         prepared = self.prepared
         rows = prepared.rows_of(prepared.prefixes[0])
         report = BuildReport(len(rows), computed, tokens, store.stored_bytes, seconds, reasons)
-        options = {"token_budget": self.token_budget, "folder": prepared.folder, "progress": self.progress}
-        options["max_cache_bytes"] = self.max_cache_bytes
-        return PrefixCache._attach(prepared, store, report, options)
+        cache = PrefixCache._attach(prepared, store, report, self._options)
+        cache._replay.epoch_rows = -(-len(rows) // self.share[1])
+        return cache
 
 
 @dataclass
@@ -328,16 +348,17 @@ class PrefixCache:
         share = rank_and_world()
         chief = share[0] == 0
         progress = progress and chief
-        prepared = prepare(
-            model,
-            dataset,
-            data_collator.collator if isinstance(data_collator, PrefixCollator) else data_collator,
-            cache_dir=cache_dir,
-            precision=precision,
-            also=also,
-            blocks=blocks,
-            progress=progress,
-        )
+        with agreed("prepare a prefix cache"), declining_without_memory("prove the prefix on a few rows"):
+            prepared = prepare(
+                model,
+                dataset,
+                data_collator.collator if isinstance(data_collator, PrefixCollator) else data_collator,
+                cache_dir=cache_dir,
+                precision=precision,
+                also=also,
+                blocks=blocks,
+                progress=progress,
+            )
         return PreparedCache(prepared, chief, share, token_budget, max_cache_bytes, progress)
 
     @classmethod
@@ -365,38 +386,32 @@ class PrefixCache:
             CannotCache: As `build`; or the prefix's weights changed since.
         """
         started = time.perf_counter()
-        self._replay.check_weights()
-        self.restore_prefix()
         collator = data_collator or self.collator.collator
         share = rank_and_world()
         chief = share[0] == 0
         progress = self._options["progress"] and chief
-        rows = read_dataset(dataset, collator, self.model, with_target=two_sided(self.prefix.cuts), progress=progress)
-        refuse_moving_positions(self.model, rows)
-        check_states(self.model, self.prefix, rows, wider_sample(rows), collator)
-        folder = self._options["folder"]
-        reasons: list[str] = []
-        with _one_builder(folder, chief, progress):
-            self.store.refresh()
-            if chief:
-                _check_disk(folder, [(self.store, rows)], self._options["max_cache_bytes"])
-            before = sum(digest in self.store for digest in set(rows.digests))
-            if chief:
-                _save_tables(self.model, self.prefix, self.store, rows, collator, reasons)
-            tokens = build_rows(
-                self.model,
-                [(self.prefix, self.store, rows)],
-                collator,
-                token_budget=self._options["token_budget"],
-                share=share,
-                progress=progress,
-            )
-            barrier()
-            self.store.refresh()
-        self._replay.tables = self.store.load_tables(self.prefix.tables(), rows.longest())
-        unique = len(set(rows.digests))
+        with agreed("add rows to the prefix cache"), declining_without_memory("add rows to the prefix cache"):
+            self._replay.check_weights()
+            self.restore_prefix()
+            two = two_sided(self.prefix.cuts)
+            rows = read_dataset(dataset, collator, self.model, with_target=two, progress=progress)
+            refuse_moving_positions(self.model, rows)
+            check_states(self.model, self.prefix, rows, wider_sample(rows), collator)
+            _check_alike([rows])
+            reasons: list[str] = []
+
+            def ready() -> list[Store]:
+                self.store.refresh()
+                if chief:
+                    _save_tables(self.model, self.prefix, self.store, rows, collator, reasons)
+                return [self.store]
+
+            _, computed, tokens = _fill(self.model, [self.prefix], [rows], collator, ready, share, self._options)
+            tables = self.store.load_tables(self.prefix.tables(), rows.longest())
+            reasons = from_first(reasons)
+        self._replay.tables = tables
         seconds = time.perf_counter() - started
-        self.report = BuildReport(len(rows), unique - before, tokens, self.store.stored_bytes, seconds, tuple(reasons))
+        self.report = BuildReport(len(rows), computed, tokens, self.store.stored_bytes, seconds, tuple(reasons))
         return self.report
 
     def release_prefix(self) -> int:
@@ -423,6 +438,7 @@ class PrefixCache:
         self._replay.detach(self._entries, self._handles)
         self._handles = []
         self.store.close()
+        self._replay.warn_of_misses()
 
     @staticmethod
     def is_there(model: Any, cuts: Sequence[tuple[str, int]], cache_dir: str | os.PathLike[str] | None = None) -> bool:
@@ -507,21 +523,86 @@ def _nearest_key(folder: Path, key: dict[str, Any]) -> str:
     return f"The nearest one there differs in: {', '.join(nearest)}. "
 
 
-def _open_or_create(prepared: Prepared, prefix: Prefix, chief: bool, reasons: list[str]) -> Store:
-    """The prefix's store, mended or made anew by the first process; why, where it was not as it should be."""
-    key = _key(prepared.model, prefix)
+def _fill(
+    model: nn.Module,
+    prefixes: Sequence[Prefix],
+    known: Sequence[Rows],
+    collator: Callable[[list[Any]], Any],
+    ready: Callable[[], list[Store]],
+    share: tuple[int, int],
+    options: Mapping[str, Any],
+) -> tuple[list[Store], int, int]:
+    """Computes what the stores lack, each process its share of what the first one found missing.
+
+    Args:
+        known: The rows as each prefix knows them.
+        ready: Makes the stores ready: in the first process before anything is decided, in the others afterwards.
+        share: (this process, processes).
+        options: As of `PreparedCache`.
+
+    Returns:
+        The stores with all rows, how many rows were computed in all processes, and the tokens computed in this one.
+    """
+    rank, world = share
+    with (
+        _one_builder(options["folder"], rank == 0, options["progress"]),
+        agreed("compute the prefix"),  # the lock is kept until the last process has written
+    ):
+        stores = ready() if rank == 0 else []
+        decided: tuple[list[list[list[int]]], int] | None = None
+        if rank == 0:
+            pairs = list(zip(stores, known, strict=True))
+            _check_disk(options["folder"], pairs, options["max_cache_bytes"])
+            device = next(model.parameters()).device
+            batches = missing_batches(pairs, device, options["token_budget"])
+            lacking = sum(digest not in stores[0] for digest in set(known[0].digests))
+            decided = [batches[number::world] for number in range(world)], lacking
+        shares, computed = from_first(decided) or ([], 0)
+        stores = stores or ready()
+        tokens = build_rows(
+            model,
+            list(zip(prefixes, stores, known, strict=True)),
+            collator,
+            shares[rank],
+            progress=options["progress"],
+        )
+    for store in stores:
+        store.refresh()
+    return stores, computed, tokens
+
+
+def _check_alike(known: Sequence[Rows], keys: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Refuses processes that would build for unlike models or from unlike rows."""
+    rows = [(len(each), hashlib.sha256(b"".join(each.digests)).hexdigest()) for each in known]
+    for rank, (other_rows, other_keys) in enumerate(told := tell_all((rows, list(keys)))):
+        first_rows, first_keys = told[0]
+        if differing := [name for one, other in zip(first_keys, other_keys, strict=True) for name in {**one, **other}
+                         if one.get(name) != other.get(name)]:  # fmt: skip
+            raise CannotCache(
+                f"The model of rank {rank} is another one than that of rank 0: the {differing[0]} of the frozen prefix "
+                "differ. Load the same weights with the same settings on every rank, or set one seed before they are "
+                "drawn."
+            )
+        if other_rows != first_rows:
+            raise CannotCache(
+                f"Rank {rank} gave the prefix cache other rows ({other_rows[0][0]:,}) than rank 0 "
+                f"({first_rows[0][0]:,}): each computes a share of all. Give every rank the whole dataset, in the same "
+                "order and with the same collator."
+            )
+
+
+def _open_or_create(prepared: Prepared, prefix: Prefix, key: dict[str, Any], reasons: list[str]) -> Store:
+    """The prefix's store, mended or made anew; adds why, where it was not as it should be. For one process only."""
     place = _folder_of(prepared.folder, key)
-    if chief:
-        remove_leftovers(place)
-        try:
-            store = Store.open(place, key, prefix.streams(), mend=reasons)
-        except CacheDamaged as damage:
-            if place.exists():
-                reasons.append(str(damage))
-            store = Store.create(place, key, prefix.streams(), _name(prepared.model), mend=reasons)
-        _save_tables(prepared.model, prefix, store, prepared.rows_of(prefix), prepared.collator, reasons)
-    barrier()
-    return store if chief else Store.open(place, key, prefix.streams())
+    remove_leftovers(place)
+    try:
+        store = Store.open(place, key, prefix.streams(), mend=reasons)
+    except CacheDamaged as damage:
+        if place.exists():
+            reasons.append(str(damage))
+        store = Store.create(place, key, prefix.streams(), _name(prepared.model), mend=reasons)
+    _save_tables(prepared.model, prefix, store, prepared.rows_of(prefix), prepared.collator, reasons)
+    return store
 
 
 def _name(core: Any) -> str:
@@ -598,6 +679,19 @@ def _check_disk(folder: Path, jobs: Sequence[tuple[Store, Rows]], limit: int | N
 
 
 @contextmanager
+def _made_by_all(what: str) -> Iterator[list[PrefixCache]]:
+    """Takes the cache that is made inside; lets the model go again where another process could not make its own."""
+    made: list[PrefixCache] = []
+    try:
+        with agreed(what):
+            yield made
+    except BaseException:
+        for cache in made:
+            cache.close()
+        raise
+
+
+@contextmanager
 def _one_builder(folder: Path, chief: bool, progress: bool) -> Iterator[None]:
     """Lets one build at a time write into a cache folder: the second one waits, then finds the rows there."""
     if not chief:
@@ -613,7 +707,10 @@ def _one_builder(folder: Path, chief: bool, progress: bool) -> Iterator[None]:
         except Timeout:
             if progress:
                 print(f"Another process builds in {folder}: waiting for it.", file=sys.stderr)
-            lock.acquire()
+            while not lock.is_locked:
+                pulse()
+                with suppress(Timeout):
+                    lock.acquire(timeout=LOCK_SECONDS)
     except OSError as error:
         raise FreezeError(
             f"The prefix cache was to be kept in {folder}; it cannot be written: {error}. Give a cache_dir that can."

@@ -176,6 +176,7 @@ class Replay:
 
     Attributes:
         used: Number of forwards with states, `unused` of training forwards without.
+        epoch_rows: Rows that this process sees of the dataset of the build; None where it is not known.
     """
 
     def __init__(self, prefix: Prefix, tables: Mapping[str, torch.Tensor], digests: dict[str, str]) -> None:
@@ -184,6 +185,9 @@ class Replay:
         self.digests = digests
         self.used = 0
         self.unused = 0
+        self.epoch_rows: int | None = None
+        self._missed_rows = 0
+        self._warned = False
         self.released: Any = None  # a `release.Released` once release_prefix was called
         self._placeholders = [(part, Placeholder(part, self)) for part in prefix.replaced]
         self.outermost: nn.Module | None = None
@@ -218,15 +222,29 @@ class Replay:
             for parent, key in part.slots:
                 parent._modules[key] = placeholder
 
-    def miss(self) -> None:
-        """Counts a training forward without states; warns where the first ones are all such."""
+    def miss(self, rows: int) -> None:
+        """Counts a training forward without states; warns where the first ones, or all of an epoch's, are such.
+
+        Args:
+            rows: Of the batch.
+        """
         self.unused += 1
-        if self.unused == MISSES and not self.used:
-            warnings.warn(
-                f"The first {MISSES} training batches hold rows that are not in the prefix cache, and run the whole "
-                "model. Give the trainer cache.collator, and the cache the rows and collator that it trains on.",
-                stacklevel=1,
-            )
+        self._missed_rows += rows
+        an_epoch = self.epoch_rows is not None and self._missed_rows >= self.epoch_rows
+        if self.unused >= MISSES or (an_epoch and self.unused > 1):  # one forward may be a look at the plain loss
+            self.warn_of_misses()
+
+    def warn_of_misses(self) -> None:
+        """Warns, once, where every training forward so far ran the whole model."""
+        if self.used or not self.unused or self._warned:
+            return
+        self._warned = True
+        batches = "training batch holds" if self.unused == 1 else f"{self.unused} training batches hold"
+        warnings.warn(
+            f"The first {batches} rows that are not in the prefix cache, and run the whole model. Give the trainer "
+            "cache.collator, and the cache the rows and collator that it trains on.",
+            stacklevel=1,
+        )
 
     def leave(self) -> None:
         """Puts the real modules back."""
@@ -388,7 +406,8 @@ def _take_states(
         replay.leave()  # an interrupt from the keyboard has ended the last forward without its hooks
     if PREFIX_KEY not in kwargs:
         if not replay.active and module.training and module is replay.outermost and ON_TRIAL not in module.__dict__:
-            replay.miss()
+            tensors = (value for value in (*kwargs.values(), *args) if isinstance(value, torch.Tensor) and value.dim())
+            replay.miss(next(tensors, torch.zeros(1)).shape[0])
         return None
     kwargs = dict(kwargs)
     states = kwargs.pop(PREFIX_KEY)

@@ -10,14 +10,14 @@ import copy
 import inspect
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from hf_freeze.errors import FreezeError, ModelError, ReviewsError, nearest
-from hf_freeze.processes import rank_and_world
+from hf_freeze.processes import agreed, pulse, rank_and_world, tell_all
 from hf_freeze.summarization.prompts import SummaryPrompt, read_prompt
 from hf_freeze.summarization.tokenizer_fit import underlying_model
 
@@ -142,22 +142,26 @@ def generate_summaries(
     rows.sort(key=lambda row: -len(row[1]))
 
     done: list[tuple[int, str]] = []
-    if rows:
-        settings, model_kwargs = _settings(inner, prompt, tokenizer, max_new_tokens, num_beams, generate_kwargs)
-        with _ready_to_generate(inner, settings):
-            equal_lengths = not _may_pad(inner, rows, settings)
-        runner = _in_bf16(inner) if precision == "bf16" else inner
-        with _ready_to_generate(runner, settings), _progress_bar(len(rows), progress, rank, world_size) as bar:
-            for batch in _batches(rows, batch_size, equal_lengths=equal_lengths):
-                ids = _generate(runner, [ids for _, ids in batch], settings, model_kwargs)
-                texts = tokenizer.batch_decode(
-                    [_until(row, settings.eos_token_id) for row in ids], skip_special_tokens=True
-                )
-                done += [(place, prompt.clean(text)) for (place, _), text in zip(batch, texts, strict=True)]
-                bar.update(len(batch))
+    with agreed("generate its share of the summaries") if world_size > 1 else nullcontext():
+        if rows:
+            settings, model_kwargs = _settings(inner, prompt, tokenizer, max_new_tokens, num_beams, generate_kwargs)
+            with _ready_to_generate(inner, settings):
+                equal_lengths = not _may_pad(inner, rows, settings)
+            runner = _in_bf16(inner) if precision == "bf16" else inner
+            with _ready_to_generate(runner, settings), _progress_bar(len(rows), progress, rank, world_size) as bar:
+                for batch in _batches(rows, batch_size, equal_lengths=equal_lengths):
+                    if world_size > 1:  # else all ranks may be in one forward together, and none can wait for a word
+                        pulse()
+                    ids = _generate(runner, [ids for _, ids in batch], settings, model_kwargs)
+                    texts = tokenizer.batch_decode(
+                        [_until(row, settings.eos_token_id) for row in ids], skip_special_tokens=True
+                    )
+                    done += [(place, prompt.clean(text)) for (place, _), text in zip(batch, texts, strict=True)]
+                    bar.update(len(batch))
+        shares = tell_all(done) if world_size > 1 else [done]
 
     summaries = [""] * len(reviews)
-    for place, summary in _gathered(done, world_size):
+    for place, summary in (pair for share in shares for pair in share):
         summaries[place] = summary
     return summaries
 
@@ -417,16 +421,3 @@ def _is_sharded(model: nn.Module) -> bool:
         isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") or hasattr(parameter, "_is_flat_param")
         for parameter in model.parameters()
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Several processes
-
-
-def _gathered(done: list[T], world_size: int) -> list[T]:
-    """All shares, in all processes, also from those that had none."""
-    if world_size == 1:
-        return done
-    shares: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(shares, done)
-    return [pair for share in shares for pair in share]

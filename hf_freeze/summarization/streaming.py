@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from hf_freeze.anatomy import unwrap
 from hf_freeze.checkpoints import json_digest
 from hf_freeze.errors import FreezeError, ReviewsError, nearest
 from hf_freeze.freezing import named_tensors, tensor_digest
-from hf_freeze.processes import rank_and_world
+from hf_freeze.processes import agreed, from_first, rank_and_world
 from hf_freeze.summarization.generation import generate_summaries
 from hf_freeze.summarization.grouping import (
     Fits,
@@ -268,7 +267,7 @@ def stream_summaries(
     rank, world = rank_and_world()
     if rank > 0:
         return _follow(summarize)
-    lead = _Lead(summarize, world)
+    lead = _Lead(summarize)
     try:
         if isinstance(window_rows, bool) or not isinstance(window_rows, int) or window_rows < 1:
             raise FreezeError(f"window_rows={window_rows!r} was asked for; it is a whole number, 1 or more.")
@@ -592,15 +591,15 @@ def _group_step(job: _Job, window: list[_Entry], closed: bool, lines: RowLines, 
 class _Lead:
     """`summarize` for the first process: hands the texts to the others, which call it at the same time."""
 
-    def __init__(self, summarize: Summarize, world: int) -> None:
+    def __init__(self, summarize: Summarize) -> None:
         self.summarize = summarize
-        self.world = world
         self.together = True  # False: the others have raised what this one raised
 
     def __call__(self, texts: Sequence[str]) -> Sequence[str]:
-        self._tell(list(texts))
+        from_first(list(texts))
         try:
-            return self.summarize(texts)
+            with agreed("summarise the reviews"):
+                return self.summarize(texts)
         except Exception:
             self.together = False
             raise
@@ -609,21 +608,17 @@ class _Lead:
         """Lets the others return or raise the same."""
         if self.together:
             told = isinstance(outcome, FreezeError | FileReport)
-            self._tell(outcome if told else FreezeError(f"{type(outcome).__name__}: {outcome}"))
-
-    def _tell(self, message: Any) -> None:
-        if self.world > 1:
-            dist.broadcast_object_list([message])
+            from_first(outcome if told else FreezeError(f"{type(outcome).__name__}: {outcome}"))
 
 
 def _follow(summarize: Summarize) -> FileReport:
     """The other processes: summarise what the first one hands out, until it tells how it ended."""
     while True:
-        told: list[Any] = [None]
-        dist.broadcast_object_list(told)
-        if isinstance(told[0], list):
-            summarize(told[0])
-        elif isinstance(told[0], FileReport):
-            return told[0]
+        told: Any = from_first(None)
+        if isinstance(told, list):
+            with agreed("summarise the reviews"):
+                summarize(told)
+        elif isinstance(told, FileReport):
+            return told
         else:
-            raise told[0]
+            raise told

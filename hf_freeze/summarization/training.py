@@ -26,6 +26,7 @@ from hf_freeze.errors import FreezeError
 from hf_freeze.machine import cpu_cores, find_accelerators
 from hf_freeze.monitor import training_diverged
 from hf_freeze.precision import Precision, choose_precision
+from hf_freeze.processes import agreed, from_first, rank_and_world
 from hf_freeze.report import Table
 from hf_freeze.summarization.collation import IGNORED_LABEL
 from hf_freeze.supervision import can_keep_supervised_logits, rounded_positions
@@ -189,14 +190,13 @@ class SummaryTrainingArguments(Seq2SeqTrainingArguments):
         if world_size == 1:
             return choose_precision(self.precision, "cpu" if self.use_cpu else None)
         from accelerate import PartialState
-        from accelerate.utils import broadcast_object_list
 
-        state = PartialState(cpu=self.use_cpu)
-        chosen: list[Any] = [None]
-        if state.is_main_process:
-            chosen = [choose_precision(self.precision, "cpu" if self.use_cpu else None)]
-        broadcast_object_list(chosen)
-        precision: Precision = chosen[0]
+        PartialState(cpu=self.use_cpu)  # forms the group
+        with agreed("choose a precision"):
+            chosen: Any = None
+            if rank_and_world()[0] == 0:
+                chosen = choose_precision(self.precision, "cpu" if self.use_cpu else None)
+            precision: Precision = from_first(chosen)
         return precision
 
 
