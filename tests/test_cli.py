@@ -533,6 +533,7 @@ def test_caches_are_listed_with_rows_and_size_and_cleared(tmp_path: Path, ran: C
     (place / "damaged" / cache_command._manifests(place)[0].name).write_text("{")
     listed = ran("cache", "list")
     assert "2 caches" in listed.out
+    assert "manifest.json cannot be read" in " ".join(listed.out.split())
     values = ran("cache", "list", "--json").values
     assert {each["model"] == "damaged" for each in values["caches"]} == {True, False}
     whole = next(each for each in values["caches"] if each["model"] != "damaged")
@@ -547,6 +548,13 @@ def test_caches_are_listed_with_rows_and_size_and_cleared(tmp_path: Path, ran: C
     assert cleared["removed"] + cleared["kept"] == 2
     assert cleared["removed"] >= 1
     assert cleared["bytes_freed"] > 0
+
+
+def test_a_cache_whose_manifest_is_a_pipe_is_listed_as_damaged(tmp_path: Path, ran: Callable[..., Ran]) -> None:
+    (tmp_path / "a").mkdir()
+    os.mkfifo(tmp_path / "a" / "manifest.json")
+    (cache,) = ran("cache", "list", "--cache_dir", tmp_path, "--json").values["caches"]
+    assert "is a pipe where a file should be" in cache["damage"]
 
 
 def test_a_cache_folder_that_is_missing_is_told(tmp_path: Path, ran: Callable[..., Ran]) -> None:

@@ -112,6 +112,28 @@ def test_a_shard_that_is_touched_after_it_was_opened_gives_no_row(tmp_path, what
             store.read(list(ROWS)[-1])
 
 
+class Reading:
+    """What a loader's worker does with a store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def __call__(self, digests: list[bytes]) -> list[torch.Tensor]:
+        return [self.store.read(digest)["x"] for digest in digests]
+
+
+def test_a_loaders_worker_gives_no_row_of_a_shard_that_was_replaced(tmp_path):
+    filled(tmp_path / "a", SMALL, ROWS)
+    store = Store.open(tmp_path / "a", KEY)
+    loader = torch.utils.data.DataLoader(
+        list(ROWS), batch_size=1, num_workers=1, collate_fn=Reading(store), multiprocessing_context="fork"
+    )
+    assert all(torch.equal(got, tensors["x"]) for (got,), tensors in zip(loader, ROWS.values(), strict=True))
+    _another_stores(only_shard(tmp_path / "a"))
+    with pytest.raises(CacheDamaged, match="was replaced or written to after it was opened"):
+        next(iter(loader))
+
+
 def test_two_shards_that_change_places_after_they_were_opened_give_no_row(tmp_path, monkeypatch):
     monkeypatch.setattr(store_room, "SHARD_BYTES", 1)
     rows = {name_of_row(row): {"x": torch.full((3, 1), float(row))} for row in range(2)}

@@ -623,10 +623,8 @@ def test_a_second_build_computes_nothing(tmp_path):
 
 HARMS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "a shard cut short": (lambda f: damaged(next(f.glob(SHARDS)), "cut short"), 1, r"rows-\w+\.safetensors is damaged"),
-    "a bit flipped": (lambda f: damaged(next(f.glob(SHARDS)), "bit flipped"), 1, "does not hold the bytes that were"),
     "a shard gone": (lambda f: next(f.glob(SHARDS)).unlink(), 1, ""),
-    **{f"a manifest {what}": (lambda f, harm=harm: harm(f / MANIFEST), 0, reason)
-       for what, (harm, reason) in MANIFESTS.items()},
+    "a manifest missing": (lambda f: (f / MANIFEST).unlink(), 0, MANIFESTS["missing"][1]),
     "a manifest of another key": (
         lambda f: rewritten(f, lambda values: values["key"].update(torch="1.0")), 0,
         r"built for something else: torch was '1\.0', is "),

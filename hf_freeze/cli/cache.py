@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,10 @@ def run(args: argparse.Namespace, say: Say) -> Told:
 def _listed(folder: Path) -> Told:
     from hf_freeze.report import Table, count_text
 
-    caches = [_describe(manifest) for manifest in _manifests(folder)]
+    caches: list[dict[str, Any]] = []
+    for manifest in _manifests(folder):
+        with suppress(FileNotFoundError):  # removed by another process meanwhile
+            caches.append(_describe(manifest))
     caches.sort(key=lambda cache: cache["last_used"], reverse=True)
     rows = tuple(
         (
@@ -60,7 +64,8 @@ def _listed(folder: Path) -> Told:
     )
     total = sum(cache["bytes"] for cache in caches)
     line = f"{len(caches)} cache{'s' * (len(caches) != 1)}, {count_text(total, 'B')}. Times are UTC."
-    table = Table(f"Prefix caches in {folder}", ("folder", "size", "rows", "model", "cuts", "last used"), rows, (line,))
+    notes = (line, *(cache["damage"] for cache in caches if "damage" in cache))
+    table = Table(f"Prefix caches in {folder}", ("folder", "size", "rows", "model", "cuts", "last used"), rows, notes)
     text = str(table) if caches else f"No prefix caches in {folder}."
     return Told(text, {"cache_dir": str(folder), "bytes": total, "caches": caches})
 
