@@ -112,7 +112,7 @@ class _Shard:
 
 
 class Store:
-    """The rows of one cache: `missing` and `read` look them up, `add` and `flush` write them. Pickles without data.
+    """The rows of one cache: `in` and `read` look them up, `add` and `flush` write them. Pickles without data.
 
     Args:
         folder: Where it lives; made by `create`, read by `open`.
@@ -314,8 +314,7 @@ class Store:
         lengths: np.ndarray[Any, Any],
     ) -> None:
         starts = np.cumsum(lengths, axis=0) - lengths
-        streams = {spec.name: places[spec.name] for spec in self.specs}
-        self._shards.append(_Shard(name, identity, checksum, streams, starts, lengths))
+        self._shards.append(_Shard(name, identity, checksum, places, starts, lengths))
         for row, digest in enumerate(digests):
             place = (len(self._shards) - 1, row)
             first = self._place.setdefault(digest.tobytes(), place)
@@ -387,7 +386,9 @@ class Store:
     def _check_again(self, shard: _Shard, path: Path, descriptor: int) -> None:
         """Refuses a shard that was touched since and does not hold the same bytes any more."""
         identity = identity_of(descriptor)
-        if TensorFile.read(path, descriptor).checksum(path, descriptor) != shard.checksum:
+        file = TensorFile.read(path, descriptor)
+        # The same tensors behind another header lie elsewhere than they will be read.
+        if file.places != shard.places or file.checksum(path, descriptor) != shard.checksum:
             raise CacheDamaged(f"{path} was replaced or written to after it was opened and checked.")
         shard.identity = identity
 
