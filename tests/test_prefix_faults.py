@@ -476,8 +476,8 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
 }
 
 
-def changes(*left_out: str) -> list[Any]:
-    return [pytest.param(change, match, id=what) for what, (change, match) in CHANGES.items() if what not in left_out]
+def changes() -> list[Any]:
+    return [pytest.param(change, match, id=what) for what, (change, match) in CHANGES.items()]
 
 
 @pytest.mark.parametrize(("change", "match"), changes())
@@ -488,7 +488,7 @@ def test_what_changed_between_the_build_and_the_first_batch_is_refused(make, cha
     assert_refused(cache, match)
 
 
-@pytest.mark.parametrize(("change", "match"), changes("a weight replaced through .data"))
+@pytest.mark.parametrize(("change", "match"), changes())
 def test_what_changed_between_two_batches_is_refused(make, change, match):
     model = model_of()
     cache = make(model)
@@ -498,13 +498,15 @@ def test_what_changed_between_two_batches_is_refused(make, change, match):
     assert_refused(cache, match)
 
 
-def test_a_weight_replaced_through_data_between_two_batches_is_seen_by_verify_frozen_only(make):
+def test_a_weight_written_to_past_torch_is_seen_at_the_next_comparison_and_by_verify_frozen(make):
     model = build("llama")
     report = freeze(model, DEEP)
     cache = make(model)
     model(**cache.collator(token_rows()[:3]))
-    _through_data(model)  # torch counts no version of it; a digest at every step would cost more than the step
-    for _ in range(70):
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(2)  # torch counts no version of it
+    for _ in range(31):
+        model(**cache.collator(token_rows()[:3]))
+    with pytest.raises(CannotCache, match=r"row \d of cached batch 33 are not what .* old from cached batch 2 on"):
         model(**cache.collator(token_rows()[:3]))
     with pytest.raises(FrozenWeightsChanged, match=r"layers\.1\.mlp\.up_proj"):
         verify_frozen(model, report)

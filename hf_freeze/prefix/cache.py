@@ -8,7 +8,6 @@ other modules of this room; this one puts them together.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -37,23 +36,20 @@ from hf_freeze.prefix.build import (
     pad_states,
     read_dataset,
 )
+from hf_freeze.prefix.key import cache_key, folder_of, nearest_key
 from hf_freeze.prefix.leases import MANIFEST, clear_caches, evict_caches, remove_leftovers
 from hf_freeze.prefix.prepare import Prepared, prepare, refuse_moving_positions, two_sided, wider_sample
 from hf_freeze.prefix.proof import check_states
 from hf_freeze.prefix.release import Released
 from hf_freeze.prefix.replay import Prefix, Replay, autocast
 from hf_freeze.prefix.rows import PREFIX_KEY, TARGET, read_rows
+from hf_freeze.prefix.spot import SpotCheck, compare_rows
 from hf_freeze.prefix.store import Store, read_manifest, same_states
 from hf_freeze.processes import agreed, from_first, pulse, rank_and_world, tell_all
 from hf_freeze.report import count_text
 from hf_freeze.trial import on_trial
 
 __all__ = ["BuildReport", "PrefixCache", "PrefixCollator", "PreparedCache"]
-
-# What a config says about neither the arithmetic nor the shape of a model.
-PASSING = frozenset({"_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype",
-                     "output_hidden_states", "output_attentions", "return_dict", "_attn_implementation_autoset",
-                     "problem_type", "id2label", "label2id", "task_specific_params"})  # fmt: skip
 
 
 LOCK_SECONDS = 1.0  # of waiting for another build, before the other processes of this one are told that it goes on
@@ -136,9 +132,9 @@ class PreparedCache:
         """
         prefix = self.prepared.prefixes[0]
         with agreed("predict what a prefix cache saves"), declining_without_memory("run a batch of training on trial"):
-            key = _key(self.prepared.model, prefix)  # a digest of the whole prefix
+            key = cache_key(self.prepared.model, prefix)  # a digest of the whole prefix
             try:
-                stored = Store.open(_folder_of(self.prepared.folder, key), key, prefix.streams())
+                stored = Store.open(folder_of(self.prepared.folder, key), key, prefix.streams())
             except CacheDamaged:
                 stored = None
             predicted = predict_saving(
@@ -151,7 +147,7 @@ class PreparedCache:
         started = time.perf_counter()
         prepared = self.prepared
         with _made_by_all("build the prefix cache") as made, declining_without_memory("build the prefix cache"):
-            keys = [_key(prepared.model, prefix) for prefix in prepared.prefixes]
+            keys = [cache_key(prepared.model, prefix) for prefix in prepared.prefixes]
             known = [prepared.rows_of(prefix) for prefix in prepared.prefixes]
             _check_alike(known, keys)
             reasons: list[str] = []
@@ -160,7 +156,7 @@ class PreparedCache:
                 pairs = zip(prepared.prefixes, keys, strict=True)
                 if self.chief:
                     return [_open_or_create(prepared, prefix, key, reasons) for prefix, key in pairs]
-                return [Store.open(_folder_of(prepared.folder, key), key, prefix.streams()) for prefix, key in pairs]
+                return [Store.open(folder_of(prepared.folder, key), key, prefix.streams()) for prefix, key in pairs]
 
             stores, computed, tokens = _fill(
                 prepared.model, prepared.prefixes, known, prepared.collator, ready, self.share, self._options
@@ -173,12 +169,12 @@ class PreparedCache:
         """The cache as it is on disk. As `PrefixCache.open`."""
         prefix = self.prepared.prefixes[0]
         with _made_by_all("open the prefix cache") as made:
-            key = _key(self.prepared.model, prefix)
-            place = _folder_of(self.prepared.folder, key)
+            key = cache_key(self.prepared.model, prefix)
+            place = folder_of(self.prepared.folder, key)
             if not place.exists():
                 raise CacheDamaged(
                     f"No prefix cache in {self.prepared.folder} was built for this model as it is. "
-                    f"{_nearest_key(self.prepared.folder, key)}Use PrefixCache.build."
+                    f"{nearest_key(self.prepared.folder, key)}Use PrefixCache.build."
                 )
             store = Store.open(place, key, prefix.streams())
             rows = self.prepared.rows_of(prefix)
@@ -229,6 +225,7 @@ class PrefixCache:
     _entries: list[nn.Module] = field(repr=False)
     _handles: list[Any] = field(repr=False)
     _options: dict[str, Any] = field(repr=False)
+    _rows: Rows = field(repr=False)
     _released: Released | None = field(default=None, repr=False)
 
     @property
@@ -372,9 +369,11 @@ class PrefixCache:
                 "again: its rows have other lengths than their tokens."
             )
         replay = Replay(prefix, store.load_tables(prefix.tables(), rows.longest()), prefix.digest())
+        bars = compare_rows(core, prefix, store, replay.tables, rows, wider_sample(rows), prepared.collator)
+        replay.spot = SpotCheck(prefix, bars, len(rows) // rank_and_world()[1])
         inner = [core.get_base_model()] if hasattr(core, "get_base_model") else []
         entries = list(dict.fromkeys([core, *inner, *(stack.root for stack in prepared.anatomy.stacks)]))
-        return cls(core, prefix, store, collator, report, replay, entries, replay.attach(entries), options)
+        return cls(core, prefix, store, collator, report, replay, entries, replay.attach(entries), options, rows)
 
     def add(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None = None) -> BuildReport:
         """Adds the rows of another dataset, such as the validation rows, to the cache.
@@ -409,6 +408,7 @@ class PrefixCache:
             _, computed, tokens = _fill(self.model, [self.prefix], [rows], collator, ready, share, self._options)
             tables = self.store.load_tables(self.prefix.tables(), rows.longest())
             reasons = from_first(reasons)
+            compare_rows(self.model, self.prefix, self.store, tables, rows, wider_sample(rows), collator)
         self._replay.tables = tables
         seconds = time.perf_counter() - started
         self.report = BuildReport(len(rows), computed, tokens, self.store.stored_bytes, seconds, tuple(reasons))
@@ -431,13 +431,25 @@ class PrefixCache:
             self._released.restore()
 
     def close(self) -> None:
-        """Takes the hooks off the model and brings its prefix back. The store stays on disk for the next run."""
+        """Takes the hooks off the model and brings its prefix back. The store stays on disk for the next run.
+
+        Raises:
+            CannotCache: The last batches were trained from states that the model does not compute any more.
+        """
         if self._released is not None:
             self._released.close()
             self._released = None
+        attached = bool(self._handles)
         self._replay.detach(self._entries, self._handles)
         self._handles = []
-        self.store.close()
+        try:
+            # Not where an error is on its way out already: it is the one to be seen.
+            if attached and sys.exc_info()[0] is None and self._replay.same_weights():
+                self._replay.spot.at_the_end(
+                    self.model, self.store, self._rows, self.collator.collator, self._replay.used
+                )
+        finally:
+            self.store.close()
         self._replay.warn_of_misses()
 
     @staticmethod
@@ -465,62 +477,6 @@ class PrefixCache:
 
 
 # --------------------------------------------------------------------------------------------------------------- store
-
-
-def _key(core: Any, prefix: Prefix) -> dict[str, Any]:
-    """What a store was computed with: everything that its states depend on but the rows."""
-    import transformers
-
-    weights = hashlib.sha256(json.dumps(sorted(prefix.digest().items())).encode()).hexdigest()
-    config: Any = getattr(core, "config", None)
-    values = config.to_dict() if hasattr(config, "to_dict") else {}
-    told = {name: value for name, value in values.items() if name not in PASSING}
-    streams = [[leaf.name, leaf.kind, list(leaf.dims), str(leaf.dtype)] for kind in ("stream", "table")
-               for leaf in prefix.leaves(kind).values()]  # fmt: skip
-    settings = [_plain_attributes(part.module) for part in prefix.replaced]
-    return {
-        "weights": weights[:32],
-        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32],
-        "config": hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32],
-        "cuts": [list(cut) for cut in prefix.cuts],
-        "precision": prefix.precision,
-        "attention": prefix.attention,
-        "streams": streams,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _plain_attributes(module: nn.Module) -> list[dict[str, Any]]:
-    """What the modules of the prefix keep as plain values and no config tells, such as an adapter's scaling."""
-
-    def is_plain(value: Any) -> bool:
-        if isinstance(value, dict):
-            return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
-        return isinstance(value, bool | int | float | str)
-
-    passing = ("training", "gradient_checkpointing")
-    return [
-        {k: v for k, v in each.__dict__.items() if not k.startswith("_") and k not in passing and is_plain(v)}
-        for each in module.modules()
-    ]
-
-
-def _folder_of(folder: Path, key: dict[str, Any]) -> Path:
-    return folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _nearest_key(folder: Path, key: dict[str, Any]) -> str:
-    """What the cache there that is most alike was built for instead."""
-    differences: list[list[str]] = []
-    for path in folder.glob(f"*/{MANIFEST}"):
-        with suppress(FreezeError):
-            other, _, _ = read_manifest(path.parent)
-            differences.append([name for name in key if key[name] != other.get(name)])
-    if not differences:
-        return ""
-    nearest = sorted(differences, key=len)[0]
-    return f"The nearest one there differs in: {', '.join(nearest)}. "
 
 
 def _fill(
@@ -593,7 +549,7 @@ def _check_alike(known: Sequence[Rows], keys: Sequence[Mapping[str, Any]] = ()) 
 
 def _open_or_create(prepared: Prepared, prefix: Prefix, key: dict[str, Any], reasons: list[str]) -> Store:
     """The prefix's store, mended or made anew; adds why, where it was not as it should be. For one process only."""
-    place = _folder_of(prepared.folder, key)
+    place = folder_of(prepared.folder, key)
     remove_leftovers(place)
     try:
         store = Store.open(place, key, prefix.streams(), mend=reasons)

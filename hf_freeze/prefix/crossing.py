@@ -413,7 +413,9 @@ class _Search:
             replaced.append(replace(part, outputs=tuple(outputs)))
         attention = str(getattr(getattr(self.anatomy.model, "config", None), "_attn_implementation", "") or "")
         sides = (SOURCE, TARGET)[: len({cut.stack for cut in self.cuts})]
-        return Prefix(tuple(self.cuts), tuple(replaced), self.precision, attention, sides, self._beside())
+        return Prefix(
+            tuple(self.cuts), tuple(replaced), self.precision, attention, sides, self._beside(), self._around()
+        )
 
     def _beside(self) -> tuple[tuple[str, torch.Tensor], ...]:
         """Tensors below the cuts that no replaced module holds."""
@@ -426,6 +428,29 @@ class _Search:
                 found += [(f"{name}.{leaf}", parameter) for leaf, parameter in inside]
         replaced = {id(parameter) for part in self.parts for parameter in part.module.parameters()}
         return tuple((name, tensor) for name, tensor in found if id(tensor) not in replaced)
+
+    def _around(self) -> tuple[nn.Module, ...]:
+        """What runs with the replaced modules and holds no parameters: stacks, rotary tables, activations.
+
+        Nothing above the cuts, whose modes and attributes may change, and not what PEFT puts around a whole model.
+        """
+        model: Any = self.anatomy.model
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        depth = dict(self.cuts)
+        apart = [part.module for part in self.parts]
+        roots = {stack.root for stack in self.anatomy.stacks if stack.name in depth}
+        for stack in self.anatomy.stacks:
+            if stack.name in depth or roots & set(stack.root.modules()):
+                blocks = stack.blocks[depth.get(stack.name, 0) :]
+                apart += [piece for block in blocks for piece in block.modules]
+            else:
+                apart.append(stack.root)
+        elsewhere = {module for top in apart for module in top.modules()}
+        return tuple(
+            module
+            for module in inner.modules()
+            if module not in elsewhere and not any(True for _ in module.parameters(recurse=False))
+        )
 
     def _differs(self, handed_on: set[str]) -> str:
         """What differs from the plain results when only these leaves are handed on."""

@@ -140,6 +140,8 @@ class Released:
             parameter.data = tensors[name].to(parameter.device)
         self.kept = {}
         self.away = False
+        if self.replay.spot is not None:
+            self.replay.spot.after_release()
 
     def close(self) -> None:
         """Brings them back and removes every trace."""

@@ -100,6 +100,7 @@ class Prefix:
     Attributes:
         beside: Frozen tensors that the states depend on and that stay in use, by name: a learnt scale before the first
             block, an embedding that is also called above the cut.
+        around: Modules that decide about the states and are not replaced: the stacks themselves, rotary tables.
     """
 
     cuts: tuple[tuple[str, int], ...]
@@ -108,6 +109,7 @@ class Prefix:
     attention: str
     sides: tuple[str, ...]
     beside: tuple[tuple[str, torch.Tensor], ...] = field(default=(), repr=False, compare=False)
+    around: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
 
     def leaves(self, kind: str) -> dict[str, Leaf]:
         """The leaves of a kind by name, in the order in which the model makes them."""
@@ -130,15 +132,23 @@ class Prefix:
         return tuple(TableSpec(leaf.name, leaf.dtype, leaf.dims) for leaf in self.leaves("table").values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What the states depend on: parameters and persistent buffers of the replaced modules and beside them."""
-        found: dict[str, torch.Tensor] = {}
-        seen: set[int] = set()
+        """What the states depend on: parameters and buffers of the replaced modules, beside and around them.
+
+        Buffers that no checkpoint holds count too: rotary frequencies, position ids.
+        """
+        tensors: dict[str, torch.Tensor] = {}
         for part in self.replaced:
-            for name, tensor in part.module.state_dict(keep_vars=True).items():
-                if isinstance(tensor, torch.Tensor) and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    found[f"{part.name}.{name}"] = tensor
-        return found | {name: tensor for name, tensor in self.beside if id(tensor) not in seen}
+            own = part.module.state_dict(keep_vars=True) | dict(part.module.named_buffers())
+            tensors |= {f"{part.name}.{name}": tensor for name, tensor in own.items()}
+        tensors |= dict(self.beside)
+        for place, module in enumerate(self.around):
+            named = module.named_buffers(recurse=False)
+            tensors |= {f"{type(module).__name__} {place}.{name}": buffer for name, buffer in named}
+        once: dict[int, str] = {}
+        for name, tensor in tensors.items():
+            if isinstance(tensor, torch.Tensor):
+                once.setdefault(id(tensor), name)
+        return {name: tensors[name] for name in once.values()}
 
     def digest(self) -> dict[str, str]:
         """Digest of every tensor of the prefix."""
@@ -189,6 +199,7 @@ class Replay:
         self._missed_rows = 0
         self._warned = False
         self.released: Any = None  # a `release.Released` once release_prefix was called
+        self.spot: Any = None  # a `spot.SpotCheck` where a store's states are replayed
         self._placeholders = [(part, Placeholder(part, self)) for part in prefix.replaced]
         self.outermost: nn.Module | None = None
         self._owner: nn.Module | None = None
@@ -205,9 +216,19 @@ class Replay:
         """Whether a forward with states is going on."""
         return self._owner is not None
 
+    def check(
+        self, module: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any], states: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Refuses a batch whose states are not what the prefix computes now, as far as that is looked at each time."""
+        self.check_attention(_attention(getattr(module, "config", None)))
+        self.check_weights()
+        on_trial = self.outermost is not None and ON_TRIAL in self.outermost.__dict__
+        away = self.released is not None and self.released.away
+        if self.spot is not None and not on_trial and not away:
+            self.spot.before_batch(module, args, inputs, states, self.tables, self.used)
+
     def enter(self, owner: nn.Module, states: Mapping[str, torch.Tensor]) -> None:
         """Puts the placeholders in for one forward of `owner`."""
-        self.check_weights()
         if self.released is not None:
             self.released.release()
         self._owner = owner
@@ -356,13 +377,18 @@ class Replay:
                 )
             self._seen = self._state()
 
+    def same_weights(self) -> bool:
+        """Whether the prefix holds the tensors of the last batch; not where it was changed in the open since."""
+        return self._state() == self._seen or self.prefix.digest() == self.digests
+
     def _state(self) -> tuple[Any, ...]:
         """What moves when a tensor of the prefix is written to, replaced or thawed."""
-        return tuple((id(t), t._version, t.requires_grad, t.shape, t.dtype) for t in self._watched())
+        return tuple((id(t), t._version, _address(t), t.requires_grad, t.shape, t.dtype) for t in self._watched())
 
     def _watched(self) -> list[torch.Tensor]:
         inside = [t for part in self.prefix.replaced for t in (*part.module.parameters(), *part.module.buffers())]
-        return [*inside, *(tensor for _, tensor in self.prefix.beside)]
+        around = [buffer for module in self.prefix.around for buffer in module.buffers(recurse=False)]
+        return [*inside, *(tensor for _, tensor in self.prefix.beside), *around]
 
     # -------------------------------------------------------------------------------------------------------- hooks
 
@@ -397,6 +423,11 @@ class Replay:
                 del module.__dict__["generate"]
 
 
+def _address(tensor: torch.Tensor) -> int:
+    """Where a tensor's numbers lie: `p.data = other` changes nothing else. 0 for what other processes hold too."""
+    return 0 if is_sharded(tensor) else tensor.data_ptr()
+
+
 def _take_states(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -418,7 +449,7 @@ def _take_states(
         kwargs.get(name) or getattr(config, name, False) for name in ("output_hidden_states", "output_attentions")
     )
     if states and not replay.active and not every_state and kwargs.get("past_key_values") is None:
-        replay.check_attention(_attention(config))
+        replay.check(module, args, kwargs, states)
         replay.enter(module, states)
         replay.used += 1
         kwargs["use_cache"] = False  # a key-value cache would miss the prefix's blocks

@@ -1,0 +1,323 @@
+"""Compares stored states with what the model computes now: what no key can see, this sees.
+
+A key holds what can be read off a model; code that its code calls, a closure, a library's switch cannot. So a few
+rows are computed anew whenever a cache is attached, and one row of a batch at the first cached batch, then once an
+epoch or every few hundred batches, at once where a cheap look at the modules finds something changed, and at the end.
+A difference beyond rounding raises `CannotCache` with the row and its size. Changes neither model nor store.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_freeze.errors import CannotCache
+from hf_freeze.prefix.build import Collator, Rows, capture, collate, move, split_rows
+from hf_freeze.prefix.casts import is_sharded
+from hf_freeze.prefix.key import INTERNAL, own_hooks
+from hf_freeze.prefix.replay import Prefix, autocast
+from hf_freeze.prefix.rows import TARGET, read_rows
+from hf_freeze.prefix.store import Store
+from hf_freeze.trial import on_trial
+
+__all__ = ["SpotCheck", "compare_rows"]
+
+# Batches between two checks at least and at most: computing a row costs a fifth of a cached batch of eight.
+SELDOM, OFTEN = 256, 32
+# Bars, relative: of a row's norm and of the middle token's. Rounding does 1e-6 in fp32 and 5e-3 in 16 bits; where the
+# model itself rounds coarser (alone against among others), that many times its own.
+BARS, BARS_LOW = (2e-4, 2e-4), (5e-2, 2e-2)
+TIMES_OWN = 8.0
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far two tensors of one row are apart, relative: as a whole, and the middle one of its tokens."""
+
+    whole: float
+    middle: float
+
+    def within(self, bars: tuple[float, float]) -> bool:
+        """Whether both are below their bars; NaN is not."""
+        return self.whole <= bars[0] and self.middle <= bars[1]
+
+
+def compare_rows(
+    model: nn.Module,
+    prefix: Prefix,
+    store: Store,
+    tables: Mapping[str, torch.Tensor],
+    rows: Rows,
+    sample: list[int],
+    collator: Collator,
+) -> dict[str, tuple[float, float]]:
+    """Compares the stored states of some rows with fresh ones, in the precision of the cache.
+
+    Returns:
+        For each stream the bars within which rounding stays, measured: each row alone against among the others.
+
+    Raises:
+        CannotCache: A row's stored states are not what the model computes; the message has the row and the size.
+    """
+    device = next(model.parameters()).device
+    leaves = prefix.leaves("stream")
+    with_target = TARGET in prefix.sides
+    batch = collate(collator, [rows.features[row] for row in sample])
+    bars: dict[str, tuple[float, float]] = {}
+    with on_trial(model, training=False), autocast(prefix.precision, device):
+        together = capture(model, prefix, move(batch, device))
+        among = split_rows(together, leaves, read_rows(batch, with_target=with_target))
+        fresh = []
+        for row in sample:
+            single = collate(collator, [rows.features[row]])
+            states = capture(model, prefix, move(single, device))
+            fresh.append(next(split_rows(states, leaves, read_rows(single, with_target=with_target))))
+    for one, other in zip(fresh, among, strict=True):
+        for name in leaves:
+            own, least = _gap(other[name], one[name]), _least(one[name], prefix.precision)
+            known = bars.get(name, least)
+            bars[name] = (max(known[0], TIMES_OWN * own.whole), max(known[1], TIMES_OWN * own.middle))
+    for row, states in zip(sample, fresh, strict=True):
+        stored = store.read(rows.digests[row])
+        for name in leaves:
+            gap = _gap(stored[name].to(device), states[name])
+            if not gap.within(bars[name]):
+                raise CannotCache(
+                    f"The prefix cache {store.folder} holds other states of row {row} than the model computes now: "
+                    f"{_told(name, gap, bars[name])}. Something that decides about them and that the cache's key does "
+                    "not see has changed since they were computed: code that the model's code calls, a closure, a "
+                    f"library's setting. Undo it, remove {store.folder}, or give another cache_dir."
+                )
+    for name in prefix.leaves("table"):
+        if _table_differs(tables.get(name), together[name]):
+            raise CannotCache(
+                f"The prefix cache {store.folder} holds another table {name} than the model computes now. Remove "
+                f"{store.folder}, or give another cache_dir."
+            )
+    return bars
+
+
+class SpotCheck:
+    """Looks now and then, during a training from a cache, whether the batch's states are still what the model computes.
+
+    Args:
+        bars: What `compare_rows` returned.
+        epoch_rows: Rows that this process trains in an epoch; with a batch's rows they say how many batches that is.
+
+    Attributes:
+        held_at: The number of the cached batch at which the last check held; 0 before the first.
+    """
+
+    def __init__(self, prefix: Prefix, bars: Mapping[str, tuple[float, float]], epoch_rows: int) -> None:
+        self.prefix = prefix
+        self.bars = dict(bars)
+        self.epoch_rows = epoch_rows
+        self.held_at = 0
+        self.checks = 0
+        self._look: list[Any] = []
+        self._looked_in_vain = 0
+        self._other_since = 0  # the batch from which on the modules look otherwise, though their states held
+        self._due = False
+
+    def before_batch(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        inputs: Mapping[str, Any],
+        states: Mapping[str, torch.Tensor],
+        tables: Mapping[str, torch.Tensor],
+        used: int,
+    ) -> None:
+        """Checks one row where it is time, all where the modules look otherwise than at the last check.
+
+        Args:
+            module: What is called with the batch.
+            states: The batch's stored states [rows, width, ...] by stream.
+            used: Cached batches before this one.
+
+        Raises:
+            CannotCache: The row's states are old.
+        """
+        batch = used + 1
+        since = batch - self.held_at
+        look = self._look_at_modules()
+        # A module that notes something at every batch would else be checked at every batch.
+        looks_other = look != self._look and since >= min(2**self._looked_in_vain, SELDOM)
+        rows = next(iter(states.values())).shape[0]
+        epoch = self.epoch_rows // max(1, rows)
+        if self.held_at and not self._due and not looks_other and since < min(max(epoch, OFTEN), SELDOM):
+            return
+        if torch.compiler.is_compiling() or any(map(is_sharded, self.prefix.tensors().values())):
+            return  # the first traces code instead of running it, the second would wait for the other processes
+        places = [random.Random(used).randrange(rows)]
+        if self.held_at and looks_other:
+            self._looked_in_vain += 1
+            self._other_since = self._other_since or batch
+            places = list(range(rows))
+        chosen = {name: _rows_at(value, places, rows) for name, value in (*inputs.items(), *_by_name(module, args))}
+        device = next(module.parameters()).device
+        try:
+            with on_trial(module, training=True), autocast(self.prefix.precision, device):
+                fresh = capture(module, self.prefix, chosen)
+        except CannotCache:
+            raise
+        except Exception as error:  # a foreign forward may refuse one row alone
+            warnings.warn(
+                f"A row of cached batch {batch} could not be computed anew to check its stored states "
+                f"({type(error).__name__}: {error}); they go on unchecked.",
+                stacklevel=1,
+            )
+            self._note(batch, look)
+            return
+        spans = _spans(chosen, self.prefix)
+        for name, leaf in self.prefix.leaves("stream").items():
+            for place, now in zip(places, fresh[name], strict=True):
+                stored = states[name][place]
+                if leaf.side:
+                    start, stop = spans[leaf.side][place - places[0]] if leaf.side in spans else _extent(stored)
+                    stored, now = stored[start:stop], now[start:stop]
+                gap = _gap(stored.to(now.device), now)
+                if not gap.within(self.bars.get(name, _least(now, self.prefix.precision))):
+                    raise self._stale(f"row {place} of cached batch {batch}", name, gap)
+        for name in self.prefix.leaves("table"):
+            if _table_differs(tables.get(name), fresh[name]):
+                raise self._stale(f"cached batch {batch}", name, None)
+        self._note(batch, look)
+
+    def at_the_end(self, model: nn.Module, store: Store, rows: Rows, collator: Collator, used: int) -> None:
+        """Checks a row of the dataset after the last batch, where one was trained since the last check."""
+        if used == self.held_at and not self._due:
+            return
+        if any(t.device.type == "meta" or is_sharded(t) for t in self.prefix.tensors().values()):
+            return
+        row = random.Random(used).randrange(len(rows))
+        device = next(model.parameters()).device
+        leaves = self.prefix.leaves("stream")
+        try:
+            single = collate(collator, [rows.features[row]])
+            with on_trial(model, training=True), autocast(self.prefix.precision, device):
+                fresh = capture(model, self.prefix, move(single, device))
+        except CannotCache:
+            raise
+        except Exception as error:  # rows that lie no longer where they lay, a model that went elsewhere
+            warnings.warn(
+                f"Row {row} could not be computed anew to check the states of the last cached batches "
+                f"({type(error).__name__}: {error}); they go unchecked.",
+                stacklevel=1,
+            )
+            return
+        known = read_rows(single, with_target=TARGET in self.prefix.sides)
+        if known.digests[0] not in store:
+            return
+        states = next(split_rows(fresh, leaves, known))
+        for name, tensor in store.read(known.digests[0]).items():
+            gap = _gap(tensor.to(device), states[name])
+            if not gap.within(self.bars[name]):
+                raise self._stale(f"row {row} of the dataset, after the last batch,", name, gap)
+        self.held_at = used
+        self._due = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_look": []}  # a copy's modules are others
+
+    def after_release(self) -> None:
+        """The prefix was away and is back: the next batch is checked, whenever it comes."""
+        self._due = True
+
+    def _note(self, batch: int, look: list[Any]) -> None:
+        self.held_at, self._look, self._due = batch, look, False
+        self.checks += 1
+
+    def _stale(self, where: str, name: str, gap: Gap | None) -> CannotCache:
+        size = _told(name, gap, self.bars[name]) if gap else f"the table {name} is another"
+        cure = "undo the change, or close() the cache and call PrefixCache.build again"
+        if self.held_at:
+            first = min(self.held_at + 1, self._other_since or self.held_at + 1)
+            cure = f"states may have been old from cached batch {first} on; {cure}; train from there anew"
+        return CannotCache(
+            f"The prefix cache's states of {where} are not what the model computes now: {size}. Something below the "
+            f"cut changed since they were computed or compared; {cure}."
+        )
+
+    def _look_at_modules(self) -> list[Any]:
+        """What a module keeps, by identity: cheap, and another where a hook, adapter, attribute or class changed."""
+        seen: list[Any] = []
+        for part in self.prefix.replaced:
+            for module in part.module.modules():
+                seen.append((type(module), type(module).forward, len(own_hooks(module))))
+                seen += [id(value) for name, value in module.__dict__.items() if _is_seen(name)]
+        for module in self.prefix.around:
+            own = module.__dict__
+            seen.append((type(module), type(module).forward, len(own_hooks(module)), id(own.get("forward"))))
+            seen += [id(value) for name, value in own.items() if _is_seen(name) and isinstance(value, int | float)]
+        return seen
+
+
+_UNSEEN = INTERNAL - {"forward"}
+
+
+def _is_seen(name: str) -> bool:
+    return name not in _UNSEEN and not name.startswith("_hf_freeze")
+
+
+def _gap(one: torch.Tensor, other: torch.Tensor) -> Gap:
+    if one.shape != other.shape:
+        return Gap(float("inf"), float("inf"))
+    one, other = one.detach().double(), other.detach().double()
+    difference = one - other
+    whole = float(difference.norm() / other.norm().clamp(min=1e-30))
+    if one.dim() < 2 or not one.numel():
+        return Gap(whole, whole)
+    each = difference.flatten(1).norm(dim=1) / other.flatten(1).norm(dim=1).clamp(min=1e-30)
+    return Gap(whole, float(each.median()))
+
+
+def _least(tensor: torch.Tensor, precision: str | None) -> tuple[float, float]:
+    low = precision in ("bf16", "fp16") or tensor.dtype not in (torch.float32, torch.float64)
+    return BARS_LOW if low else BARS
+
+
+def _told(name: str, gap: Gap, bars: tuple[float, float]) -> str:
+    return (
+        f"those of {name.split(':')[0]} differ by {gap.whole:.1e} of their size, {gap.middle:.1e} in the middle token "
+        f"(rounding: up to {bars[0]:.0e} and {bars[1]:.0e})"
+    )
+
+
+def _table_differs(stored: torch.Tensor | None, fresh: torch.Tensor) -> bool:
+    if stored is None or any(have < want for have, want in zip(stored.shape, fresh.shape, strict=False)):
+        return stored is None  # a batch wider than the table is refused where it is cut
+    cut = stored[tuple(slice(size) for size in fresh.shape)].to(fresh.device)
+    return not _gap(cut.flatten(), fresh.flatten()).within(_least(fresh, None))
+
+
+def _rows_at(value: Any, places: list[int], rows: int) -> Any:
+    by_row = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == rows
+    return value[places] if by_row else value
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...]) -> list[tuple[str, Any]]:
+    """Arguments that were given by their places."""
+    return list(zip(inspect.signature(module.forward).parameters, args, strict=False)) if args else []
+
+
+def _spans(rows: Mapping[str, Any], prefix: Prefix) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Where the rows' real tokens lie, for the sides of which a mask or labels tell."""
+    tensors = {name: value.cpu() for name, value in rows.items() if isinstance(value, torch.Tensor)}
+    spans = read_rows(tensors, with_target=TARGET in prefix.sides).spans
+    if "decoder_attention_mask" not in rows and "labels" not in rows:
+        spans.pop(TARGET, None)
+    return spans
+
+
+def _extent(states: torch.Tensor) -> tuple[int, int]:
+    """From the first to after the last token that is not all zeros, as padding is."""
+    real = states.flatten(1).ne(0).any(dim=1).nonzero()
+    return (int(real[0]), int(real[-1]) + 1) if len(real) else (0, len(states))
