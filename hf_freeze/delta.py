@@ -16,6 +16,7 @@ import reprlib
 import shutil
 import stat
 import uuid
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,10 @@ READS = 20  # of a delta that other saves replace while it is read
 HUB_OPTIONS = ("repo_id", "private", "token", "commit_message")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DIGEST = re.compile(r"\w+ \[(\d+(, \d+)*)?\] [0-9a-f]{32}")  # of `tensor_digest`
+PASSING = (  # in a config: how a model was saved, and what the tensors tell or no forward looks at
+    "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
+    "tie_word_embeddings", "use_cache", "vocab_size", "quantization_config", "id2label", "label2id", "problem_type",
+)  # fmt: skip
 SHOWN = 3  # names that a message gives as examples
 
 
@@ -228,6 +233,7 @@ def load_delta(
             module.__dict__[RELEASED].restore()
     _check_names(place, manifest, root)
     _check_kinds(place, manifest, root)
+    _check_config(place, manifest, root)
     to_untie = _check_ties(place, manifest, root)
     _check_bits(place, manifest, root)
     if to_untie:
@@ -470,8 +476,7 @@ def _has_config(target: Path, text: str) -> bool:
     try:
         there = json.loads(_regular(path).read_text(encoding="utf-8"))
         wanted = json.loads(text)
-        passing = ("architectures", "dtype", "torch_dtype", "transformers_version")
-        if all(there.get(name) == wanted.get(name) for name in {*there, *wanted} if name not in passing):
+        if all(there.get(name) == wanted.get(name) for name in {*there, *wanted} if name not in PASSING[:5]):
             return True
     except (OSError, ValueError, RecursionError, AttributeError, TypeError, DeltaMismatch):
         pass
@@ -797,6 +802,42 @@ def _check_kinds(place: Path, manifest: _Manifest, root: nn.Module) -> None:
 def _rows_apart(told: str, found: str) -> bool:
     """Whether two kinds differ in the first size only: "float32 [9, 4]" and "float32 [8, 4]"."""
     return re.sub(r"\[\d+", "[", told) == re.sub(r"\[\d+", "[", found)
+
+
+def _check_config(place: Path, manifest: _Manifest, root: nn.Module) -> None:
+    """The model is of the kind that was trained; warns where it computes otherwise from the same tensors."""
+    now: Any = getattr(root, "config", None)
+    try:
+        told = json.loads(_regular(place / "config.json").read_text(encoding="utf-8"))
+        kind, kind_now = told["model_type"], type(now).model_type  # an instance keeps that of the file it was read from
+        if kind == kind_now:
+            told = json.loads(type(now).from_dict(told).to_json_string())
+        wanted, present = _settings(told), _settings(json.loads(now.to_json_string()))
+    except Exception:  # there is none, or none that is sound: the tensors fit all the same
+        return
+    if kind != kind_now:
+        raise DeltaMismatch(
+            f"The delta in {place} was trained on a model of type {reprlib.repr(kind)}; this {_architecture(root)} is "
+            f"of type {kind_now!r}. Give {_words(manifest)}."
+        )
+    if apart := [name for name in {**wanted, **present} if wanted.get(name) != present.get(name)]:
+        shown = [f"{name} was {wanted.get(name)!r}, is {present.get(name)!r}" for name in apart]
+        warnings.warn(
+            f"The delta in {place} was trained with other settings than this {_architecture(root)} has, which may make "
+            f"it compute otherwise: {_some(shown)}. Give base_model= with those of the training.",
+            stacklevel=3,
+        )
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config tells how a model computes in eval mode, by dotted names."""
+    settings: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in PASSING or name.endswith(("_token_id", "_token_ids")) or "drop" in name:
+            continue
+        inner = _settings(value) if isinstance(value, dict) else {"": value}
+        settings |= {f"{name}.{key}".strip("."): setting for key, setting in inner.items()}
+    return settings
 
 
 def _check_ties(place: Path, manifest: _Manifest, root: nn.Module) -> tuple[str, ...]:

@@ -376,6 +376,27 @@ def test_a_resized_vocabulary_is_named(tied_head: Any, tmp_path: Path) -> None:
         assert torch.equal(logits(load_delta(tmp_path / "delta", base)), logits(model))
 
 
+def test_a_class_of_another_type_with_the_same_tensors_is_refused(tmp_path: Path) -> None:
+    save_delta(trained("llama", tmp_path), tmp_path / "delta")
+    edit(tmp_path / "delta", lambda values: values.update(architecture="MistralForCausalLM"))
+    with pytest.raises(
+        DeltaMismatch, match=r"on a model of type 'llama'; this MistralForCausalLM is of type 'mistral'"
+    ):
+        load_delta(tmp_path / "delta")
+
+
+def test_settings_that_make_the_same_tensors_compute_otherwise_are_told(tmp_path: Path) -> None:
+    model = trained("llama", tmp_path)
+    model.config.rms_norm_eps = 0.5
+    model.config.use_cache, model.config.pad_token_id, model.config.attention_dropout = False, 7, 0.5
+    save_delta(model, tmp_path / "delta")
+    with pytest.warns(UserWarning, match=r"with other settings than .*: rms_norm_eps was 0\.5, is 1e-06\. Give"):
+        load_delta(tmp_path / "delta")
+    base = load_base("llama", tmp_path)
+    base.config.rms_norm_eps = 0.5
+    load_delta(tmp_path / "delta", base)
+
+
 def test_another_dtype_or_architecture_or_depth_is_refused(tmp_path: Path) -> None:
     save_delta(trained("llama", tmp_path), tmp_path / "delta")
     refuses(tmp_path / "delta", load_base("llama", tmp_path).bfloat16(), r"\(float32 \[\d+, \d+\], here bfloat16 ")
