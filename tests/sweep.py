@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from hf_freeze import FreezePlan, freeze, read_anatomy, verify_frozen
 from hf_freeze.anatomy import Stack
@@ -31,19 +30,21 @@ def training_batch(model: nn.Module, tokens: int = 16) -> dict[str, torch.Tensor
     return batch
 
 
-def _no_graph_reaches(stack: Stack, depth: int) -> RemovableHandle:
-    """Lets the states that enter a stack's first trained block fail where a gradient would flow below it.
+def _no_graph_reaches(stack: Stack, depth: int) -> None:
+    """Lets the states that next enter a stack's first trained block fail where a gradient would flow below it.
 
     This knows nothing of embeddings: whatever feeds the blocks and was not frozen is found. A decoder's frozen blocks
-    get a gradient from the encoder through cross-attention, so there the first block is looked at.
+    get a gradient from the encoder through cross-attention, so there the first block is looked at. A block that is run
+    in a loop reads its own output later: the first call of a step counts.
     """
     block = stack.blocks[depth]
 
     def refuse(_: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
         states = args[0] if args else kwargs["hidden_states"]
         assert not states.requires_grad, "a gradient flows below"
+        handle.remove()
 
-    return block.modules[0].register_forward_pre_hook(refuse, with_kwargs=True)
+    handle = block.modules[0].register_forward_pre_hook(refuse, with_kwargs=True)
 
 
 def language_loss(model: nn.Module) -> torch.Tensor:
@@ -87,15 +88,14 @@ def check_freeze(model: nn.Module, loss_of: Callable[[nn.Module], torch.Tensor] 
     states = [{name: t.detach().clone() for name, t in piece.state_dict().items()} for piece in lower_blocks]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     above_encoder = anatomy.stacks[1:]
-    handles = [_no_graph_reaches(s, 0 if s in above_encoder else halves[s.name]) for s in anatomy.stacks]
     for _ in range(3):
+        for stack in anatomy.stacks:
+            _no_graph_reaches(stack, 0 if stack in above_encoder else halves[stack.name])
         loss = loss_of(model)
         assert torch.isfinite(loss), "loss is not finite"
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    for handle in handles:
-        handle.remove()
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad), "a frozen tensor has a gradient"
     for name, parameter in model.named_parameters():
         same = torch.equal(parameter, before[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hf_freeze import FreezePlan, PrefixCache, freeze
 from hf_freeze.errors import CannotCache
 from tests.sweep import training_batch
 from tests.test_architectures import HELD
-from tests.zoo import VOCAB, build, name_of
+from tests.zoo import OVERRIDES, VOCAB, build, name_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -124,6 +125,17 @@ def test_so_it_is_above_a_whole_frozen_encoder(architecture: tuple[str, type], t
             check(architecture, plan, tmp_path)
         return
     check(architecture, plan, tmp_path)
+
+
+@pytest.mark.skipif("dory" not in CONFIG_MAPPING, reason="transformers 5.24 has it")
+@pytest.mark.parametrize(("blocks", "cached"), [(1, True), (2, False), (3, True)])
+def test_a_cut_among_blocks_that_are_run_in_a_loop_is_declined(
+    blocks: int, cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block 1 then follows block 2, which trains: its second output is another one after each step."""
+    monkeypatch.setitem(OVERRIDES, "dory", {"n_input_layers": 1, "n_output_layers": 1})
+    with nullcontext() if cached else pytest.raises(CannotCache, match="gives other gradients than the plain forward"):
+        check(("dory", AutoModelForCausalLM), FreezePlan(decoder_blocks=blocks), tmp_path)
 
 
 def test_at_least_90_percent_of_the_architectures_train_from_the_cache() -> None:

@@ -1,7 +1,7 @@
 """Small random models of every architecture that transformers' Auto classes build from a config.
 
 A config is shrunk by the names of its sizes, never by the name of its architecture; the few that need values of
-their own stand in OVERRIDES, and those that transformers does not build from a config in NOT_BUILT, with the reason.
+their own stand in OVERRIDES, and those that transformers does not build and run alone in NOT_BUILT, with the reason.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots3_note_text": {"swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8, "swa_q_lora_rank": 8,
                         "swa_kv_lora_rank": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4},
+    "dory": {"n_input_layers": 2, "n_output_layers": 1},  # the one between is called twice
     "encoder-decoder": {"pad_token_id": 0, "decoder": {"is_decoder": True, "add_cross_attention": True}},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 1},
@@ -112,7 +113,7 @@ OVERRIDES["dots3_note"] = {
 OVERRIDES["qwen4_exp"] = {"text_config": OVERRIDES["qwen4_exp_text"]}
 
 
-# What transformers itself does not build from a config alone: the exception, and why.
+# What transformers itself does not build from a config alone, or not run on tokens alone: the exception, and why.
 NOT_BUILT: dict[str, tuple[type[Exception], str]] = {
     "gemma3n": (ImportError, "its vision tower needs the packages timm and pillow"),
     "gemma4_assistant": (
