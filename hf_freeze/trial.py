@@ -101,12 +101,20 @@ def _random_states() -> Callable[[], None]:
 
 
 def _states(model: nn.Module) -> list[Callable[[], None]]:
-    """Puts back what stands on a model beside its weights."""
+    """Puts back what stands on a model beside its weights.
+
+    A model that rescales its weights by its mode notes that it did (RWKV): where weights moved, notes beside texts stay.
+    """
     actions: list[Callable[[], None]] = []
     configs: dict[int, Any] = {}
+    versions = [(weight, _version(weight)) for weight in model.parameters()]
+
+    def weights_moved() -> bool:
+        return any(_version(weight) != version for weight, version in versions)
+
     for module in model.modules():
         # The dictionaries of hooks, parameters, modules and buffers are values of this one and stay the same objects.
-        actions.append(_putter(module.__dict__))
+        actions.append(_putter(module.__dict__, weights_moved))
         actions.append(_putter(module._modules))
         actions.append(_putter(module._buffers))
         actions.extend(_buffer_putter(buffer) for buffer in module._buffers.values() if buffer is not None)
@@ -122,18 +130,25 @@ def _collect(config: Any, configs: dict[int, Any]) -> None:
             _collect(value, configs)
 
 
-def _putter(values: dict[str, Any]) -> Callable[[], None]:
+def _putter(values: dict[str, Any], keeps_notes: Callable[[], bool] = lambda: False) -> Callable[[], None]:
     before = dict(values)
 
     def put_back() -> None:
-        if list(values) != list(before):
-            values.clear()
-            values.update(before)
-        for name, value in before.items():
-            if values[name] is not value:
-                values[name] = value
+        if list(values) == list(before) and all(values[name] is before[name] for name in before):
+            return
+        kept = {name: value for name, value in values.items() if _is_note(name, value)} if keeps_notes() else {}
+        values.clear()
+        values.update(before | kept)
 
     return put_back
+
+
+def _is_note(name: str, value: Any) -> bool:
+    return name != "training" and not name.startswith("_hf_freeze") and isinstance(value, bool | int | float)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _buffer_putter(buffer: torch.Tensor) -> Callable[[], None]:

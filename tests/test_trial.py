@@ -1,0 +1,198 @@
+"""Whoever runs a model on a sample leaves it, and every random state, as it was."""
+
+from __future__ import annotations
+
+import random
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_freeze import (
+    CannotCache,
+    FreezePlan,
+    PrefixCache,
+    advise,
+    all_logits,
+    forecast,
+    freeze,
+    read_anatomy,
+    supervised_logits_only,
+)
+from hf_freeze.errors import PlanError
+from hf_freeze.trial import on_trial
+from tests.zoo import build
+
+IDS = torch.arange(3, 15).repeat(8, 1) + torch.arange(8)[:, None]
+ROWS = [{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)} for ids in IDS]
+# Among them: attention that is traded for another (big_bird), states on modules (dynamic positions, xlnet), experts,
+# hashes at random (reformer), LayerDrop (bart, opt), two stacks, state spaces.
+KINDS: dict[str, dict[str, Any]] = {
+    "gpt2": {"resid_pdrop": 0.1}, "llama": {}, "bart": {"dropout": 0.1, "encoder_layerdrop": 0.5}, "t5": {},
+    "big_bird": {"attention_type": "block_sparse"}, "bigbird_pegasus": {}, "mixtral": {}, "qwen2_moe": {},
+    "mamba": {}, "xlnet": {}, "reformer": {}, "led": {}, "opt": {"layerdrop": 0.5},
+    "gemma2": {}, "llama4_text": {},
+}  # fmt: skip
+
+
+def model_of(kind: str) -> nn.Module:
+    """In train mode but for one block, with a gradient here and there and a hook of the user's."""
+    given = dict(KINDS[kind])
+    if kind == "llama":  # its frequencies follow the longest row that it has seen
+        given["rope_parameters"] = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+        given["max_position_embeddings"] = 4
+    model = build(kind, **given).train()
+    next(m for m in model.modules() if isinstance(m, nn.ModuleList))[0].eval()
+    first = next(model.parameters())
+    first.grad = torch.ones_like(first)
+    model.register_forward_hook(lambda *_: None)
+    return model
+
+
+def everything(model: nn.Module) -> dict[str, Any]:
+    """All that can be seen of a model and of the process's random numbers, by name."""
+    seen: dict[str, Any] = {
+        "torch": torch.get_rng_state().tolist(), "numpy": str(np.random.get_state()), "python": random.getstate(),
+        "grad mode": torch.is_grad_enabled(),
+    }  # fmt: skip
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
+        data = tensor.detach().reshape(-1).view(torch.uint8) if tensor.numel() else tensor
+        seen[f"{name} tensor"] = (id(tensor), tensor._version, tensor.requires_grad, data.tolist())
+        seen[f"{name} grad"] = None if tensor.grad is None else (id(tensor.grad), tensor.grad.tolist())
+    for name, module in model.named_modules(remove_duplicate=False):
+        seen[f"{name} module"] = (id(module), type(module), module.training)
+        for key, value in vars(module).items():
+            plain = isinstance(value, str | int | float | bool | None)
+            seen[f"{name} .{key}"] = value if plain else (id(value), list(value) if isinstance(value, dict) else ())
+        if (config := getattr(module, "config", None)) is not None:
+            seen[f"{name} config"] = (id(config), config.to_dict(), config._attn_implementation)
+    return seen
+
+
+def changes(before: dict[str, Any], model: nn.Module) -> list[str]:
+    after = everything(model)
+    return [name for name in before | after if before.get(name, "absent") != after.get(name, "absent")]
+
+
+def cost(model: nn.Module) -> None:
+    with suppress(PlanError):  # reversible blocks cannot be frozen
+        forecast(model, FreezePlan(encoder_blocks=1, decoder_blocks=1))
+
+
+def reduce_and_undo(model: nn.Module) -> None:
+    if supervised_logits_only(model).active:
+        assert all_logits(model)
+
+
+def seed_everything() -> None:
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+
+
+# Two of them are enough for every run; the others are as long as all else together.
+@pytest.mark.parametrize("kind", [k if k in ("big_bird", "llama") else pytest.param(k, marks=pytest.mark.slow)
+                                  for k in KINDS])  # fmt: skip
+def test_a_look_leaves_everything_as_it_was(kind: str, tmp_path: Path) -> None:
+    model = model_of(kind)
+    seed_everything()
+    before = everything(model)
+    for act in (read_anatomy, cost, reduce_and_undo):
+        act(model)
+        assert changes(before, model) == [], act
+    with suppress(PlanError):
+        freeze(model, FreezePlan(encoder_blocks="all", decoder_blocks=1))
+        before = everything(model)
+        with suppress(CannotCache):
+            prepared = PrefixCache.prepare(model, ROWS, cache_dir=tmp_path, progress=False)
+            assert changes(before, model) == [], "prepare"
+            prepared.predict(steps=8, batch_size=2)
+        assert changes(before, model) == [], "predict"
+
+
+def test_advice_leaves_everything_as_it_was() -> None:
+    model = model_of("gpt2")
+    seed_everything()
+    before = everything(model)
+    advise(model, ROWS * 4, steps=2, batch_size=4, depths=[3], learning_rates=[1e-3], progress=False)
+    after = everything(model)
+    changed = [name for name in before | after if before.get(name, "absent") != after.get(name, "absent")]
+    for name in changed:  # weights that were trained and put back: the same bits, in the same tensor
+        assert name.endswith(" tensor")
+        assert [before[name][i] for i in (0, 2, 3)] == [after[name][i] for i in (0, 2, 3)]
+
+
+def test_weights_that_a_model_rescales_by_its_mode_are_its_own_again_when_it_trains() -> None:
+    model = build("rwkv", rescale_every=2).train()
+    given = {"input_ids": IDS[:1], "use_cache": False}
+    logits, weights = model(**given).logits, {name: p.detach().clone() for name, p in model.named_parameters()}
+    supervised_logits_only(model)
+    with on_trial(model, training=False), torch.no_grad():
+        model(**given)
+    assert torch.equal(model(**given).logits, logits)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+# ------------------------------------------------------------------------------------------------- other generators
+
+
+def devices(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """A CUDA of two devices that is in use, each with a state that a draw moves; to seed all of them is an error."""
+    state = {"devices": [11, 22]}
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("every device was seeded")
+
+    for name in ("manual_seed", "manual_seed_all", "seed", "seed_all"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(state["devices"]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: state.update(devices=list(states)))
+    return state
+
+
+class Drawing(nn.Module):
+    """Draws on a device of the fixture's, as a model in two pieces would, though its weights are on the CPU."""
+
+    def __init__(self, inner: nn.Module, state: dict[str, list[int]]) -> None:
+        super().__init__()
+        self.inner, self.state = inner, state
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.state["devices"][1] += 1
+        return self.inner(*args, **kwargs)
+
+
+def test_the_generators_of_every_device_are_put_back_and_none_but_the_models_is_seeded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build("gpt2").train()
+    device_generator = devices(monkeypatch)
+    model.transformer.h[0].mlp = Drawing(model.transformer.h[0].mlp, device_generator)
+    with on_trial(model, training=True), torch.no_grad():
+        model(input_ids=IDS)
+        assert device_generator["devices"] == [11, 23]
+    assert device_generator["devices"] == [11, 22]
+    for act in (read_anatomy, cost, reduce_and_undo):
+        act(model)
+        assert device_generator["devices"] == [11, 22]
+
+
+def test_a_trial_that_fails_puts_everything_back() -> None:
+    model = model_of("big_bird")
+    seed_everything()
+    before = everything(model)
+
+    def fail() -> None:
+        model(input_ids=IDS[:, :4])
+        torch.set_grad_enabled(True)
+        model.config.attention_type = "original_full"
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), on_trial(model, training=False):
+        fail()
+    assert changes(before, model) == []
