@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -51,10 +51,11 @@ __all__ = ["sweep_depths"]
 
 REFERENCES = (FULL, LORA)
 LORA_R = 16
+ROWS = "_rows"  # the ending of a score's value of each row
 
 MakeModel = Callable[[], Any]
 MakeTrainer = Callable[[Any], Any]
-Score = Callable[[Any], Mapping[str, float]]
+Score = Callable[[Any], Mapping[str, float | Sequence[float]]]
 
 
 def sweep_depths(
@@ -97,7 +98,8 @@ def sweep_depths(
         train_rows: Numbers of training rows; None is all. A seed's smaller choice lies within its larger one.
         references: Of "full" (fine-tuning, nothing frozen) and "lora" (PEFT, r = 16, alpha = 32, every linear layer).
         score: Further metrics of a trained model, from its trainer, such as ROUGE of its summaries. Names that end in
-            _low and _high beside a name are its interval.
+            _low and _high beside a name are its interval; one that ends in _rows is its value of each test row, always
+            in the same order, by which depths are compared.
         tune_by: The metric that chooses learning rates. "eval_loss", so that the test rows choose nothing.
         quality: The metric that the report compares; None is `tune_by`. Less is better where "loss" is in its name.
         halving: For long grids: all pairs of depth and learning rate are tried on a small share of the epochs, the
@@ -387,7 +389,7 @@ class _Sweep:
             if report is not None:
                 verify_frozen(model, report)
             started = time.perf_counter()
-            metrics = {} if diverged else self._measure(trainer, run, rival)
+            metrics, row_scores = ({}, {}) if diverged else self._measure(trainer, run, rival)
             score_seconds = time.perf_counter() - started
         finally:
             if cache is not None:
@@ -406,6 +408,7 @@ class _Sweep:
             delta_bytes=sum(p.numel() * p.element_size() for p in trained),
             cached=cache is not None,
             device=device_name(device) + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""),
+            row_scores=row_scores,
         )
         if self.chief:
             text = ", ".join(f"{name} {metrics[name]:.4g}" for name in {self.tune_by, self.quality} & metrics.keys())
@@ -441,14 +444,37 @@ class _Sweep:
         trainer.data_collator = cache.collator
         return cache
 
-    def _measure(self, trainer: Any, run: SweepRun, rival: SweepResult | None) -> dict[str, float]:
+    def _measure(
+        self, trainer: Any, run: SweepRun, rival: SweepResult | None
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """The metrics, and of those that have them the values of each row."""
         metrics = {name: float(value) for name, value in trainer.evaluate().items() if isinstance(value, int | float)}
         metrics = {name: value for name, value in metrics.items() if not name.endswith(("_runtime", "_per_second"))}
         sign = sign_of(self.tune_by)
         behind = rival is not None and sign * metrics.get(self.tune_by, math.nan) <= sign * rival.metrics[self.tune_by]
-        if self.score is not None and not behind and run.share == 1.0:
-            metrics |= {name: float(value) for name, value in self.score(trainer).items()}
-        return metrics
+        by_row: dict[str, list[float]] = {}
+        if behind or run.share < 1.0:
+            return metrics, by_row
+        if self.quality == "eval_loss":
+            by_row["eval_loss"] = _row_losses(trainer)
+        for name, value in (self.score(trainer) if self.score is not None else {}).items():
+            if name.endswith(ROWS):
+                by_row[name.removesuffix(ROWS)] = [float(f"{one:.6g}") for one in cast("Sequence[float]", value)]
+            else:
+                metrics[name] = float(cast("float", value))
+        return metrics, by_row
+
+
+def _row_losses(trainer: Any) -> list[float]:
+    """The loss of each row of the eval_dataset, as Trainer's evaluation computes that of a batch."""
+    trainer.model.eval()
+    losses = []
+    rows = trainer.get_eval_dataloader().dataset
+    for place in range(len(rows)):
+        batch = trainer.data_collator([rows[place]])
+        loss = trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)[0]
+        losses.append(float(f"{loss.mean().item():.6g}"))
+    return losses
 
 
 class _StepClock(TrainerCallback):

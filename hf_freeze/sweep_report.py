@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_freeze.errors import FreezeError, ResumeError, nearest
+from hf_freeze.paired import PairedDifference, compare_rows
 from hf_freeze.report import Table, count_text
 
 __all__ = ["DepthRow", "SweepReport", "SweepResult", "SweepRun", "draw_sweep"]
@@ -22,6 +23,7 @@ __all__ = ["DepthRow", "SweepReport", "SweepResult", "SweepRun", "draw_sweep"]
 RUNS_FILE = "runs.jsonl"
 FACTS_FILE = "sweep.json"
 PRETRAINED, FULL, LORA = "pretrained", "full", "lora"
+TOLERATED, TOLERATED_LOSS = 0.05, 0.01  # of a score, of a loss: so much less may be called as good
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class SweepResult:
     Attributes:
         run: Which one.
         metrics: Of Trainer's evaluation and of the caller's score, after the last epoch; {} where the loss diverged.
+        row_scores: Of the metrics that have one, each test row's own, in one order for all runs; {} in lines of the
+            first edition, which kept none.
         trained_parameters: How many.
         steps: Optimizer steps.
         train_seconds: Of all steps, batches included, without evaluation.
@@ -75,6 +79,7 @@ class SweepResult:
     delta_bytes: int
     cached: bool
     device: str
+    row_scores: dict[str, list[float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as one flat JSON object."""
@@ -86,7 +91,8 @@ class SweepResult:
     def from_dict(cls, values: Mapping[str, Any]) -> SweepResult:
         """A result from such an object."""
         names = [f.name for f in fields(SweepRun)]
-        rest = {f.name: values[f.name] for f in fields(cls) if f.name != "run"}
+        rest = {f.name: values[f.name] for f in fields(cls) if f.name not in ("run", "row_scores")}
+        rest["row_scores"] = dict(values.get("row_scores", {}))
         return cls(run=SweepRun(**{name: values[name] for name in names}), **rest)
 
 
@@ -98,6 +104,7 @@ class DepthRow:
         quality: Mean over the seeds; `low` and `high` are the means of the score's own intervals, or two standard
             errors of the seeds' mean where it has none, or the quality itself where there is but one seed.
         spread: Standard deviation over the seeds; 0.0 for one.
+        row_scores: The quality of each test row, mean over the seeds; () where the runs kept none.
     """
 
     depth: int | str
@@ -114,6 +121,7 @@ class DepthRow:
     peak_bytes: float
     delta_bytes: int
     trained_parameters: int
+    row_scores: tuple[float, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -182,7 +190,12 @@ class SweepReport:
         return [_row(groups[key], self.quality, self.tuned_by) for key in sorted(groups, key=place)]
 
     def deepest_within_noise(self, rows: int | None = None) -> DepthRow | None:
-        """The row with most blocks frozen whose quality lies within the interval of the best depth's.
+        """The row with most blocks frozen that the test rows show to be as good as every shallower one.
+
+        As good: behind it by 5 % of its quality at most (of a loss by 1 %) at the upper end of the paired interval, and
+        not behind on every row. What the rows cannot show counts against a depth, so that few of them name a
+        shallower one. Runs without scores of each row are compared by the best depth's own interval, as `table` says:
+        of those, few test rows name a deeper one.
 
         Args:
             rows: On this number of training rows; None is the most there are.
@@ -190,15 +203,54 @@ class SweepReport:
         Returns:
             The row; None where no depth was trained.
         """
+        depths = self._depths(rows)
+        if not _are_paired(depths):
+            return _deepest_unpaired(depths, sign_of(self.quality))
+        able = [row for place, row in enumerate(depths) if all(self._is_as_good(row, s) for s in depths[:place])]
+        return able[-1]
+
+    def behind(self, row: DepthRow, other: DepthRow) -> PairedDifference:
+        """How far a row's quality lies behind another's, over the same test rows; both must have `row_scores`."""
+        sign = sign_of(self.quality)
+        return compare_rows([-sign * score for score in row.row_scores], [-sign * score for score in other.row_scores])
+
+    def _is_as_good(self, row: DepthRow, other: DepthRow) -> bool:
+        behind = self.behind(row, other)
+        return behind.high <= self._tolerated * abs(other.quality) and not behind.on_every_row
+
+    @property
+    def _tolerated(self) -> float:
+        return TOLERATED_LOSS if less_is_better(self.quality) else TOLERATED
+
+    def _depths(self, rows: int | None) -> list[DepthRow]:
+        """The rows of trained depths, shallowest first."""
         rows = max((r.run.rows for r in self.results), default=0) if rows is None else rows
-        depths = [row for row in self.rows(rows) if isinstance(row.depth, int)]
-        if not depths:
-            return None
-        sign = -1.0 if less_is_better(self.quality) else 1.0
-        best = max(depths, key=lambda row: sign * row.quality)
-        bound = best.high if sign < 0 else best.low
-        within = [row for row in depths if sign * row.quality >= sign * bound]
-        return max(within, key=lambda row: int(row.depth))
+        return [row for row in self.rows(rows) if isinstance(row.depth, int)]
+
+    def _deepest_line(self) -> list[str]:
+        """The deepest freeze within noise, and what that rests on."""
+        deepest = self.deepest_within_noise()
+        if deepest is None:
+            return []
+        line = f"Deepest freeze within noise, on {deepest.rows} rows: {_depth_text(deepest.depth, self.blocks)}. "
+        depths = self._depths(None)
+        if not _are_paired(depths):
+            return [
+                f"{line}By the best depth's own interval, since these runs kept no score of each test row: the fewer "
+                "there were, the deeper it names. Runs made anew keep them."
+            ]
+        line += (
+            f"{len(deepest.row_scores)} test rows, paired, show it to be at most {self._tolerated:.0%} behind every "
+            "shallower one"
+        )
+        if (place := depths.index(deepest)) + 1 == len(depths):
+            return [f"{line}."]
+        deeper = depths[place + 1]
+        behind = max((self.behind(deeper, row) for row in depths[: place + 1]), key=lambda b: b.high)
+        return [
+            f"{line}; {deeper.depth} frozen are {behind.mean:.3g} [{behind.low:.3g}, {behind.high:.3g}] behind. More "
+            "test rows may tell more."
+        ]
 
     def __str__(self) -> str:
         return str(self.table())
@@ -228,11 +280,7 @@ class SweepReport:
             f"rate of each row was chosen by {self.tuned_by} with one seed. training: with checking and opening the "
             "cache, which takes as long for a short run; peak: of the process, in training; delta: its size on disk.",
         ]
-        if (deepest := self.deepest_within_noise()) is not None:
-            lines.append(
-                f"Deepest freeze within noise of the best, on {deepest.rows} rows: "
-                f"{_depth_text(deepest.depth, self.blocks)}."
-            )
+        lines += self._deepest_line()
         if diverged := sum(not result.metrics for result in self.results):
             lines.append(f"{diverged} runs diverged and are left out.")
         columns = ("frozen", "rows", "rate", self.quality, "spread", *others, "step", "training", "peak", "delta")
@@ -275,7 +323,29 @@ def _row(results: Sequence[SweepResult], quality: str, tuned_by: str) -> DepthRo
         peak_bytes=statistics.median(result.peak_bytes for result in chosen),
         delta_bytes=chosen[0].delta_bytes,
         trained_parameters=chosen[0].trained_parameters,
+        row_scores=_mean_scores([result.row_scores.get(quality, []) for result in chosen]),
     )
+
+
+def _mean_scores(scores: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Each test row's mean over the seeds; () where a seed has none, or another number of them."""
+    if len({len(of_seed) for of_seed in scores}) > 1:
+        return ()
+    return tuple(statistics.fmean(of_row) for of_row in zip(*scores, strict=True))
+
+
+def _are_paired(depths: Sequence[DepthRow]) -> bool:
+    """Whether all depths were scored row by row; a sweep's test rows are the same in all its runs."""
+    return {len(row.row_scores) > 0 for row in depths} == {True} and len({len(row.row_scores) for row in depths}) == 1
+
+
+def _deepest_unpaired(depths: Sequence[DepthRow], sign: float) -> DepthRow | None:
+    """The deepest whose quality lies within the interval of the best one."""
+    if not depths:
+        return None
+    best = max(depths, key=lambda row: sign * row.quality)
+    bound = best.high if sign < 0 else best.low
+    return max((row for row in depths if sign * row.quality >= sign * bound), key=lambda row: int(row.depth))
 
 
 def _depth_text(depth: int | str, blocks: int) -> str:

@@ -103,7 +103,7 @@ def _random_states() -> Callable[[], None]:
 def _states(model: nn.Module) -> list[Callable[[], None]]:
     """Puts back what stands on a model beside its weights.
 
-    A model that rescales its weights by its mode notes that it did (RWKV): where weights moved, notes beside texts stay.
+    A model that rescales its weights by its mode notes that it did (RWKV): where weights moved, its numbers stay.
     """
     actions: list[Callable[[], None]] = []
     configs: dict[int, Any] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -314,3 +315,20 @@ def test_every_line_is_plain_json_and_the_folder_holds_nothing_else_of_weight(sw
             line
         ).keys()
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 20_000
+
+
+def test_every_row_of_the_validation_is_kept_and_gives_the_mean_of_the_evaluation(sweep):
+    report = sweep.call(depths=(1, 2), references=())
+    for result in report.results:
+        by_row = result.row_scores["eval_loss"]
+        assert len(by_row) == len(set(by_row)) == 4
+        assert statistics.fmean(by_row) == pytest.approx(result.metrics["eval_loss"], rel=1e-4)
+    assert "test rows, paired" in str(report)
+
+
+def test_a_score_of_each_row_is_kept_apart_from_the_metrics(sweep):
+    report = sweep.call(
+        depths=(1,), references=(), score=lambda _: {"taste": 2.0, "taste_rows": [1.0, 3.0]}, quality="taste"
+    )
+    assert all(result.row_scores == {"taste": [1.0, 3.0]} for result in report.results)
+    assert all("taste_rows" not in result.metrics for result in report.results)

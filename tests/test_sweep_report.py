@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import statistics
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from hf_freeze import FreezeError
+from hf_freeze import FreezeError, paired
 from hf_freeze.sweep_report import SweepReport, SweepResult, SweepRun, draw_sweep
 
 
@@ -51,7 +55,93 @@ def test_without_an_interval_of_its_own_two_standard_errors_of_the_seeds_stand_i
 def test_the_deepest_freeze_within_the_interval_of_the_best_is_named():
     found = report(result(0, 14.0), result(15, 15.0), result(22, 14.2), result(26, 13.9), result("full", 20.0))
     assert found.deepest_within_noise().depth == 22  # the best of 15 begins at 14.0; references do not count
-    assert "Deepest freeze within noise of the best, on 512 rows: 22 of 30." in str(found)
+    assert "Deepest freeze within noise, on 512 rows: 22 of 30. By the best depth's own interval, since" in str(found)
+
+
+def simulated(truth: dict[int, float], test_rows: int, seed: int, quality: str = "rougeL", size: float = 1.0):
+    """Scores of test rows: each row's own level, which all depths share, and noise of each depth."""
+    generator = np.random.default_rng([seed, test_rows])
+    levels = generator.normal(0, 10 * size, test_rows)
+    results = []
+    for depth, mean in truth.items():
+        scores = mean + levels + generator.normal(0, 7 * size, test_rows)
+        half = 2 * float(scores.std()) / test_rows**0.5
+        given = result(depth, float(scores.mean()), half=half, row_scores={quality: scores.tolist()})
+        given.metrics["eval_loss"] = float(scores.mean())
+        results.append(given)
+    return report(*results, quality=quality)
+
+
+SLOPES = {
+    "steep": {0: 28.0, 8: 27.0, 15: 25.0, 22: 20.0, 26: 16.0},
+    "slow": {0: 28.0, 8: 27.9, 15: 27.5, 22: 26.5, 26: 25.0},
+    "flat": dict.fromkeys((0, 8, 15, 22, 26), 28.0),
+}
+
+
+SOME = [("steep", "rougeL", (16, 128, 512), 24, 100), ("slow", "rougeL", (16, 128, 512), 24, 100)]
+ALL = [(slope, quality, (8, 16, 32, 64, 128, 256, 512, 1024, 2048), 100, 1000) for slope in SLOPES
+       for quality in ("rougeL", "eval_loss")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("slope", "quality", "counts", "seeds", "draws"),
+    SOME + [pytest.param(*each, marks=pytest.mark.slow) for each in ALL],
+)
+def test_fewer_test_rows_do_not_name_a_deeper_freeze(slope, quality, counts, seeds, draws, monkeypatch):
+    monkeypatch.setattr(paired, "DRAWS", draws)
+    size = 1.0 if quality == "rougeL" else 0.2
+    truth = SLOPES[slope] if quality == "rougeL" else {d: 28 + size * (28 - q) for d, q in SLOPES[slope].items()}
+    named = {
+        count: [simulated(truth, count, seed, quality, size).deepest_within_noise().depth for seed in range(seeds)]
+        for count in counts
+    }
+    for fewer, more in itertools.combinations(named.values(), 2):
+        error = statistics.pstdev([*fewer, *more]) * (2 / seeds) ** 0.5
+        assert statistics.fmean(fewer) <= statistics.fmean(more) + 2.5 * error, named
+    if slope == "flat":
+        assert statistics.fmean(named[counts[-1]]) > 20  # what many rows show to be as good is named
+
+
+def test_without_pairs_fewer_test_rows_name_a_deeper_freeze_and_the_report_says_so():
+    found = [simulated(SLOPES["slow"], n, 0) for n in (16, 1024)]
+    lines = [report(*(replace(r, row_scores={}) for r in each.results)) for each in found]
+    few, many = (each.deepest_within_noise().depth for each in lines)
+    assert few > many
+    assert "the fewer there were, the deeper it names" in str(lines[0])
+
+
+@pytest.mark.parametrize("test_rows", [2, 8, 100])
+def test_a_depth_that_is_worse_on_every_row_is_never_within_noise(test_rows):
+    levels = np.random.default_rng(0).normal(20, 10, test_rows)
+    results = [result(d, float(levels.mean()) - d / 100, row_scores={"rougeL": (levels - d / 100).tolist()})
+               for d in (0, 8, 15)]  # fmt: skip
+    assert report(*results).deepest_within_noise().depth == 0
+    losses = [result(d, 0.0, row_scores={"eval_loss": (levels + d / 100).tolist()}) for d in (0, 8, 15)]
+    assert report(*losses, quality="eval_loss").deepest_within_noise().depth == 0
+
+
+def test_a_depth_that_is_better_is_taken_and_the_next_ones_distance_is_told():
+    levels = np.random.default_rng(0).normal(20, 10, 100)
+    scores = {0: levels - 3, 8: levels, 15: levels - 5}
+    found = report(*(result(d, float(s.mean()), row_scores={"rougeL": s.tolist()}) for d, s in scores.items()))
+    text = " ".join(str(found).split())
+    assert "8 of 30. 100 test rows, paired, show it to be at most 5% behind every shallower one; 15 frozen" in text
+    assert "15 frozen are 5 [5, 5] behind" in text
+
+
+def test_the_score_of_a_row_is_the_mean_over_seeds_and_missing_where_a_seed_has_none():
+    both = [result(8, 1.0, seed=seed, row_scores={"rougeL": [seed, 2.0 * seed]}) for seed in (1, 3)]
+    assert report(*both).rows()[0].row_scores == (2.0, 4.0)
+    assert report(both[0], replace(both[1], row_scores={})).rows()[0].row_scores == ()
+
+
+def test_lines_of_the_first_edition_are_read_and_new_ones_keep_every_row():
+    given = result(8, 1.0, row_scores={"rougeL": [1.0, 2.0]})
+    values = json.loads(json.dumps(given.to_dict()))
+    assert SweepResult.from_dict(values) == given
+    del values["row_scores"]
+    assert SweepResult.from_dict(values) == replace(given, row_scores={})
 
 
 def test_of_a_loss_less_is_better():

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from hf_freeze.advice.probe import Trial
 from hf_freeze.advice.result import DepthProbe, plan_text
 from hf_freeze.anatomy import Anatomy
 from hf_freeze.errors import FreezeError
+from hf_freeze.paired import compare_rows
 from hf_freeze.plan import FreezePlan, plan_at_depth
 from hf_freeze.report import count_text
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "block_share", "longer_run_rate", "plan_warnings"]
 
-DRAWS = 1000  # of the bootstrap
 MIN_GAIN = 0.005  # of the loss: half a percent is less than two seeds differ by
 CLEARLY = 2  # so many times what counts as noise is clearly worse
 HORIZON = 0.32  # the best rate falls with this power of the number of steps
@@ -74,10 +72,8 @@ class Comparison:
 
     def behind(self, trial: Trial, other: Trial) -> tuple[float, float]:
         """How much higher the loss of `trial` is, and the standard error of that over the held-out rows."""
-        difference, labels = np.subtract(trial.held_out, other.held_out), np.asarray(self.labels)
-        draws = np.random.default_rng(0).integers(0, len(labels), (DRAWS, len(labels)))
-        drawn = difference[draws].sum(axis=1) / labels[draws].sum(axis=1)
-        return float(difference.sum() / labels.sum()), float(drawn.std())
+        difference = compare_rows(trial.held_out, other.held_out, self.labels)
+        return difference.mean, difference.error
 
     def within_noise(self, trial: Trial, other: Trial, times: float = 1.0) -> bool:
         """Whether `trial` is no further behind than its standard error, or half a percent."""

@@ -66,7 +66,7 @@ def sweep_reviews(
         rows = {"train_dataset": encoded["train"], "eval_dataset": encoded["validation"]}
         return SummaryTrainer(model=model, args=args, data_collator=collator, processing_class=tokenizer, **rows)
 
-    def score(trainer: SummaryTrainer) -> dict[str, float]:
+    def score(trainer: SummaryTrainer) -> dict[str, Any]:
         summaries = generate_summaries(
             trainer.model,
             tokenizer,
@@ -77,7 +77,8 @@ def sweep_reviews(
             max_new_tokens=max_summary_tokens,
             progress=False,
         )
-        return compute_rouge(summaries, references).to_dict()
+        rouge = compute_rouge(summaries, references)
+        return rouge.to_dict() | {f"{name}_rows": values.tolist() for name, values in rouge.per_example.items()}
 
     facts = {"test data": data_digest(splits["test"]), "max_summary_tokens": max_summary_tokens}
     return sweep_depths(
