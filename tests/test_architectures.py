@@ -62,10 +62,13 @@ def test_what_cannot_be_frozen_right_is_declined_with_the_reason(name: str) -> N
 
 @pytest.mark.parametrize("name", NOT_BUILT)
 def test_what_is_listed_as_not_built_is_still_not_built_and_run_by_transformers(name: str) -> None:
-    error, _ = NOT_BUILT[name]
-    with pytest.raises(error):
+    def build_and_run() -> None:
         model = build(name)
         model(**training_batch(model))
+
+    error, _ = NOT_BUILT[name]
+    with pytest.raises(error):
+        build_and_run()
 
 
 def test_at_least_97_percent_of_the_architectures_that_build_are_held() -> None:
