@@ -448,13 +448,16 @@ class _Run:
             if not end.stalled(state.log_history):  # else it was killed after its end, before that was noted
                 _train(trainer, stage, end, checkpoint)
                 state = trainer.state
-        finally:
+        except BaseException:  # the others may be in the middle of a step: nothing is told to them here
             if cache is not None:
-                trainer.data_collator = cache.collator.collator
                 cache.close()
+            raise
         seconds = time.perf_counter() - started
         best = end.best(state.log_history)
         with agreed(f"end stage {number}"):
+            if cache is not None:
+                trainer.data_collator = cache.collator.collator
+                cache.close()
             if best is None:
                 save_delta(model, best_folder, extra={"metric": None, "step": state.global_step})
             else:

@@ -26,18 +26,11 @@ from hf_freeze.embedded import cache_folder
 from hf_freeze.errors import CacheDamaged, CannotCache, FreezeError
 from hf_freeze.plan import Cut, FreezePlan
 from hf_freeze.prefix.break_even import BreakEven, predict_saving
-from hf_freeze.prefix.build import (
-    Rows,
-    build_rows,
-    capture,
-    declining_without_memory,
-    missing_batches,
-    move,
-    pad_states,
-    read_dataset,
-)
+from hf_freeze.prefix.build import build_rows, capture, missing_batches, move, pad_states
+from hf_freeze.prefix.dataset import Rows, read_dataset
 from hf_freeze.prefix.key import cache_key, folder_of, nearest_key
 from hf_freeze.prefix.leases import MANIFEST, clear_caches, evict_caches, remove_leftovers
+from hf_freeze.prefix.memory import declining_without_memory
 from hf_freeze.prefix.prepare import Prepared, prepare, refuse_moving_positions, two_sided, wider_sample
 from hf_freeze.prefix.proof import check_states
 from hf_freeze.prefix.release import Released

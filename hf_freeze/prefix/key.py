@@ -103,8 +103,10 @@ def describe(value: Any, depth: int = DEPTH) -> Any:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, enum.Enum | torch.dtype | torch.device | bytes | complex | range | slice):
+    if isinstance(value, enum.Enum | torch.dtype | bytes | complex | range | slice):
         return str(value)
+    if isinstance(value, torch.device):
+        return value.type  # its number is another one on each rank
     if isinstance(value, torch.Tensor):
         return "meta" if value.device.type == "meta" else tensor_digest(value)
     if isinstance(value, nn.Module | type):  # a module is looked at by itself

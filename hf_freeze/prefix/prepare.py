@@ -19,8 +19,9 @@ from hf_freeze.embedded import cache_folder
 from hf_freeze.errors import CannotCache, FreezeError
 from hf_freeze.freezing import freeze_record
 from hf_freeze.plan import Cut, FreezePlan, find_cuts
-from hf_freeze.prefix.build import Collator, Rows, move, progress_bar, read_dataset
+from hf_freeze.prefix.build import move
 from hf_freeze.prefix.crossing import find_prefix
+from hf_freeze.prefix.dataset import Collator, Rows, progress_bar, read_dataset
 from hf_freeze.prefix.proof import check_states, check_training
 from hf_freeze.prefix.replay import ATTRIBUTE, AUTOCAST, Prefix
 from hf_freeze.prepared import autocast_left, is_being_trained, take_off_autocast
@@ -131,6 +132,12 @@ def _refuse_wrapped(core: nn.Module) -> None:
         raise CannotCache(
             f"PrefixCache.build was asked for a {type(core).__name__} that FSDP has sharded already; its blocks cannot "
             "be stopped half way. Build the cache first, then call fully_shard."
+        )
+    if any(hasattr(parameter, "placements") for parameter in core.parameters()):
+        raise CannotCache(
+            f"PrefixCache.build was asked for a {type(core).__name__} whose tensors are cut into parts for several "
+            "ranks (tensor parallel): each would compute a part of other rows. Build from a whole model, or train "
+            "without the cache."
         )
     if any(parameter.device.type == "meta" for parameter in core.parameters()):
         raise CannotCache(

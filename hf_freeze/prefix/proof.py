@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from hf_freeze.errors import CannotCache
-from hf_freeze.prefix.build import Collator, Rows, capture, collate, move, pad_states, split_rows
+from hf_freeze.prefix.build import capture, move, pad_states, split_rows
 from hf_freeze.prefix.crossing import same_results
+from hf_freeze.prefix.dataset import Collator, Rows, collate
 from hf_freeze.prefix.replay import Prefix, Replay, autocast
 from hf_freeze.prefix.rows import PREFIX_KEY, TARGET, read_rows
 from hf_freeze.trial import on_trial

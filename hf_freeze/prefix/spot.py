@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from hf_freeze.errors import CannotCache
-from hf_freeze.prefix.build import Collator, Rows, capture, collate, move, split_rows
+from hf_freeze.prefix.build import capture, move, split_rows
 from hf_freeze.prefix.casts import is_sharded
+from hf_freeze.prefix.dataset import Collator, Rows, collate
 from hf_freeze.prefix.key import INTERNAL, own_hooks
 from hf_freeze.prefix.replay import Prefix, autocast
 from hf_freeze.prefix.rows import TARGET, read_rows
