@@ -437,7 +437,8 @@ class PrefixCache:
         self._handles = []
         try:
             # Not where an error is on its way out already: it is the one to be seen.
-            if attached and sys.exc_info()[0] is None and self._replay.same_weights():
+            whole = attached and not self._replay.spot.is_sharded()
+            if whole and sys.exc_info()[0] is None and self._replay.same_weights():
                 self._replay.spot.at_the_end(
                     self.model, self.store, self._rows, self.collator.collator, self._replay.used
                 )

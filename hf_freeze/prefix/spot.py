@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,7 +155,7 @@ class SpotCheck:
         epoch = self.epoch_rows // max(1, rows)
         if self.held_at and not self._due and not looks_other and since < min(max(epoch, OFTEN), SELDOM):
             return
-        if torch.compiler.is_compiling() or any(map(is_sharded, self.prefix.tensors().values())):
+        if torch.compiler.is_compiling() or self.is_sharded():
             return  # the first traces code instead of running it, the second would wait for the other processes
         places = [random.Random(used).randrange(rows)]
         if self.held_at and looks_other:
@@ -196,7 +196,7 @@ class SpotCheck:
         """Checks a row of the dataset after the last batch, where one was trained since the last check."""
         if used == self.held_at and not self._due:
             return
-        if any(t.device.type == "meta" or is_sharded(t) for t in self.prefix.tensors().values()):
+        if any(p.device.type == "meta" for p in self._parameters()):
             return
         row = random.Random(used).randrange(len(rows))
         device = next(model.parameters()).device
@@ -227,6 +227,13 @@ class SpotCheck:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_look": []}  # a copy's modules are others
+
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the prefix. Not by its state dict, which would gather FSDP2's parts."""
+        return any(map(is_sharded, self._parameters()))
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for part in self.prefix.replaced for parameter in part.module.parameters())
 
     def after_release(self) -> None:
         """The prefix was away and is back: the next batch is checked, whenever it comes."""
