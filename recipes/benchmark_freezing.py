@@ -12,7 +12,9 @@
 Each mode is a process of its own, in turn; repetitions are interleaved, so that a machine that slows down does so for
 all. A step is one batch fetched and collated, forward of the model as accelerate prepares it for Trainer, backward,
 AdamW (fused, as in Trainer) and zero_grad. All modes get the same weights, rows and seeds; those that train the same
-part must have the same losses.
+part must have the same losses, and in the first step the gradients of every tensor, to within rounding or three times
+the noise that the mode frozen has of itself where a batch is split. The states of two rows are exchanged once, to see
+that it would be told.
 
 Cached modes call cache.collator on the rows of each step, so the look-up by content is paid for, and no step reads rows
 that another one has read. The store's pages are in memory, as the build left them; --from_disk drops them first and
@@ -44,13 +46,14 @@ from transformers import default_data_collator as collate
 from hf_freeze import FreezeError, FreezePlan, PrefixCache, forecast, freeze, read_anatomy, supervised_logits_only
 from hf_freeze.embedded import embedded_model
 from hf_freeze.errors import nearest
+from hf_freeze.exactness import ROUNDING, compare, exchange_rows, relative_gaps, sketch, step_tensors
 from hf_freeze.machine import device_name, find_device, peak_bytes, reset_peak, status_bytes
 from hf_freeze.report import Table, count_text
 
 SAME_PART = ("frozen+checkpointing", "cached", "cached+supervised", "limit")  # train what the mode "frozen" trains
 MODES = ("full", "frozen", "lora", *SAME_PART)
 WARM_UP = 2  # steps that are not timed: they set up kernels, optimizer state and released weights
-SAME_LOSS = {"fp32": 1e-5, "bf16": 2e-2}  # relative; bf16 rounds a row alone otherwise than among others
+SAME_LOSS = {"fp32": 1e-5, "bf16": 2e-2}  # relative, after steps that add up; what is exact, the gradients tell
 
 # Shapes of models on the hub: width, feed-forward, blocks (of the decoder), heads, key-value heads, vocabulary.
 SHAPES = {
@@ -84,7 +87,10 @@ def main() -> None:
     results = {job: summarise(runs[job]) for job in runs}
     modes = {mode: results[mode] for mode in args.modes}
     add_ratios(modes, args)
-    verdict = compare_losses(modes, args.precision)
+    verdict = compare_steps(modes, args.precision)
+    for result in [*modes.values(), *(run for each in runs.values() for run in each)]:
+        for name in result.keys() & {"first_step", "planted", "noise"}:
+            del result[name]  # thousands of numbers, told in a sentence
     tables = [mode_table(modes, verdict, frozen, args), *other_tables(results, args)]
     print("\n" + "\n\n".join(map(str, tables)))
     # with the process's number: two may start within a second
@@ -189,18 +195,33 @@ def add_ratios(modes: dict[str, dict], args: argparse.Namespace) -> None:
                 result[prefix + name] = one / other if one and other else None
 
 
-def compare_losses(modes: dict[str, dict], precision: str) -> str:
-    """Whether the modes that train the same part have the same losses, in a sentence."""
+def compare_steps(modes: dict[str, dict], precision: str) -> str:
+    """Whether the modes that train the same part have the same losses and first gradients, in a sentence."""
     ran = {mode: modes[mode] for mode in ("frozen", *SAME_PART) if "losses" in modes.get(mode, {})}
     if "frozen" not in ran or len(ran) < 2:
         return "Losses not compared: that takes the mode frozen and another that trains the same part."
     if len(counts := {result["trained_parameters"] for result in ran.values()}) > 1:
         return f"DIFFERENT numbers of trained parameters: {sorted(counts)}."
-    wanted = ran.pop("frozen")["losses"]
-    gaps = {m: max(abs(a / b - 1) for a, b in zip(r["losses"], wanted, strict=True)) for m, r in ran.items()}
+    plain = ran.pop("frozen")
+    gaps = {m: max(abs(a / b - 1) for a, b in zip(r["losses"], plain["losses"], strict=True)) for m, r in ran.items()}
     told = ", ".join(f"{mode} {gap:.0e}" for mode, gap in gaps.items())
-    same = all(gap <= SAME_LOSS[precision] for gap in gaps.values())
-    return f"{'Same' if same else 'DIFFERENT'} losses as frozen over {len(wanted)} steps, greatest gap: {told}."
+    losses = f"losses as frozen over {len(plain['losses'])} steps, greatest gap: {told}"
+    if not all(gap <= SAME_LOSS[precision] for gap in gaps.values()):
+        return f"DIFFERENT {losses}."
+
+    def agreement(step: dict):
+        return compare(relative_gaps(plain["first_step"], step), plain["noise"], ROUNDING[precision])
+
+    steps = {mode: agreement(result["first_step"]) for mode, result in ran.items()}
+    for mode, step in steps.items():
+        if not step.same:
+            return f"DIFFERENT gradients of {mode} in the first step: {step}. Same {losses}."
+    planted = {mode: agreement(result["planted"]) for mode, result in ran.items() if result.get("planted")}
+    if blind := [mode for mode, step in planted.items() if step.same]:
+        return f"DIFFERENT states are not seen: those of two rows were exchanged, and {blind[0]} looks as exact."
+    seen = "; states of two rows exchanged are seen" if planted else ""
+    worst = ", ".join(f"{mode} {step.gaps[step.worst]:.0e}" for mode, step in steps.items())
+    return f"Same {losses}. Same gradients of every tensor in the first step, greatest gap: {worst}{seen}."
 
 
 def mode_table(modes: dict[str, dict], verdict: str, frozen: dict[str, int], args: argparse.Namespace) -> Table:
@@ -305,7 +326,7 @@ def work(args: argparse.Namespace) -> dict:
 
 
 def set_up_mode(model, args: argparse.Namespace):
-    """What a user of the mode would write: parameters, batches, the loss of a batch, and a note."""
+    """What a user of the mode would write: model, parameters by name, batches, the loss of a batch, and a note."""
     rows, collator, workers, note = make_rows(args, args.train_rows), collate, 0, ""
     if args.worker == "lora":
         from peft import LoraConfig, get_peft_model
@@ -330,10 +351,10 @@ def set_up_mode(model, args: argparse.Namespace):
     model.train()
     given = {"num_workers": workers, "pin_memory": args.device.type == "cuda"}
     batches = DataLoader(rows, args.batch_size, collate_fn=collator, **given)
-    parameters = list(model.parameters())
+    named = list(model.named_parameters())
     mixed = "bf16" if args.precision == "bf16" else "no"
     model = Accelerator(mixed_precision=mixed, cpu=args.device.type == "cpu").prepare_model(model)
-    return parameters, batches, lambda batch: model(**batch).loss, note
+    return model, named, batches, lambda batch: model(**batch).loss, note
 
 
 def set_up_limit(model, args: argparse.Namespace):
@@ -362,8 +383,8 @@ def set_up_limit(model, args: argparse.Namespace):
             return functional.cross_entropy(logits.float(), batch["targets"])
 
     above = torch.nn.ModuleList([upper, norm, head]).train()
-    parameters = [p.requires_grad_() for p in above.parameters() if p is not tied]
-    return parameters, batches, loss_of, ""
+    inside = {id(parameter.requires_grad_()) for parameter in above.parameters() if parameter is not tied}
+    return above, [(name, p) for name, p in model.named_parameters() if id(p) in inside], batches, loss_of, ""
 
 
 class CutReached(Exception):
@@ -386,20 +407,22 @@ def run_prefix(model, block, batch: dict, args: argparse.Namespace) -> tuple:
         handle.remove()
 
 
-def time_steps(parameters, batches, loss_of, note: str, args: argparse.Namespace) -> dict:
-    """Seconds and loss of each step, and the greatest memory."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+def time_steps(module, named, batches, loss_of, note: str, args: argparse.Namespace) -> dict:
+    """Seconds and loss of each step, the greatest memory, and what the first step is compared by."""
+    trained = [parameter for _, parameter in named if parameter.requires_grad]
     if args.trained_weights == "fp32":
         for parameter in trained:
             parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=args.device.type in ("cpu", "cuda"))
-    batches, seconds, losses = iter(batches), [], []
+    batches, seconds, losses, found = iter(batches), [], [], {}
     for step in range(WARM_UP + args.steps):
         if step == WARM_UP:
             was_reset = reset_peak(args.device)  # what set-up has freed is not training's
-        torch.manual_seed(step)  # modes that train the same part then draw the same dropout
         started = time.perf_counter()
         batch = move(next(batches), args.device)
+        if step == 0:
+            found = take_first_step(module, named, batch, loss_of, args)
+        torch.manual_seed(step)  # modes that train the same part then draw the same dropout
         loss = loss_of(batch)
         loss.backward()
         optimizer.step()
@@ -408,8 +431,31 @@ def time_steps(parameters, batches, loss_of, note: str, args: argparse.Namespace
         seconds.append(time.perf_counter() - started)
     peak = peak_bytes(args.device) if was_reset else 0
     tokens = args.batch_size * (args.source_tokens + (args.target_tokens if args.is_bart else 0))
-    found = {"seconds": seconds[WARM_UP:], "losses": losses, "peak_bytes": peak, "tokens": tokens, "note": note}
+    found |= {"seconds": seconds[WARM_UP:], "losses": losses, "peak_bytes": peak, "tokens": tokens, "note": note}
     return found | {"trained_parameters": sum(parameter.numel() for parameter in trained)}
+
+
+def take_first_step(module, named, batch: dict, loss_of, args: argparse.Namespace) -> dict:
+    """Sketches of the first step's gradients, also by a planted error; the noise of plain ones. Moves no weight."""
+    if args.worker not in ("frozen", *SAME_PART):
+        return {}
+
+    def take(some: dict, share: float = 1.0) -> dict:
+        torch.manual_seed(0)
+        return step_tensors(loss_of(some) * share, named)
+
+    found, half, rows = {"first_step": sketch(take(batch))}, args.batch_size // 2, args.batch_size
+    if args.worker == "frozen":
+        found["noise"] = []
+        if half:
+            module.eval()  # dropout would draw other numbers for two halves
+            first = take({key: value[:half] for key, value in batch.items()}, half / rows)
+            second = take({key: value[half:] for key, value in batch.items()}, 1 - half / rows)
+            found["noise"].append(relative_gaps(take(batch), {name: first[name] + second[name] for name in first}))
+            module.train()
+    if args.worker.startswith("cached") and half:
+        found["planted"] = sketch(take(batch | {"prefix_states": exchange_rows(batch["prefix_states"])}))
+    return found
 
 
 def time_build(model, args: argparse.Namespace) -> dict:

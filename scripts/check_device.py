@@ -690,8 +690,6 @@ def time_states(check: Check, found: dict[str, Any]) -> None:
         return {"seconds": statistics.median(taken), "GB/s": size / statistics.median(taken) / 1e9}
 
     def drop_pages() -> None:
-        cache.store._maps.clear()  # the mapped files, which the system would else keep in memory
-        gc.collect()
         for path in given["cache_dir"].rglob("*.safetensors"):
             with path.open("rb") as file:
                 os.fsync(file.fileno())

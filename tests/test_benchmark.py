@@ -7,8 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from hf_freeze.exactness import exchange_rows
+from hf_freeze.prefix.cache import PrefixCollator
+from tests.scripts import load_script
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "benchmark_freezing.py"
 MODES = ["full", "frozen", "lora", "frozen+checkpointing", "cached", "cached+supervised", "limit"]
@@ -74,6 +80,43 @@ def test_every_family_trains_the_same_from_the_cache(model: str, options: tuple[
     assert found["losses"].startswith("Same losses"), found["losses"]
     assert found["modes"]["cached"]["full_over_it"] is None  # full was not run
     assert ("cached+supervised: as cached" in screen) == (model == "bart-base")
+
+
+def noise(states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.randn_like(tensor.float()).to(tensor.dtype) * tensor.std() for name, tensor in states.items()}
+
+
+@pytest.mark.parametrize(
+    ("plant", "told"),
+    [
+        (None, "Same losses as frozen"),
+        (noise, "DIFFERENT gradients of cached in the first step"),
+        (exchange_rows, "DIFFERENT gradients of cached in the first step"),
+    ],
+)
+def test_other_states_are_seen_in_bf16(
+    plant: Any, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    recipe = load_script(RECIPE)
+    own = PrefixCollator.states
+    if plant is not None:
+        monkeypatch.setattr(PrefixCollator, "states", lambda *given: plant(own(*given)))
+    runs = {}
+    for mode in ("frozen", "cached"):
+        given = [*SMALL, "--precision=bf16", f"--cache_dir={tmp_path}", f"--worker={mode}"]
+        monkeypatch.setattr(sys, "argv", [str(RECIPE), *given])
+        runs[mode] = recipe.summarise([recipe.work(recipe.parse_arguments())])
+    gap = max(abs(a / b - 1) for a, b in zip(runs["cached"]["losses"], runs["frozen"]["losses"], strict=True))
+    assert gap < recipe.SAME_LOSS["bf16"]  # the losses alone pass all three
+    assert recipe.compare_steps(runs, "bf16").startswith(told)
+
+
+def test_a_comparison_that_sees_no_planted_error_is_no_proof() -> None:
+    recipe = load_script(RECIPE)
+    step = recipe.sketch({"loss": torch.tensor(1.0), "weight": torch.ones(9)})
+    frozen = {"losses": [1.0], "trained_parameters": 9, "first_step": step, "noise": []}
+    told = recipe.compare_steps({"frozen": frozen, "cached": frozen | {"planted": step}}, "bf16")
+    assert told.startswith("DIFFERENT states are not seen")
 
 
 @pytest.mark.parametrize(

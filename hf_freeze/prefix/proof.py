@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hf_freeze.errors import CannotCache
+from hf_freeze.exactness import ROUNDING, compare, exchange_rows, relative_gaps, step_tensors
 from hf_freeze.prefix.build import capture, move, pad_states, split_rows
 from hf_freeze.prefix.crossing import same_results
 from hf_freeze.prefix.dataset import Collator, Rows, collate
@@ -26,8 +27,12 @@ __all__ = ["check_states", "check_training"]
 
 # Relative bounds, in fp32 and where some weights are in 16 bits: rounding does 1e-6 and 1e-2, a shifted position 1e-1.
 INDEPENDENT, INDEPENDENT_LOW = 2e-3, 0.05
-SAME_LOSS, SAME_LOSS_LOW = 1e-4, 2e-2
-SAME_GRADIENT, SAME_GRADIENT_LOW = 1e-3, 1e-1  # of the largest tensor's
+SAME_RESULT, SAME_RESULT_LOW = 1e-4, 2e-2  # of a result without a loss; gradients have bars of their own
+SAME_GRADIENT, SAME_GRADIENT_LOW = (
+    1e-3,
+    1e-2,
+)  # of every tensor, from the very states: nothing but the device's own order
+DRAWS = 4  # of noise at most: one may miss the token that rounding sends to another expert
 BLIND_TO_PADDING = 1e-6  # the same arithmetic on the same real tokens: nothing but padding can move it
 
 
@@ -39,7 +44,7 @@ def check_states(model: nn.Module, prefix: Prefix, rows: Rows, sample: list[int]
     """
     device = next(model.parameters()).device
     leaves = prefix.leaves("stream")
-    exact, low = _exact(model, prefix)
+    exact, grain = _exact(model, prefix)
     batch = collate(collator, [rows.features[row] for row in sample])
     moved = move(batch, device)
     with autocast(exact.precision, device), on_trial(model, training=True):
@@ -57,7 +62,9 @@ def check_states(model: nn.Module, prefix: Prefix, rows: Rows, sample: list[int]
             alone = _states_alone(model, exact, rows, sample[place], collator)
             for name, tensor in alone.items():
                 same_shape = tensor.shape == among[name].shape
-                if not same_shape or not _close(among[name], tensor, INDEPENDENT_LOW if low else INDEPENDENT):
+                if not same_shape or not _close(
+                    among[name], tensor, INDEPENDENT if grain == "fp32" else INDEPENDENT_LOW
+                ):
                     raise CannotCache(
                         f"The frozen prefix gives row {sample[place]} other states among longer rows than alone "
                         f"({name.split(':')[0]}). A model with absolute positions needs padding on the right, or "
@@ -67,59 +74,123 @@ def check_states(model: nn.Module, prefix: Prefix, rows: Rows, sample: list[int]
 
 
 def check_training(model: nn.Module, prefix: Prefix, rows: Rows, sample: list[int], collator: Collator) -> None:
-    """Runs a batch plainly and from states that were computed row by row.
+    """Runs a batch plainly and from states that were computed row by row: the loss and every gradient must be the same.
+
+    In 16 bits, and where a gradient is over its bar, the batch is also run from the states that it has itself, where
+    nothing is rounded otherwise; what rounding of states does to a gradient is then measured. The proof is tried in
+    turn, with the states of two rows exchanged.
 
     Raises:
-        CannotCache: Loss or gradients differ, or change with what stands at padded places.
+        CannotCache: Loss or gradients differ, or change with what stands at padded places; or they would not differ
+            with the states of other rows either.
     """
     device = next(model.parameters()).device
-    sides = {name: leaf.side for name, leaf in prefix.leaves("stream").items()}
-    exact, low = _exact(model, prefix)
+    leaves = prefix.leaves("stream")
+    sides = {name: leaf.side for name, leaf in leaves.items()}
+    exact, grain = _exact(model, prefix)
+    low = grain != "fp32"
     batch = collate(collator, [rows.features[row] for row in sample])
     together = read_rows(batch, with_target=TARGET in prefix.sides)
     moved = move(batch, device)
     with autocast(exact.precision, device), on_trial(model, training=False):
         taken = capture(model, exact, moved)
         alone = [_states_alone(model, exact, rows, row, collator) for row in sample]
-    zeros, noise = pad_states(alone, sides, together), pad_states(alone, sides, together, noise=True)
-    if zeros is None or noise is None:
+    states, noisy = pad_states(alone, sides, together), pad_states(alone, sides, together, noise=True)
+    own = pad_states(list(split_rows(taken, leaves, together)), sides, together)
+    if states is None or noisy is None or own is None or any(own[name].shape != states[name].shape for name in own):
         raise CannotCache(
             "The frozen prefix gives rows states of unlike shapes; they cannot be one batch. Train without the cache."
         )
+    if far := [name for name in own if not _close(states[name], own[name], INDEPENDENT_LOW if low else INDEPENDENT)]:
+        raise CannotCache(
+            f"The frozen prefix gives rows other states among longer rows than alone ({far[0].split(':')[0]}); they "
+            "cannot be stored one by one. Train without the cache."
+        )
     replay = Replay(exact, {name: taken[name] for name in prefix.leaves("table")}, {})
+    rounding = ROUNDING[grain] if low else SAME_GRADIENT
+    noise: list[dict[str, float]] = []
+
+    def differs(result: Any, gaps: dict[str, float], bar: float = rounding) -> str:
+        """ "" where a run from states is the plain one, else what differs and by how much."""
+        if gaps:
+            agreement = compare(gaps, noise, bar)
+            return "" if agreement.same else str(agreement)
+        return same_results(plain, result, SAME_RESULT_LOW if low else SAME_RESULT, together)
+
+    def run_from(given: dict[str, torch.Tensor]) -> tuple[Any, dict[str, float]]:
+        result, tensors = _run(model, moved | {PREFIX_KEY: given})
+        return result, relative_gaps(gradients, tensors)
+
+    def measure_noise(draw: int) -> dict[str, float]:
+        """What other rounding of the states does to a step from states; plain ones have no part in it."""
+        both = (own, _rounded_otherwise(own, states, draw))
+        return relative_gaps(*(_run(model, moved | {PREFIX_KEY: given})[1] for given in both))
+
     with autocast(exact.precision, device):
         plain, gradients = _run(model, moved)
         handles = replay.attach([model])
         try:
-            replayed, from_states = _run(model, moved | {PREFIX_KEY: zeros})
+            replayed, from_own = run_from(states), ""
             with torch.no_grad(), on_trial(model, training=True):
-                disturbed = model(**moved, **{PREFIX_KEY: noise})
+                disturbed = model(**moved, **{PREFIX_KEY: noisy})
+            if low or differs(*replayed):
+                from_own = differs(*run_from(own), SAME_GRADIENT_LOW if low else SAME_GRADIENT)
+            while differs(*replayed) and len(noise) < DRAWS:
+                noise.append(measure_noise(draw=len(noise)))
+            pairs = _unlike_rows(states)
+            seen = any(differs(*run_from(exchange_rows(states, *pair))) for pair in pairs)
         finally:
             replay.detach([model], handles)
-    if differs := same_results(replayed, disturbed, BLIND_TO_PADDING, together):
+    if told := same_results(replayed[0], disturbed, BLIND_TO_PADDING, together):
         raise CannotCache(
-            f"What stands above the cut looks at padding: {differs} when the padding's states change. Experts with a "
+            f"What stands above the cut looks at padding: {told} when the padding's states change. Experts with a "
             "capacity and balancing losses over all tokens do so; rows stored without padding cannot replay them."
         )
-    if differs := same_results(plain, replayed, SAME_LOSS_LOW if low else SAME_LOSS, together):
+    if told := from_own or differs(*replayed):
         raise CannotCache(
-            f"Training from the stored states gives another result than the plain forward: {differs}. What stands "
-            "above the cut looks at more of the prefix than its states. Train without the cache."
+            f"Training from the stored states is not plain training: {told}. What stands above the cut looks at more "
+            "of the prefix than its states. Train without the cache."
         )
-    gap = max((float((a - b).norm()) for a, b in zip(gradients, from_states, strict=True)), default=0.0)
-    largest = max((float(gradient.norm()) for gradient in gradients), default=0.0)
-    if not gap <= (SAME_GRADIENT_LOW if low else SAME_GRADIENT) * largest:
+    if pairs and not seen:
         raise CannotCache(
-            "Training from the stored states gives other gradients than the plain forward. What stands above the cut "
-            "looks at more of the prefix than its states. Train without the cache."
+            "That training from stored states is plain training cannot be proved here: the states of two rows were "
+            "exchanged, and neither the loss nor a gradient tells. Its rounding hides more than the states do, or "
+            "nothing that trains looks at them. Train without the cache."
         )
 
 
-def _exact(model: nn.Module, prefix: Prefix) -> tuple[Prefix, bool]:
-    """The prefix in the highest precision that its weights allow, and whether that is a low one."""
+def _exact(model: nn.Module, prefix: Prefix) -> tuple[Prefix, str]:
+    """The prefix in the highest precision that its weights allow, and which it is: that of the coarsest weights."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     mixed = len(dtypes) > 1  # such weights may need the autocast
-    return prefix if mixed else replace(prefix, precision=None), dtypes != {torch.float32}
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+    grain = {torch.float32: "fp32", torch.float64: "fp32", torch.float16: "fp16"}.get(coarsest, "bf16")
+    return prefix if mixed else replace(prefix, precision=None), grain
+
+
+def _unlike_rows(states: dict[str, torch.Tensor]) -> list[tuple[int, int]]:
+    """Pairs of rows of a batch whose states differ by more than rounding; [] where all rows are one."""
+    count = len(next(iter(states.values())))
+    pairs = [(one, other) for one in range(count) for other in range(one + 1, count)]
+    return [
+        (one, other)
+        for one, other in pairs
+        if not all(_close(tensor[one], tensor[other], INDEPENDENT_LOW) for tensor in states.values())
+    ]
+
+
+def _rounded_otherwise(
+    own: dict[str, torch.Tensor], states: dict[str, torch.Tensor], draw: int
+) -> dict[str, torch.Tensor]:
+    """The batch's own states, as far off as those of its rows alone are, each number by a random sign: another draw of
+    what an unlike batch shape does to them.
+    """
+    moved = {}
+    for name, tensor in own.items():
+        generator = torch.Generator(tensor.device).manual_seed(draw)
+        signs = torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device) * 2 - 1
+        moved[name] = (tensor.float() + signs * (states[name].float() - tensor.float())).to(tensor.dtype)
+    return moved
 
 
 def _states_alone(model: nn.Module, exact: Prefix, rows: Rows, row: int, collator: Collator) -> dict[str, torch.Tensor]:
@@ -128,16 +199,14 @@ def _states_alone(model: nn.Module, exact: Prefix, rows: Rows, row: int, collato
     return next(split_rows(states, exact.leaves("stream"), read_rows(single, with_target=TARGET in exact.sides)))
 
 
-def _run(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, list[torch.Tensor]]:
-    """A result in training, and in fp32 the gradients of what trains, [] where there is no loss; kept off the model."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.enable_grad(), on_trial(model, training=True):
+def _run(model: nn.Module, batch: Mapping[str, Any], *, training: bool = True) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A result, and the loss and the gradients of what trains, {} where there is no loss; kept off the model."""
+    with torch.enable_grad(), on_trial(model, training=training):
         result = model(**batch)
         loss = getattr(result, "loss", None)
         if loss is None or not loss.requires_grad:
-            return result, []
-        found = torch.autograd.grad(loss, trained, allow_unused=True)
-    return result, [torch.zeros(()) if gradient is None else gradient.float() for gradient in found]
+            return result, {}
+        return result, step_tensors(loss, model.named_parameters())
 
 
 def _close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
