@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_freeze.machine import find_device
 from hf_freeze.prepared import take_off_autocast
 
 __all__ = ["ON_TRIAL", "on_trial", "random_numbers", "seed_all"]
@@ -87,7 +88,7 @@ def _random_states() -> Callable[[], None]:
     for module in (torch.cuda, torch.xpu):
         if module.is_initialized():  # else nothing was drawn there, and looking would start it
             devices.append((module.set_rng_state_all, module.get_rng_state_all()))
-    if torch.backends.mps.is_available():
+    if find_device().type == "mps":
         devices.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
 
     def put_back() -> None:
