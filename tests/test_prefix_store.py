@@ -738,7 +738,7 @@ def harms(*quick: str) -> list[Any]:
     return [pytest.param(what, marks=() if what in quick else pytest.mark.slow, id=what) for what in TABLE_HARMS]
 
 
-@pytest.mark.parametrize("what", harms("of another cache", "that are gone"))
+@pytest.mark.parametrize("what", harms("of another cache"))
 def test_tables_that_do_not_fit_are_refused_by_open_and_computed_again_by_build(tmp_path, what):
     harm, reason = TABLE_HARMS[what]
     first = cached(frozen_t5(), tmp_path, T5_ROWS)

@@ -24,7 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache as once
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Subject:
     folder: Path
     whole: Path
     others: list[Path]
-    plain: list[tuple[float, list[torch.Tensor]]] = field(default_factory=list)
+    plain: list[tuple[float, list[torch.Tensor]]]
 
     @property
     def store(self) -> Path:
@@ -76,35 +76,43 @@ class Subject:
         shutil.copytree(self.whole, self.folder)
 
 
+_ROOTS: list[tempfile.TemporaryDirectory[str]] = []  # until the process ends
+
+
 @once
-def subject(kind: str) -> Subject:
-    root = Path(tempfile.mkdtemp(prefix="damages-"))
-    others = []
-    names = random.Random(0)
+def _built(kind: str, seed: int) -> tuple[PreparedCache, Path]:
+    """A cache in a folder of its own, a few rows a shard, and its folder."""
+    names = random.Random(f"{kind} {seed}")
 
     def uuid4() -> uuid.UUID:
         """Names of shards, so that a number is the same damage each time."""
         return uuid.UUID(int=names.getrandbits(128))
 
-    with (
-        mock.patch.object(store_room, "SHARD_BYTES", 4000),  # a few rows a shard
-        mock.patch.object(uuid, "uuid4", uuid4),
-    ):
-        for name, seed in ((kind, 1), ("llama" if kind == "t5" else "t5", 0)):
-            cache = PrefixCache.build(
-                MODELS[name](seed), ROWS, pad_right, cache_dir=root / f"{name}{seed}", token_budget=40, progress=False
-            )
-            others.append(cache.store.folder)
-            cache.close()
-        model = MODELS[kind](0)
-        prepared = PrefixCache.prepare(
-            model, ROWS, pad_right, cache_dir=root / "caches", token_budget=40, progress=False
-        )
+    _ROOTS.append(tempfile.TemporaryDirectory(prefix="damages-", ignore_cleanup_errors=True))
+    folder = Path(_ROOTS[-1].name) / "caches"
+    prepared = PrefixCache.prepare(
+        MODELS[kind](seed), ROWS, pad_right, cache_dir=folder, token_budget=40, progress=False
+    )
+    with mock.patch.object(store_room, "SHARD_BYTES", 4000), mock.patch.object(uuid, "uuid4", uuid4):
         prepared.build().close()
-    shutil.copytree(root / "caches", root / "whole")
-    made = Subject(prepared, root / "caches", root / "whole", others)
-    made.plain = [_step(model, pad_right(rows)) for rows in BATCHES]
-    return made
+    return prepared, folder
+
+
+@once
+def _whole(kind: str) -> Path:
+    """A copy of a cache that is never damaged."""
+    _, folder = _built(kind, 0)
+    return Path(shutil.copytree(folder, folder.with_name("whole")))
+
+
+@once
+def subject(kind: str) -> Subject:
+    prepared, folder = _built(kind, 0)
+    whole = _whole(kind)
+    others = [next(path for path in place.iterdir() if path.is_dir())
+              for place in (_built(kind, 1)[1], _whole("llama" if kind == "t5" else "t5"))]  # fmt: skip
+    plain = [_step(prepared.prepared.model, pad_right(rows)) for rows in BATCHES]
+    return Subject(prepared, folder, whole, others, plain)
 
 
 def _step(model: nn.Module, batch: Any) -> tuple[float, list[torch.Tensor]]:
