@@ -614,6 +614,16 @@ def test_a_killed_build_leaves_whole_shards_only_and_the_next_goes_on(tmp_path, 
     assert_trains_right(cache)
 
 
+def test_a_store_that_goes_after_the_last_batch_does_no_harm_to_the_training(tmp_path):
+    cache = cached(frozen_model(), tmp_path)
+    assert_trains_right(cache)
+    shutil.rmtree(cache.store.folder)
+    with pytest.warns(
+        UserWarning, match=r"go unchecked: row \d cannot be read again\. .*rows-\w+\.safetensors is gone"
+    ):
+        cache.close()
+
+
 def test_a_second_build_computes_nothing(tmp_path):
     assert cached(frozen_model(), tmp_path).report.computed_rows == len(pairs_of_tokens())
     cache = cached(frozen_model(), tmp_path)

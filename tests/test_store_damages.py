@@ -482,7 +482,6 @@ def _draw_harm(on: Subject, draw: random.Random, kind: str) -> tuple[Callable[[]
 
 def _outcome(on: Subject, get: Callable[[], PrefixCache], collator: Any = None) -> str:
     """ "right", "refused: ..." by an error of ours, or in capitals what it must not be."""
-    cache: PrefixCache | None = None
 
     def hang(*_: Any) -> None:
         raise _Hangs
@@ -491,9 +490,12 @@ def _outcome(on: Subject, get: Callable[[], PrefixCache], collator: Any = None) 
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a lock that cannot be had
+            warnings.simplefilter("ignore")  # a lock that cannot be had, a row that cannot be read again in the end
             cache = get()
-        return _train(on, cache, collator or cache.collator) or "right"
+            try:
+                return _train(on, cache, collator or cache.collator) or "right"
+            finally:
+                cache.close()
     except FreezeError as error:
         return f"refused: {error}" if len(str(error)) > 40 and str(error).endswith(".") else f"NO SENTENCE: {error}"
     except _Hangs:
@@ -503,8 +505,6 @@ def _outcome(on: Subject, get: Callable[[], PrefixCache], collator: Any = None) 
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        if cache is not None:
-            cache.close()
 
 
 def table(told: list[Told]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_freeze.errors import CannotCache
+from hf_freeze.errors import CannotCache, FreezeError
 from hf_freeze.prefix.build import capture, move, split_rows
 from hf_freeze.prefix.casts import is_sharded
 from hf_freeze.prefix.dataset import Collator, Rows, collate
@@ -218,7 +218,15 @@ class SpotCheck:
         if known.digests[0] not in store:
             return
         states = next(split_rows(fresh, leaves, known))
-        for name, tensor in store.read(known.digests[0]).items():
+        try:
+            stored = store.read(known.digests[0])
+        except FreezeError as error:  # every row was whole when it was trained from; what came later does no harm
+            warnings.warn(
+                f"The states of the last cached batches go unchecked: row {row} cannot be read again. {error}",
+                stacklevel=1,
+            )
+            return
+        for name, tensor in stored.items():
             gap = _gap(tensor.to(device), states[name])
             if not gap.within(self.bars[name]):
                 raise self._stale(f"row {row} of the dataset, after the last batch,", name, gap)
