@@ -15,7 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["ROUNDING", "Agreement", "compare", "exchange_rows", "relative_gaps", "sketch", "step_tensors"]
+__all__ = [
+    "ROUNDING",
+    "Agreement",
+    "compare",
+    "exchange_rows",
+    "grain_of",
+    "relative_gaps",
+    "sketch",
+    "step_tensors",
+]
 
 # What rounding may do where no noise was measured, relative to a tensor's norm; an error of the states does 0.1 to 1.
 ROUNDING = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
@@ -57,6 +66,17 @@ class Agreement:
 
     def __str__(self) -> str:
         return f"{self.worst} differs by {self.gaps[self.worst]:.1e} of its size (bar {self.bars[self.worst]:.0e})"
+
+
+def grain_of(tensors: Iterable[torch.Tensor]) -> str:
+    """Which of ROUNDING a computation with these tensors has: that of the coarsest one.
+
+    >>> grain_of([torch.zeros(1), torch.zeros(1, dtype=torch.float16)])
+    'fp16'
+    """
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+    return {torch.float32: "fp32", torch.float64: "fp32", torch.float16: "fp16"}.get(coarsest, "bf16")
 
 
 def step_tensors(loss: torch.Tensor, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ who asks for those is `supervision`'s business.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from hf_freeze.anatomy import read_anatomy
 from hf_freeze.errors import FreezeError
@@ -173,14 +175,18 @@ def _try_out(core: Any, top: nn.Module) -> dict[str, nn.Module]:
     finally:
         handle.remove()
     kwargs = {key: value for key, value in kwargs.items() if "cache" not in key and key != "past_key_values"}
+    block = top
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in top.parameters()):
+        block = copy.deepcopy(top).float()  # rounding to 16 bits would hide a module that mixes tokens a little
+        args, kwargs = tree_map(lambda v: v.float() if _is_floating(v) else v, (args, kwargs))
 
     def run_block() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         seed_all(top)
-        output = top(*args, **kwargs)
+        output = block(*args, **kwargs)
         states = output[0] if isinstance(output, tuple) else output
         kept = states[mask]
         towards = torch.linspace(-1, 1, kept.numel(), device=device).reshape(kept.shape)
-        return _gradients(top, (kept.float() * towards).sum(), kept), random_numbers(core)
+        return _gradients(block, (kept.float() * towards).sum(), kept), random_numbers(core)
 
     places = [mask.flatten().nonzero().squeeze(1), torch.tensor(mask.shape)]
     plain, random_after = run_block()
@@ -212,9 +218,10 @@ def _try_out(core: Any, top: nn.Module) -> dict[str, nn.Module]:
             else:
                 look(child, where)
 
-    look(top, "")
+    look(block, "")
     if not accepted or not holds(accepted, run_block, plain):
         return {}
+    accepted = {name: top.get_submodule(name) for name in accepted}
 
     labels = torch.full_like(ids, -100)
     labels[:, 1:][mask[:, :-1]] = ids[:, 1:][mask[:, :-1]]
@@ -231,6 +238,10 @@ def _try_out(core: Any, top: nn.Module) -> dict[str, nn.Module]:
 
     wanted, random_after = run_model()
     return accepted if holds(accepted, run_model, wanted) else {}
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _gradients(module: nn.Module, loss: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from hf_freeze import FreezePlan, freeze
@@ -519,3 +519,20 @@ def test_a_stock_trainer_trains_alike(model_type: str, accumulate: int, tmp_path
     assert losses == pytest.approx(expected[0], rel=1e-5)
     assert validation == pytest.approx(expected[1], rel=1e-5)
     torch.testing.assert_close(weights, expected[2], rtol=1e-4, atol=1e-6)
+
+
+class OneTooFar(LlamaForCausalLM):
+    """Takes a mask, and gives the logits of the next token's place."""
+
+    def forward(self, *args: Any, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        if isinstance(logits_to_keep, torch.Tensor):
+            logits_to_keep = logits_to_keep.roll(1, dims=1)
+        return super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_logits_of_other_places_are_told_from_those_of_the_mask(dtype: torch.dtype) -> None:
+    model = OneTooFar(build("llama").config).to(dtype)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-2)
+    assert supervised_logits_only(model).reason == "OneTooFar gives other logits with a mask as logits_to_keep"

@@ -166,6 +166,26 @@ def test_a_block_whose_dropout_would_draw_other_numbers_keeps_those_modules_whol
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+class Mixing(nn.Module):
+    """A feed-forward part that looks a little at the token before."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.mlp(states + 0.02 * states.roll(1, dims=-2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_does_not_hide_a_module_that_mixes_tokens_a_little(dtype: torch.dtype) -> None:
+    model: Any = build("llama").to(dtype).train()
+    assert {name.partition(".3.")[2] for name in reduce_top_block(copy.deepcopy(model))} == TOKENWISE["llama"]
+    model.model.layers[3].mlp = Mixing(model.model.layers[3].mlp)
+    names = {name.partition(".3.")[2] for name in reduce_top_block(model)}
+    assert names == {"mlp.mlp"}  # what it wraps takes each token by itself; what stands before it is needed at more
+
+
 def test_what_cannot_be_reduced_is_left_alone() -> None:
     assert reduce_top_block(nn.Linear(2, 2)) == ()
     assert reduce_top_block(build("bart")) == ()

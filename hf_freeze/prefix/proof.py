@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hf_freeze.errors import CannotCache
-from hf_freeze.exactness import ROUNDING, compare, exchange_rows, relative_gaps, step_tensors
+from hf_freeze.exactness import ROUNDING, compare, exchange_rows, grain_of, relative_gaps, step_tensors
 from hf_freeze.prefix.build import capture, move, pad_states, split_rows
 from hf_freeze.prefix.crossing import same_results
 from hf_freeze.prefix.dataset import Collator, Rows, collate
@@ -163,9 +163,7 @@ def _exact(model: nn.Module, prefix: Prefix) -> tuple[Prefix, str]:
     """The prefix in the highest precision that its weights allow, and which it is: that of the coarsest weights."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     mixed = len(dtypes) > 1  # such weights may need the autocast
-    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
-    grain = {torch.float32: "fp32", torch.float64: "fp32", torch.float16: "fp16"}.get(coarsest, "bf16")
-    return prefix if mixed else replace(prefix, precision=None), grain
+    return prefix if mixed else replace(prefix, precision=None), grain_of(model.parameters())
 
 
 def _unlike_rows(states: dict[str, torch.Tensor]) -> list[tuple[int, int]]:
