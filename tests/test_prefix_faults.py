@@ -315,6 +315,13 @@ def test_rows_that_are_padded_without_a_mask_outside_of_the_sample_never_give_a_
         assert loss_of(model, cache.collator(drawn)) == pytest.approx(plain, rel=1e-5)
 
 
+def test_tensors_that_are_cut_into_parts_for_several_ranks_are_declined(make):
+    model = model_of()
+    next(model.parameters()).placements = ()  # as a DTensor has them
+    with pytest.raises(CannotCache, match=r"cut into parts for several ranks \(tensor parallel\)"):
+        make(model)
+
+
 @pytest.mark.parametrize("answer", [[1, 2], torch.ones(2), ("a", "b")])
 def test_a_collator_that_returns_no_mapping_is_refused(make, answer):
     with pytest.raises(
@@ -386,11 +393,11 @@ def test_another_tokenizers_rows_are_not_found_and_run_the_whole_model(make):
     other = token_rows(seed=1)
     batch = cache.collator(other[:3])
     assert "prefix_states" not in batch
-    assert loss_of(model, batch) == loss_of(model, Padding()(other[:3]))
+    with pytest.warns(UserWarning, match="The first 2 training batches hold rows that are not in the prefix cache"):
+        assert loss_of(model, batch) == loss_of(model, Padding()(other[:3]))
     assert (cache.batches_used, cache.batches_unused) == (0, 2)
     assert "prefix_states" not in cache.collator([token_rows()[0], other[0]]), "one row that is missing is enough"
-    with pytest.warns(UserWarning, match="The first 2 training batches hold rows that are not in the prefix cache"):
-        cache.close()
+    cache.close()
     assert make(model, other).report.computed_rows == len(other)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -269,6 +270,54 @@ def test_when_one_process_is_killed_the_others_stop_within_a_minute(tmp_path: Pa
     ranks["1"].kill()
     assert process.wait(timeout=60) != 0
     assert not psutil.wait_procs(family, timeout=10)[1]
+
+
+def on_two_ranks(fault: str, faulty: int, folder: Path, *given: str) -> list[tuple[int, str, str]]:
+    """The recipe on two ranks that no launcher watches; what each returned and printed."""
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "FAULT": fault,
+                        "FAULTY_RANK": str(faulty), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+                        "PYTHONPATH": str(ROOT)}  # fmt: skip
+    command = [sys.executable, "-m", "tests.faulty_recipe", "--model_name_or_path", str(tiny_folder("llama", folder)),
+               *SMALL, "--output_dir", str(folder / "out"), "--prefix_cache_dir", str(folder / "prefix")]  # fmt: skip
+    ranks = [
+        subprocess.Popen([*command, *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                         env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        printed = [rank.communicate(timeout=300) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [(rank.returncode, *texts) for rank, texts in zip(ranks, printed, strict=True)]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_a_cache_that_one_rank_cannot_build_is_done_without_by_both(faulty: int, tmp_path: Path) -> None:
+    ranks = on_two_ranks("full_disk", faulty, tmp_path)
+    assert [code for code, _, _ in ranks] == [0, 0], ranks[1][2][-3000:]
+    assert f"note: no prefix cache: Rank {faulty} of 2 could not compute the prefix: " in ranks[0][1]
+    assert results(tmp_path / "out")["prefix_cached"] is False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "message"), [
+    ("full_disk", "error: Rank 1 of 2 could not compute the prefix: "),
+    ("killed", "error: Rank 1 of 2 is gone, and rank 0 cannot go on without it: "),
+])  # fmt: skip
+def test_what_one_rank_of_the_recipe_fails_by_the_other_prints(fault: str, message: str, tmp_path: Path) -> None:
+    ranks = on_two_ranks(fault, 1, tmp_path, "--cache_prefix=on")
+    assert all(code != 0 for code, _, _ in ranks)
+    assert message in ranks[0][2]
+    assert "Traceback" not in ranks[0][2]
 
 
 def test_fewer_rows_than_one_batch_train_with_a_warning(tmp_path: Path) -> None:
