@@ -537,7 +537,8 @@ def frozen_model(seed: int = 0) -> nn.Module:
 
 
 def cached(model: nn.Module, folder: Path, rows: Any = None, collator: Any = pad_right, **given: Any) -> PrefixCache:
-    given = {"token_budget": 40, "progress": False} | given  # several batches
+    budget = 1 if store_room.SHARD_BYTES == 1 else 40  # one row a batch where a shard is to hold one, else several
+    given = {"token_budget": budget, "progress": False} | given
     return PrefixCache.build(model, rows or pairs_of_tokens(), collator, cache_dir=folder, **given)
 
 

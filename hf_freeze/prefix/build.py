@@ -196,8 +196,9 @@ def build_rows(
             for (_, store, known), pieces_of_rows in zip(prefixes, computed, strict=True):
                 for row, pieces in zip(batch_rows, pieces_of_rows, strict=True):
                     if known.digests[row] not in store:
-                        store.add(known.digests[row], pieces)
+                        store.add(known.digests[row], pieces, flush=False)
                         stored += sum(t.numel() * t.element_size() for t in pieces.values())
+                store.flush_when_full()
             bar.set_postfix_str(f"{stored / 1e6:,.0f} MB", refresh=False)
             bar.update(sum(rows.tokens(row) for row in batch_rows))
     for _, store, _ in prefixes:

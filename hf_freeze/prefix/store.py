@@ -392,12 +392,19 @@ class Store:
             raise CacheDamaged(f"{path} was replaced or written to after it was opened and checked.")
         shard.identity = identity
 
-    def add(self, digest: bytes, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes a row's tensors [tokens, ...]; writes a shard when enough have come together."""
-        if digest in self._waiting:
-            return
-        self._waiting[digest] = tensors
-        self._waiting_bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+    def add(self, digest: bytes, tensors: dict[str, torch.Tensor], *, flush: bool = True) -> None:
+        """Takes a row's tensors [tokens, ...]; writes a shard when enough have come together, where it may `flush`."""
+        if digest not in self._waiting:
+            self._waiting[digest] = tensors
+            self._waiting_bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+        if flush:
+            self.flush_when_full()
+
+    def flush_when_full(self) -> None:
+        """Writes a shard when enough rows have come together.
+
+        A build asks for it between batches: killed, it goes on with the batches, and the bits, of an undisturbed one.
+        """
         if self._waiting_bytes >= SHARD_BYTES:
             self.flush()
 
