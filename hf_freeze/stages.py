@@ -38,6 +38,7 @@ from hf_freeze.checkpoints import (
 from hf_freeze.delta import load_delta, save_delta
 from hf_freeze.errors import FreezeError, RankLost, ResumeError, StageError, nearest
 from hf_freeze.freezing import FreezeReport, freeze, named_tensors, tensor_digest, thaw, verify_frozen
+from hf_freeze.locks import leave_folder, take_folder
 from hf_freeze.monitor import FreezeMonitor
 from hf_freeze.plan import FreezePlan, plan_at_depth
 from hf_freeze.prepared import take_off_autocast
@@ -331,6 +332,8 @@ def train_in_stages(
             thaw(trainer.model)
             freeze(trainer.model, stages[-1].plan)
             load_delta(run.best_folder(done), trainer.model)
+    if first.args.process_index == 0:
+        leave_folder(run.folder)
     report = StagesReport(tuple(run.results), run.metric, trainer, done)
     tell(str(report))
     return report
@@ -389,6 +392,8 @@ class _Run:
         _check_growth(stages, read_anatomy(trainer.model))
         facts = run_facts(trainer)
         run.facts = {name: facts[name] for name in ("training data", "rows a step")}
+        if args.process_index == 0:
+            take_folder(folder)
         ledger = folder / LEDGER
         if ledger.exists() and not resume:
             raise StageError(

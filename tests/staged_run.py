@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import TrainerCallback
 
 from hf_freeze.checkpoints import guard_checkpoints, resume_from
 from hf_freeze.freezing import freeze, thaw
+from hf_freeze.locks import take_folder
 from hf_freeze.plan import FreezePlan
 from hf_freeze.processes import leave_group
 from hf_freeze.stages import StagesReport, gradual, train_in_stages
@@ -75,6 +77,18 @@ def run(
         resume=resume,
         say=lambda text: None,
     )
+
+
+def another_run(folder: Path) -> int:
+    """A process that has the folder, as a run in it does."""
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        take_folder(folder)
+        os.write(writer, b"taken")
+        time.sleep(600)
+        os._exit(0)
+    assert os.read(reader, 5) == b"taken"
+    return child
 
 
 def naive(folder: Path, model: nn.Module) -> SummaryTrainer:

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -34,7 +33,7 @@ from hf_freeze.errors import FreezeError, ResumeError
 from hf_freeze.freezing import freeze_record, verify_frozen
 from hf_freeze.locks import LOCK, leave_folder, take_folder
 from tests.prefix_cases import review_rows
-from tests.staged_run import Rows, make_trainer, pretrained
+from tests.staged_run import Rows, another_run, make_trainer, pretrained
 
 PLAN = FreezePlan(decoder_blocks=2)
 
@@ -224,18 +223,6 @@ def test_a_checkpoint_that_is_being_written_over_is_not_whole(whole: Any, tmp_pa
 
 
 # ----------------------------------------------------------------------------------------------- one run in a folder
-
-
-def another_run(folder: Path) -> int:
-    """A process that has the folder, as a run in it does."""
-    reader, writer = os.pipe()
-    if not (child := os.fork()):
-        take_folder(folder)
-        os.write(writer, b"taken")
-        time.sleep(600)
-        os._exit(0)
-    assert os.read(reader, 5) == b"taken"
-    return child
 
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:

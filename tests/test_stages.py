@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +18,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import hf_freeze.stages
 from hf_freeze import FreezePlan, freeze, thaw, verify_frozen
 from hf_freeze.checkpoints import write_json
-from hf_freeze.errors import DeltaMismatch, PlanError, ResumeError, StageError
+from hf_freeze.errors import DeltaMismatch, FreezeError, PlanError, ResumeError, StageError
+from hf_freeze.locks import LOCK
 from hf_freeze.monitor import FreezeMonitor
 from hf_freeze.stages import Stage, gradual, load_stages, save_stages, train_in_stages
 from hf_freeze.summarization import SummaryTrainer
 from tests.prefix_cases import review_rows
-from tests.staged_run import LINEAR, ROWS_A_STEP, Rows, make_trainer, one_plan, pretrained, run
+from tests.staged_run import LINEAR, ROWS_A_STEP, Rows, another_run, make_trainer, one_plan, pretrained, run
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -576,3 +578,14 @@ def test_thawing_under_a_living_trainer_lets_the_ranks_drift_apart(tmp_path: Pat
     one, other = two_processes(tmp_path, "naive")
     apart = {name for name, values in one["weights"].items() if values != other["weights"][name]}
     assert any(name.startswith("model.layers.2.") for name in apart), "the block thawed late is not in the reducer"
+
+
+def test_stages_that_another_process_trains_are_refused(tmp_path: Path) -> None:
+    child = another_run(tmp_path)
+    try:
+        with pytest.raises(FreezeError, match=rf"write into {tmp_path}; process {child} on .* is writing there"):
+            run(tmp_path, resume=True)
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
