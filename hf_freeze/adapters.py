@@ -16,6 +16,7 @@ from torch import nn
 from hf_freeze.anatomy import Anatomy, read_anatomy, unwrap
 from hf_freeze.errors import FreezeError, PlanError, nearest
 from hf_freeze.freezing import FreezeRecord, freeze_record
+from hf_freeze.given import check_model
 from hf_freeze.prefix.replay import ATTRIBUTE
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def adapt_upper(
     """
     if kind not in KINDS:
         raise PlanError(f"adapt_upper was asked for kind={kind!r}; it is one of {', '.join(map(repr, KINDS))}.")
+    check_model("adapt_upper", model)
     core, record = _frozen_and_bare(unwrap(model))
     anatomy = read_anatomy(core)
     matrices = _targets(anatomy, dict(_matrices(anatomy, record)), target_modules)

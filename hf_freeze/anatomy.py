@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from hf_freeze.errors import AnatomyError, nearest
+from hf_freeze.given import check_model
 from hf_freeze.trial import on_trial
 
 __all__ = ["Anatomy", "Block", "Part", "Stack", "Tie", "read_anatomy", "unwrap"]
@@ -217,6 +218,7 @@ def read_anatomy(model: nn.Module, *, blocks: BlocksGiven | None = None) -> Anat
         >>> anatomy.ties[0].names
         ('transformer.wte.weight', 'lm_head.weight')
     """
+    check_model("read_anatomy", model)
     model = unwrap(model)
     core = _core_model(model)
     name_of = {module: name for name, module in model.named_modules()}

@@ -37,6 +37,7 @@ from hf_freeze.anatomy import unwrap
 from hf_freeze.delta import is_delta, load_delta, save_delta
 from hf_freeze.errors import FreezeError, ResumeError
 from hf_freeze.freezing import freeze_record
+from hf_freeze.given import check_path, check_trainer
 from hf_freeze.locks import leave_folder, take_folder
 from hf_freeze.processes import agreed, barrier
 
@@ -149,6 +150,7 @@ def guard_checkpoints(trainer: Any) -> CheckpointGuard:
         >>> guard.limit
         2
     """
+    check_trainer("guard_checkpoints", trainer)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, CheckpointGuard):
             return callback
@@ -285,6 +287,9 @@ def resume_from(trainer: Any, asked: str | os.PathLike[str] | Literal[True]) -> 
     Raises:
         ResumeError: It is not whole, or the run is another one; the difference is named with its fix.
     """
+    check_trainer("resume_from", trainer)
+    if asked is not True:
+        check_path("resume_from", "asked", asked)
     output = Path(trainer.args.output_dir)
     if asked is True or str(asked).lower() in ("last", "true"):
         found = last_whole_checkpoint(output)

@@ -44,6 +44,7 @@ from hf_freeze.freezing import (
     untie,
     whole_tensor,
 )
+from hf_freeze.given import check_model, check_path
 from hf_freeze.locks import alone_in
 from hf_freeze.plan import PLAN_FILE, FreezePlan
 from hf_freeze.processes import agreed, rank_and_world
@@ -159,6 +160,8 @@ def save_delta(
         >>> load_delta(folder, base).transformer.h[3].ln_1.weight[0].item()
         2.0
     """
+    check_model("save_delta", model)
+    check_path("save_delta", "folder", folder)
     root = unwrap(model)
     with agreed("save the delta"):
         _check_options(push_to_hub, hub)
@@ -219,6 +222,9 @@ def load_delta(
         DeltaMismatch: The delta is missing or damaged, or the base is another one; nothing was changed.
         ModelError: The base cannot be built.
     """
+    check_path("load_delta", "folder", folder)
+    if base_model is not None:
+        check_model("load_delta", base_model)
     if base_model is not None and (unused := [name for name in from_pretrained if name != "token"]):
         raise FreezeError(
             f"load_delta was given base_model and {unused[0]}=, which is for building one. Leave one of them out."
@@ -262,6 +268,10 @@ def merge_delta(
         ModelError: The output folder holds something, or the model is none of transformers' own.
         FreezeError: It could not be written; nothing is left.
     """
+    check_path("merge_delta", "folder", folder)
+    check_path("merge_delta", "output", output)
+    if base_model is not None:
+        check_model("merge_delta", base_model)
     target = Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"merge_delta was to write into {target}, which holds something. Give a new folder.")

@@ -28,8 +28,9 @@ from hf_freeze.anatomy import read_anatomy
 from hf_freeze.checkpoints import data_digest, json_digest, write_json
 from hf_freeze.errors import CannotCache, FreezeError, ResumeError, TrainingDiverged
 from hf_freeze.freezing import freeze, named_tensors, tensor_digest, verify_frozen
+from hf_freeze.given import check_callable, check_kind, check_path
 from hf_freeze.machine import device_name, peak_bytes, reset_peak
-from hf_freeze.plan import FreezePlan, plan_at_depth
+from hf_freeze.plan import FreezePlan, given_plan, plan_at_depth
 from hf_freeze.sweep_report import (
     FACTS_FILE,
     FULL,
@@ -136,6 +137,11 @@ def sweep_depths(
         >>> [row.depth for row in report.rows()]
         ['pretrained', 1, 2]
     """
+    check_callable("sweep_depths", "make_model", make_model, "the model, loaded anew at each call")
+    check_callable("sweep_depths", "make_trainer", make_trainer, "a Trainer for the model that it is given")
+    check_kind("sweep_depths", "depths", depths, (list, tuple, range), "a list of depths", "depths=[0, 6, 9, 11]")
+    check_path("sweep_depths", "output_dir", output_dir)
+    plan = None if plan is None else given_plan("sweep_depths", plan)
     if not depths and not references:
         raise FreezeError("A sweep over no depth was asked for; give some, such as depths=[0, 6, 9, 11].")
     if unknown := [name for name in references if name not in REFERENCES]:

@@ -31,7 +31,8 @@ from torch import nn
 from hf_freeze.anatomy import Anatomy, BlocksGiven, Part, read_anatomy
 from hf_freeze.errors import FreezeError, PlanError
 from hf_freeze.flow import Attention, Flow, Place, first_name, read_flow
-from hf_freeze.plan import FreezePlan, ResolvedPlan
+from hf_freeze.given import check_model
+from hf_freeze.plan import FreezePlan, ResolvedPlan, given_plan
 from hf_freeze.report import Table, count_text
 
 __all__ = ["Forecast", "ModeForecast", "forecast"]
@@ -223,9 +224,8 @@ def forecast(
         >>> costs.cache_pays, costs.why
         (True, '1.34x fewer FLOPs over 3 epochs, build included.')
     """
-    plan = plan or FreezePlan()
-    if not isinstance(plan, FreezePlan):
-        raise PlanError(f"forecast was given a {type(plan).__name__} as plan; it takes a FreezePlan.")
+    check_model("forecast", model)
+    plan = given_plan("forecast", plan)
     numbers: dict[str, Any] = {
         "batch_size": batch_size, "source_tokens": source_tokens, "target_tokens": target_tokens,
         "epochs": epochs, "rows": rows, "lora_rank": lora_rank,

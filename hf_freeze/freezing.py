@@ -8,9 +8,10 @@ freeze is the plan's business; this module sets `requires_grad` and checks bits.
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch import nn
 from hf_freeze.anatomy import Anatomy, BlocksGiven, Stack, read_anatomy, unwrap
 from hf_freeze.checkpointing import ASKED_MODE, correct_checkpointing, restore_checkpointing
 from hf_freeze.errors import FreezeError, FrozenWeightsChanged, PlanError
-from hf_freeze.plan import Cut, FreezePlan, ResolvedPlan
+from hf_freeze.given import check_kind, check_model
+from hf_freeze.plan import Cut, FreezePlan, ResolvedPlan, given_plan
 from hf_freeze.prepared import is_being_trained, take_off_autocast
 from hf_freeze.report import freeze_table
 
@@ -111,6 +113,8 @@ class FreezeReport:
         self.trainable_parameters = sum(sizes[name] for name in self.trainable_names)
         self.frozen_parameters = self.total_parameters - self.trainable_parameters
         self.table = freeze_table(anatomy, set(self.frozen_names), self.lowest_trainable, self._lines(anatomy))
+        if earlier := tuple(name for name in frozen_before if name in record.turned_off):  # before all counts
+            self.table = replace(self.table, lines=(f"Warning: {_earlier_freeze(earlier)}", *self.table.lines))
         # Tensors are matched by identity first: PEFT renames them when it wraps the model. Weak, or a report would
         # keep the model in memory.
         self.tensors = weakref.WeakValueDictionary(named_tensors(anatomy.model))
@@ -220,9 +224,11 @@ def freeze(
         >>> print(verify_frozen(model, report))
         38 frozen tensors, 43,744 bytes: unchanged
     """
-    plan = plan or FreezePlan()
-    if not isinstance(plan, FreezePlan):
-        raise PlanError(f"freeze was given a {type(plan).__name__} as plan; it takes a FreezePlan.")
+    check_model("freeze", model)
+    plan = given_plan("freeze", plan)
+    if optimizer is not None:
+        kind = torch.optim.Optimizer
+        check_kind("freeze", "optimizer", optimizer, kind, "an optimizer of torch", "torch.optim.AdamW(...)")
     _refuse_ddp(model, "freeze")
     _end_training(model)
     anatomy = read_anatomy(model, blocks=blocks)
@@ -257,6 +263,8 @@ def freeze(
         parameter.grad = None
         if optimizer is not None:
             optimizer.state.pop(parameter, None)
+    if stays := tuple(name for name in frozen_before if name in ours):
+        warnings.warn(_earlier_freeze(stays), stacklevel=2)
     setattr(core, _RECORD, record)
     if plan.frozen_mode == "eval":
         record.held.update(_hold_modules(anatomy, resolved))
@@ -270,6 +278,13 @@ def freeze(
     correct_checkpointing(anatomy, has_prefix=has_prefix)
     record.digests, record.without_bits = _digests(core, known=record.digests)
     return FreezeReport(anatomy, resolved, record, frozen_before)
+
+
+def _earlier_freeze(names: tuple[str, ...]) -> str:
+    return (
+        f"An earlier freeze() stays: {len(names)} tensors that this plan trains are frozen by it, e.g. {names[0]}. "
+        "freeze() only ever freezes; to lift the earlier one, call thaw(model) before freeze(model, plan)."
+    )
 
 
 def _refuse_ddp(model: nn.Module, what: str) -> None:
@@ -305,6 +320,7 @@ def thaw(model: nn.Module) -> tuple[str, ...]:
         >>> len(thaw(model)), all(parameter.requires_grad for parameter in model.parameters())
         (14, True)
     """
+    check_model("thaw", model)
     _refuse_ddp(model, "thaw")
     _end_training(model)
     core = unwrap(model)
@@ -340,6 +356,9 @@ def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> Froze
         FrozenWeightsChanged: A tensor moved, disappeared or became trainable; each one is named.
         FreezeError: The model was never frozen, or some of it held no bits when it was.
     """
+    check_model("verify_frozen", model)
+    if report is not None:
+        check_kind("verify_frozen", "report", report, FreezeReport, "what freeze() returned", "report=freeze(...)")
     core = unwrap(model)
     for module in core.modules():
         if RELEASED in module.__dict__:

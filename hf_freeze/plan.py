@@ -6,22 +6,27 @@ here, before anything is changed.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, TypeVar, cast
 
 from hf_freeze.anatomy import Anatomy, Part, Stack
 from hf_freeze.errors import PlanError, nearest
+from hf_freeze.given import check_kind
 
-__all__ = ["Cut", "FreezePlan", "ResolvedPlan", "find_cuts", "plan_at_depth"]
+__all__ = ["Cut", "FreezePlan", "ResolvedPlan", "find_cuts", "given_plan", "plan_at_depth"]
 
 BlockCount = int | float | Literal["all"]
 PLAN_FILE = "freeze_plan.json"
 DEFAULT_BLOCKS = 0.5
+
+
+Plan = TypeVar("Plan", bound="FreezePlan")
 
 
 class Cut(NamedTuple):
@@ -57,6 +62,25 @@ class ResolvedPlan:
     warnings: tuple[str, ...]
 
 
+def _naming_unknown_fields(plan: type[Plan]) -> type[Plan]:
+    """Lets a dataclass refuse a keyword that is no field of it as `from_dict` does; its signature stays."""
+    made: Any = plan.__init__
+
+    @functools.wraps(made)
+    def init(self: Any, *values: Any, **named: Any) -> None:
+        known = [f.name for f in fields(self)]
+        if unknown := [name for name in named if name not in known]:
+            raise PlanError(
+                f"FreezePlan asks for {unknown[0]}={named[unknown[0]]!r}; it has no such field. "
+                f"The nearest: {nearest(unknown[0], known)}."
+            )
+        made(self, *values, **named)
+
+    plan.__init__ = init  # type: ignore[method-assign]
+    return plan
+
+
+@_naming_unknown_fields
 @dataclass(frozen=True)
 class FreezePlan:
     """What to freeze. Checked when it is made, made concrete by `resolve`, applied by `freeze`.
@@ -345,6 +369,20 @@ Use an int for a number of blocks, or "all".
         if self.frozen_mode == "train":
             return (), "frozen_mode='train' keeps dropout on in the frozen blocks, so their output changes every step."
         return find_cuts(anatomy, trainable)
+
+
+def given_plan(what: str, plan: object) -> FreezePlan:
+    """The plan that a function was given, `FreezePlan()` for None.
+
+    Raises:
+        PlanError: It is something else.
+    """
+    if plan is None:
+        return FreezePlan()
+    number = str(plan) if isinstance(plan, str | int) and str(plan).lstrip("-").isdigit() else "6"
+    fix = f"FreezePlan(decoder_blocks={number})"
+    check_kind(what, "plan", plan, FreezePlan, "a FreezePlan", fix, PlanError)
+    return cast(FreezePlan, plan)
 
 
 def plan_at_depth(anatomy: Anatomy, depth: int, plan: FreezePlan | None = None) -> FreezePlan:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -38,6 +38,7 @@ from hf_freeze.checkpoints import (
 from hf_freeze.delta import load_delta, save_delta
 from hf_freeze.errors import FreezeError, RankLost, ResumeError, StageError, nearest
 from hf_freeze.freezing import FreezeReport, freeze, named_tensors, tensor_digest, thaw, verify_frozen
+from hf_freeze.given import check_callable, check_kind, check_model, check_path
 from hf_freeze.locks import leave_folder, take_folder
 from hf_freeze.monitor import FreezeMonitor
 from hf_freeze.plan import FreezePlan, plan_at_depth
@@ -214,6 +215,7 @@ def gradual(
         >>> [stage.plan.decoder_blocks for stage in gradual(model, start=1, step=2, stages=3, epochs=1)]
         [5, 3, 1]
     """
+    check_model("gradual", model)
     anatomy = read_anatomy(model)
     total = sum(len(stack) for stack in anatomy.stacks)
     for name, value, least in (("start", start, 1), ("step", step, 0), ("stages", stages, 1)):
@@ -233,8 +235,18 @@ def gradual(
 
 def save_stages(stages: Sequence[Stage], path: str | os.PathLike[str]) -> None:
     """Writes stages as YAML, to be edited by hand."""
+    _check_stages("save_stages", "stages", stages)
+    check_path("save_stages", "path", path)
     text = yaml.safe_dump({"stages": [stage.to_dict() for stage in stages]}, sort_keys=False)
     Path(path).write_text(text, encoding="utf-8")
+
+
+def _check_stages(what: str, argument: str, plans: object) -> None:
+    """Refuses what is no sequence of plans or stages."""
+    fix = f"{argument}=[FreezePlan(decoder_blocks=-4), FreezePlan(decoder_blocks=-8)], or gradual(model, 4, 4, 2)"
+    check_kind(what, argument, plans, (list, tuple), "a list of plans or stages", fix, StageError)
+    for plan in cast("Sequence[object]", plans):
+        check_kind(what, argument, plan, (FreezePlan, Stage), "plans or stages", fix, StageError)
 
 
 def load_stages(path: str | os.PathLike[str]) -> list[Stage]:
@@ -243,6 +255,7 @@ def load_stages(path: str | os.PathLike[str]) -> list[Stage]:
     Raises:
         StageError: No such file, no YAML, or a key that no stage has.
     """
+    check_path("load_stages", "path", path)
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -305,8 +318,10 @@ def train_in_stages(
         >>> [stage.trained_blocks for stage in report.stages]
         [1, 2]
     """
+    check_callable("train_in_stages", "make_trainer", make_trainer, "a new Trainer")
     if isinstance(plans, str | os.PathLike):
         plans = load_stages(plans)
+    _check_stages("train_in_stages", "plans", plans)
     stages = [plan if isinstance(plan, Stage) else Stage(plan, **each) for plan in plans]
     if not stages:
         raise StageError("train_in_stages was given no plan; give one or more, such as gradual(model, 4, 4, 3).")

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_freeze.anatomy import unwrap
 from hf_freeze.exactness import ROUNDING, grain_of
+from hf_freeze.given import check_model
 from hf_freeze.top_block import reduce_top_block, whole_top_block
 from hf_freeze.trial import on_trial, seed_all
 
@@ -114,6 +115,7 @@ def supervised_logits_only(model: nn.Module) -> SupervisedLogits:
         >>> all_logits(model)
         True
     """
+    check_model("supervised_logits_only", model)
     core = unwrap(model)
     if (installed := core.__dict__.get(_OUTCOME)) is not None:
         outcome: SupervisedLogits = installed
@@ -148,6 +150,7 @@ def all_logits(model: nn.Module) -> bool:
     >>> all_logits(nn.Linear(2, 2))
     False
     """
+    check_model("all_logits", model)
     found = False
     for module in unwrap(model).modules():
         handles: tuple[RemovableHandle, ...] = module.__dict__.pop(_HANDLES, ())
@@ -170,6 +173,7 @@ def can_keep_supervised_logits(model: nn.Module) -> tuple[bool, str]:
         >>> can_keep_supervised_logits(model)
         (True, 'logits_to_keep takes a mask')
     """
+    check_model("can_keep_supervised_logits", model)
     core: Any = unwrap(model)
     if getattr(getattr(core, "config", None), "is_encoder_decoder", False):
         return False, "an encoder-decoder has logits for the summary's tokens only"

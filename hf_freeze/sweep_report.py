@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_freeze.errors import FreezeError, ResumeError, nearest
+from hf_freeze.given import check_kind, check_path
 from hf_freeze.paired import PairedDifference, compare_rows
 from hf_freeze.report import Table, count_text
 
@@ -155,6 +156,7 @@ class SweepReport:
         Raises:
             FreezeError: There is no sweep, or no run has such a metric.
         """
+        check_path("SweepReport.load", "folder", folder)
         path = Path(folder) / FACTS_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -377,6 +379,8 @@ def draw_sweep(report: SweepReport, path: str | os.PathLike[str]) -> tuple[Path,
     Returns:
         Their paths.
     """
+    check_kind("draw_sweep", "report", report, SweepReport, "a SweepReport", "SweepReport.load(folder)")
+    check_path("draw_sweep", "path", path)
     from hf_freeze.plots import MARKS, plain_style, save_figure
 
     with plain_style() as pyplot:

@@ -33,7 +33,8 @@ from hf_freeze.anatomy import Anatomy, BlocksGiven, read_anatomy, unwrap
 from hf_freeze.errors import FreezeError
 from hf_freeze.forecast import Forecast, forecast
 from hf_freeze.freezing import freeze_record
-from hf_freeze.plan import FreezePlan, plan_at_depth
+from hf_freeze.given import check_model
+from hf_freeze.plan import FreezePlan, given_plan, plan_at_depth
 from hf_freeze.prefix.build import move
 from hf_freeze.prefix.replay import autocast
 from hf_freeze.processes import rank_and_world
@@ -119,6 +120,9 @@ def advise(
     """
     started = time.perf_counter()
     _check_settings(steps, batch_size, validation_rows, epochs, precision, learning_rates)
+    check_model("advise", model)
+    if plan is not None:
+        plan = given_plan("advise", plan)
     core = unwrap(model)
     _refuse_model(core)
     anatomy = read_anatomy(core, blocks=blocks)

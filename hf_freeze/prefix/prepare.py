@@ -18,6 +18,7 @@ from hf_freeze.anatomy import Anatomy, BlocksGiven, read_anatomy, unwrap
 from hf_freeze.embedded import cache_folder
 from hf_freeze.errors import CannotCache, FreezeError
 from hf_freeze.freezing import freeze_record
+from hf_freeze.given import check_callable, check_kind, check_model
 from hf_freeze.plan import Cut, FreezePlan, find_cuts
 from hf_freeze.prefix.build import move
 from hf_freeze.prefix.crossing import find_prefix
@@ -70,11 +71,15 @@ def prepare(
     progress: bool,
 ) -> Prepared:
     """Everything that must be known and hold before a row is computed. Arguments as of `PrefixCache.build`."""
+    check_model("PrefixCache.build", model)
     _check_precision_name(precision)
     if collator is None:
         from transformers import default_data_collator
 
         collator = default_data_collator
+    check_callable("PrefixCache.build", "data_collator", collator, "the model's keyword arguments for a list of rows")
+    for plan in also:
+        check_kind("PrefixCache.build", "also", plan, FreezePlan, "a sequence of FreezePlans", "also=[plan]")
     core: Any = unwrap(model)
     _refuse_wrapped(core)
     if ATTRIBUTE in core.__dict__:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hf_freeze.errors import FreezeError, ModelError, ReviewsError, nearest
+from hf_freeze.given import check_model
 from hf_freeze.processes import agreed, pulse, rank_and_world, tell_all
 from hf_freeze.summarization.prompts import SummaryPrompt, read_prompt
 from hf_freeze.summarization.tokenizer_fit import underlying_model
@@ -122,6 +123,7 @@ def generate_summaries(
     >>> len(summaries), summaries[1]
     (2, '')
     """
+    check_model("generate_summaries", model)
     _check_request(reviews, precision, generate_kwargs)
     inner = _generating_model(model)
     if prompt is None:

@@ -21,6 +21,7 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 
 from hf_freeze.errors import FreezeError
+from hf_freeze.given import check_kind
 
 __all__ = ["Rouge", "RougeScores", "compute_rouge", "first_sentence", "split_sentences"]
 
@@ -261,6 +262,7 @@ def _check(predictions: Sequence[str], references: Sequence[str] | Sequence[Sequ
     for name, texts in (("predictions", predictions), ("references", references)):
         if isinstance(texts, str):
             raise FreezeError(f"compute_rouge was given {name} as one string. Give a list of strings.")
+        check_kind("compute_rouge", name, texts, Sequence, "a list of strings", "[text]")
     if len(predictions) != len(references):
         raise FreezeError(
             f"compute_rouge was given {len(predictions)} predictions and {len(references)} references. "

@@ -23,6 +23,7 @@ from hf_freeze.anatomy import unwrap
 from hf_freeze.checkpoints import json_digest
 from hf_freeze.errors import FreezeError, ReviewsError, nearest
 from hf_freeze.freezing import named_tensors, tensor_digest
+from hf_freeze.given import check_kind, check_model, check_path
 from hf_freeze.processes import agreed, from_first, rank_and_world
 from hf_freeze.summarization.generation import generate_summaries
 from hf_freeze.summarization.grouping import (
@@ -150,6 +151,10 @@ def summarize_file(
     >>> report.rows, report.blank, (folder / "summaries.csv").read_text().splitlines()[::2]
     (2, 1, ['id,review,summary', '8,,'])
     """
+    check_model("summarize_file", model)
+    check_path("summarize_file", "output", output)
+    kinds = (str, os.PathLike, Iterable)
+    check_kind("summarize_file", "source", source, kinds, "a file's path or rows", "source='reviews.csv'")
     if prompt is None:
         prompt = read_prompt(tokenizer, unwrap(model).config, max_summary_tokens=max_new_tokens or 64)
     new_tokens = max_new_tokens or prompt.max_summary_tokens
