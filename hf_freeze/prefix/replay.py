@@ -186,6 +186,7 @@ class Replay:
 
     Attributes:
         used: Number of forwards with states, `unused` of training forwards without.
+        rows_are_found: Whether a batch with states has come, be it one that was refused.
         epoch_rows: Rows that this process sees of the dataset of the build; None where it is not known.
     """
 
@@ -196,6 +197,7 @@ class Replay:
         self.used = 0
         self.unused = 0
         self.epoch_rows: int | None = None
+        self.rows_are_found = False
         self._missed_rows = 0
         self._warned = False
         self.released: Any = None  # a `release.Released` once release_prefix was called
@@ -257,7 +259,7 @@ class Replay:
 
     def warn_of_misses(self) -> None:
         """Warns, once, where every training forward so far ran the whole model."""
-        if self.used or not self.unused or self._warned:
+        if self.rows_are_found or not self.unused or self._warned:
             return
         self._warned = True
         batches = "training batch holds" if self.unused == 1 else f"{self.unused} training batches hold"
@@ -442,6 +444,7 @@ def _take_states(
         return None
     kwargs = dict(kwargs)
     states = kwargs.pop(PREFIX_KEY)
+    replay.rows_are_found |= bool(states)
     if module.__dict__.get("_is_replica"):  # DataParallel's threads would take each other's places
         return args, kwargs
     config = getattr(module, "config", None)
