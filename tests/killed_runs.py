@@ -1,6 +1,6 @@
 """Kills work with -9 at random moments, does it again, and says whether it ended as the work that nobody disturbed.
 
-python tests/killed_runs.py FOLDER training=2,build=1,delta=2,summarize=1 [SEED]
+python tests/killed_runs.py FOLDER training=1,build=1,delta=1,summarize=1 [SEED]
 
 What is killed are forks of this process, which has imported everything, so that a moment is one of the work and not of
 an import.
@@ -72,8 +72,8 @@ def place_of_training(folder: Path) -> str:
 
 def build(folder: Path) -> dict[str, torch.Tensor]:
     """The states of all rows, and the losses of some steps from them."""
-    hf_freeze.prefix.store.SHARD_BYTES = 20_000  # some twenty shards
-    rows = review_rows("llama", 240)
+    hf_freeze.prefix.store.SHARD_BYTES = 20_000  # some ten shards
+    rows = review_rows("llama", 160)
     model = frozen_model("llama", dropout=False)
     cache = PrefixCache.build(
         model, rows, collator_for("llama", model), cache_dir=folder / "cache", token_budget=64, progress=False
@@ -99,7 +99,7 @@ def place_of_build(folder: Path) -> str:
 
 # --------------------------------------------------------------------------------------------------------------- delta
 
-SAVES = 60
+SAVES = 30
 
 
 def model_of_deltas(number: int | None = None) -> LlamaForCausalLM:
@@ -164,7 +164,7 @@ def summarize(folder: Path) -> dict[str, torch.Tensor]:
         with source.with_suffix(".tmp").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["id", "review"])
-            writer.writerows([number, f"The kettle number {number * 7919 % 1000} boils"] for number in range(120))
+            writer.writerows([number, f"The kettle number {number * 7919 % 1000} boils"] for number in range(60))
         os.replace(source.with_suffix(".tmp"), source)
     if not output.exists():
         model, tokenizer = tiny_model("llama"), padding_tokenizer("llama")

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     "kills",
     [
-        {"training": 2, "build": 1, "delta": 2, "summarize": 1},
+        {"training": 1, "build": 1, "delta": 1, "summarize": 1},
         pytest.param({"training": 15, "build": 15, "delta": 15, "summarize": 15}, marks=pytest.mark.slow),
     ],
 )
