@@ -160,7 +160,10 @@ def load_base(source: str, dtype: torch.dtype, revision: str | None = None) -> A
     Raises:
         ModelError: it cannot be loaded.
     """
+    settings = Path(source) / "generation_config.json"
     with _worded(source):
+        if settings.is_file():  # transformers takes a damaged one for none, and generates in another way
+            json.loads(settings.read_text(encoding="utf-8"))
         config = AutoConfig.from_pretrained(source, revision=revision)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         return auto_class.from_pretrained(source, revision=revision, dtype=dtype)
@@ -178,7 +181,8 @@ def load_with_delta(delta: str, base_model: str | None) -> Any:
     """
     if base_model is None:
         try:
-            return load_delta(delta)
+            with _worded(delta):
+                return load_delta(delta)
         except ModelError as error:
             raise ModelError(f"{error} (The option --base_model of hf-freeze says where the base lies now.)") from error
     if not is_delta(delta):
@@ -205,7 +209,7 @@ def load_tokenizer(source: str, base: str | None) -> Any:
     for place in places:
         try:
             return AutoTokenizer.from_pretrained(place)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # tokenizers raises bare ones
             failures.append(error)
     raise ModelError(
         f"{source} was given as model; its tokenizer cannot be read: {_line(failures[-1])}. Save the base's tokenizer "

@@ -258,8 +258,9 @@ def load_stages(path: str | os.PathLike[str]) -> list[Stage]:
     check_path("load_stages", "path", path)
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise StageError(f"Stages were to be read from {path}; it cannot be read: {error}.") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise StageError(f"Stages were to be read from {path}; it cannot be read: {reason}.") from error
     if not isinstance(values, dict) or not isinstance(values.get("stages"), list) or not values["stages"]:
         raise StageError(f"Stages were to be read from {path}; it holds no list named 'stages', or an empty one.")
     return [Stage.from_dict(value) for value in values["stages"]]

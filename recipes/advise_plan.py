@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 
 from hf_freeze import FreezeError, advise
 from hf_freeze.checkpoints import write_json
+from hf_freeze.cli import exit_code, worded_arguments
 from hf_freeze.embedded import EMBEDDED_NAME
 from hf_freeze.loading import load_generator
 from hf_freeze.machine import find_device
@@ -54,9 +55,12 @@ class AdviceArguments:
 
 
 def main() -> None:
-    (asked,) = HfArgumentParser(AdviceArguments, allow_abbrev=False).parse_args_into_dataclasses()
+    with worded_arguments():
+        (asked,) = HfArgumentParser(AdviceArguments, allow_abbrev=False).parse_args_into_dataclasses()
     depths, rates = numbers(asked.depths, int), numbers(asked.learning_rates, float)
     device = find_device(asked.device)
+    if asked.output_dir is not None:  # that nothing can be written there is told now, not after minutes
+        Path(asked.output_dir).mkdir(parents=True, exist_ok=True)
     model, tokenizer, _ = load_generator(asked.model_name_or_path, None, torch.float32)
     model.float().to(device)  # a delta comes in the dtype that it was trained in
 
@@ -113,7 +117,4 @@ def numbers(text: str, kind: type) -> list:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FreezeError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(exit_code(main))

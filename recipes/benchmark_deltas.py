@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 from tqdm import trange
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hf_freeze import FreezeError, FreezePlan, freeze, load_delta, save_delta
-from hf_freeze.embedded import EMBEDDED_NAME, embedded_model
+from hf_freeze.cli import exit_code
+from hf_freeze.embedded import EMBEDDED_NAME
+from hf_freeze.loading import load_base, source_of
 from hf_freeze.report import Table, count_text
 
 
@@ -34,10 +35,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.repetitions < 1:
         raise FreezeError(f"--repetitions {args.repetitions} was asked for; use 1 or more.")
-    source = embedded_model() if args.model_name_or_path == EMBEDDED_NAME else args.model_name_or_path
-    encoder_decoder = AutoConfig.from_pretrained(source).is_encoder_decoder
-    auto_class = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-    model = auto_class.from_pretrained(source, dtype=torch.float32)
+    source = source_of(args.model_name_or_path)
+    model = load_base(source, torch.float32)
     report = freeze(
         model,
         FreezePlan(encoder_blocks=count(args.freeze_encoder_blocks), decoder_blocks=count(args.freeze_decoder_blocks)),
@@ -49,7 +48,7 @@ def main() -> None:
         for _ in trange(args.repetitions):
             seconds["full"][0].append(timed(lambda: (model.save_pretrained(full), flush(full))))
             seconds["delta"][0].append(timed(lambda: save_delta(model, delta, base=source)))
-            seconds["full"][1].append(timed(lambda: auto_class.from_pretrained(full, dtype=torch.float32)))
+            seconds["full"][1].append(timed(lambda: type(model).from_pretrained(full, dtype=torch.float32)))
             seconds["delta"][1].append(timed(lambda: load_delta(delta)))
         sizes = {"full": size(full), "delta": size(delta)}
     rows = []
@@ -62,7 +61,10 @@ def main() -> None:
 
 def count(text: str | None) -> int | float | str | None:
     """ "3" is three blocks, "0.5" half of them."""
-    return text if text in (None, "all") else float(text) if "." in text else int(text)
+    try:
+        return text if text in (None, "all") else float(text) if "." in text else int(text)
+    except ValueError:
+        return text  # FreezePlan words the error
 
 
 def timed(work) -> float:
@@ -83,7 +85,4 @@ def size(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FreezeError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(exit_code(main))

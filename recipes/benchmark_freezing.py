@@ -44,6 +44,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig
 from transformers import default_data_collator as collate
 
 from hf_freeze import FreezeError, FreezePlan, PrefixCache, forecast, freeze, read_anatomy, supervised_logits_only
+from hf_freeze.cli import exit_code
 from hf_freeze.embedded import embedded_model
 from hf_freeze.errors import nearest
 from hf_freeze.exactness import ROUNDING, compare, exchange_rows, relative_gaps, sketch, step_tensors
@@ -136,7 +137,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.modes = args.modes.split(",")
-    args.depths = [int(depth) for depth in args.depths.split(",") if depth]
+    try:
+        args.depths = [int(depth) for depth in args.depths.split(",") if depth]
+    except ValueError:
+        raise FreezeError(f"--depths {args.depths} was asked for; use numbers with commas between them.") from None
     args.train_rows = args.batch_size * (WARM_UP + args.steps)
     args.is_bart = args.model == "bart-base"
     args.is_embedded = args.model == "smollm2" and not args.blocks and not args.toy
@@ -293,7 +297,10 @@ def make_model(args: argparse.Namespace, device: str | torch.device):
 
 def make_plan(args: argparse.Namespace) -> FreezePlan:
     def count(text: str) -> int | float | str:
-        return text if text == "all" else float(text) if "." in text else int(text)
+        try:
+            return text if text == "all" else float(text) if "." in text else int(text)
+        except ValueError:
+            return text  # FreezePlan words the error
 
     encoder = count(args.freeze_encoder_blocks) if args.is_bart else None
     return FreezePlan(encoder_blocks=encoder, decoder_blocks=count(args.freeze_decoder_blocks))
@@ -486,7 +493,4 @@ def move(batch: dict, device: torch.device) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FreezeError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(exit_code(main))

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate
@@ -49,6 +49,8 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_freeze import FreezeError, FreezePlan, PrefixCache, freeze, verify_frozen
+from hf_freeze.cli import exit_code, worded_arguments
+from hf_freeze.errors import ModelError
 from hf_freeze.images import IMAGENET_MEAN, IMAGENET_STD, check_pixels
 from hf_freeze.machine import find_accelerators
 
@@ -126,7 +128,10 @@ class Digits(torch.utils.data.Dataset):
 
 
 def main() -> None:
-    asked, args = HfArgumentParser((ImageArguments, RunArguments), allow_abbrev=False).parse_args_into_dataclasses()
+    with worded_arguments():
+        asked, args = HfArgumentParser((ImageArguments, RunArguments), allow_abbrev=False).parse_args_into_dataclasses()
+    if asked.max_train_rows is not None and asked.max_train_rows < 1:
+        raise FreezeError(f"--max_train_rows {asked.max_train_rows} was asked for; use 1 or more.")
     say = print if args.process_index == 0 else lambda *_: None
 
     # The model, and what its pixels must look like.
@@ -139,10 +144,16 @@ def main() -> None:
     elif asked.model == "vit":
         model, source = small_vit(asked.image_size), "random weights: what is frozen has learnt nothing"
     else:
-        processor, source = AutoImageProcessor.from_pretrained(asked.model), asked.model
-        model = AutoModelForImageClassification.from_pretrained(
-            asked.model, num_labels=CLASSES, ignore_mismatched_sizes=True
-        )
+        try:
+            processor, source = AutoImageProcessor.from_pretrained(asked.model), asked.model
+            model = AutoModelForImageClassification.from_pretrained(
+                asked.model, num_labels=CLASSES, ignore_mismatched_sizes=True
+            )
+        except Exception as error:  # a foreign loader may raise anything
+            raise ModelError(
+                f"--model {asked.model} was asked for; it cannot be loaded here: {error}. Use vgg16, vit, a hub id or "
+                "a folder of an image classifier."
+            ) from error
         prepare = partial(by_processor, processor=processor)
     say(f"{asked.model}: {source}.")
     train, test = digits(prepare, asked.max_train_rows)
@@ -250,7 +261,11 @@ def load_features(features: nn.Sequential, path: str) -> None:
     if not Path(path).is_file():
         raise FreezeError(f"--weights {path} was given; there is no such file.")
     wanted = features.state_dict()
-    with safe_open(path, framework="pt") as file:
+    try:
+        opened = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise FreezeError(f"--weights {path} was given; it is no safetensors file, or damaged ({error}).") from error
+    with opened as file:
         names = set(file.keys())
         if missing := [name for name in wanted if f"features.{name}" not in names]:
             raise FreezeError(
@@ -317,7 +332,4 @@ def accuracy(scored: Any) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FreezeError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(exit_code(main))

@@ -33,6 +33,7 @@ from transformers import HfArgumentParser
 
 from hf_freeze import FreezeError, read_anatomy
 from hf_freeze.checkpoints import write_json
+from hf_freeze.cli import exit_code, worded_arguments
 from hf_freeze.embedded import EMBEDDED_NAME
 from hf_freeze.errors import TokenizerMismatch
 from hf_freeze.lens import (
@@ -101,7 +102,8 @@ class Picture:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(InspectArguments, allow_abbrev=False).parse_args_into_dataclasses()
+    with worded_arguments():
+        (args,) = HfArgumentParser(InspectArguments, allow_abbrev=False).parse_args_into_dataclasses()
     if args.max_texts < 1:
         raise FreezeError(f"--max_texts {args.max_texts} was asked for; use 1 or more.")
     with plain_style():  # a missing matplotlib is told now, not after minutes
@@ -278,7 +280,4 @@ def write_page(path: Path, title: str, texts: str, sections: list[tuple[Picture,
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FreezeError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(exit_code(main))

@@ -22,6 +22,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 from datasets import get_dataset_split_names
@@ -51,8 +52,9 @@ from hf_freeze import (
     train_in_stages,
     verify_frozen,
 )
+from hf_freeze.cli import exit_code, worded_arguments
 from hf_freeze.embedded import EMBEDDED_NAME, cache_folder, embedded_model
-from hf_freeze.errors import RankLost
+from hf_freeze.errors import ModelError, RankLost, ReviewsError
 from hf_freeze.machine import peak_bytes, read_hardware
 from hf_freeze.processes import agreed, from_first, leave_group, lost_ranks_named
 from hf_freeze.summarization import (
@@ -422,12 +424,20 @@ def main() -> None:
 def parse_arguments() -> tuple[ModelArguments, DataArguments, RunArguments]:
     """From the command line, or from one YAML or JSON file."""
     parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments), allow_abbrev=False)
-    if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
-        parsed = parser.parse_yaml_file(sys.argv[1])
-    elif len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        parsed = parser.parse_json_file(sys.argv[1])
-    else:
-        parsed = parser.parse_args_into_dataclasses()
+    with worded_arguments():
+        if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
+            parsed = parser.parse_yaml_file(sys.argv[1])
+        elif len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+            parsed = parser.parse_json_file(sys.argv[1])
+        else:
+            parsed = parser.parse_args_into_dataclasses()
+    for values in parsed:  # those of a file are taken as they are; 1e-4 is a text in YAML
+        for name, kind in get_type_hints(type(values)).items():
+            if kind in (int, float, int | None, float | None) and isinstance(getattr(values, name), str):
+                try:
+                    setattr(values, name, float(getattr(values, name)))
+                except ValueError:
+                    raise FreezeError(f"{name} {getattr(values, name)!r} was asked for; it is a number.") from None
     switch = {True: "on", "true": "on", False: "off", "false": "off"}  # YAML takes on and off for true and false
     parsed[0].cache_prefix = switch.get(parsed[0].cache_prefix, parsed[0].cache_prefix)
     if parsed[0].cache_prefix not in ("auto", "on", "off"):
@@ -483,7 +493,13 @@ def load_reviews(data_args: DataArguments, seed: int) -> tuple[dict, str]:
     """The user's files, a hub data set or the shipped reviews as splits, and which of them the test rows are from."""
     sources = [data_args.train_file, data_args.validation_file, data_args.test_file]
     if data_args.dataset_name:
-        known = get_dataset_split_names(data_args.dataset_name)
+        try:
+            known = get_dataset_split_names(data_args.dataset_name)
+        except Exception as error:  # the hub's client has whole families of errors: offline, gated, no such data
+            raise ReviewsError(
+                f"--dataset_name {data_args.dataset_name} was asked for; it cannot be loaded: {error}. Check the id "
+                "and the network, or give files."
+            ) from error
         splits = ("train", "validation", "test")
         sources = [
             s or (data_args.dataset_name if name in known else None) for s, name in zip(sources, splits, strict=True)
@@ -521,9 +537,10 @@ def load_model(model_args: ModelArguments):
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = auto_class.from_pretrained(source, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        raise FreezeError(
-            f"--model_name_or_path {name} was asked for; it is no model that can be loaded here: {error}. "
+    except Exception as error:  # of a damaged folder the loaders raise OSError, ValueError, SafetensorError and others
+        raise ModelError(
+            f"--model_name_or_path {name} was asked for; it is no model that can be loaded here: "
+            f"{' '.join(str(error).split()).rstrip('.') or type(error).__name__}. "
             f"Give a hub id, a folder with config.json, or {EMBEDDED_NAME!r}."
         ) from error
     return model, tokenizer
@@ -593,10 +610,12 @@ def mean_lengths(dataset, prompt) -> dict[str, int]:
     return {"source_tokens": round(source), "target_tokens": round(labelled)}
 
 
+def launch() -> None:
+    """This process of the launch, from the first line to the last."""
+    with lost_ranks_named():
+        main()
+        leave_group()
+
+
 if __name__ == "__main__":
-    try:
-        with lost_ranks_named():
-            main()
-            leave_group()
-    except FreezeError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(exit_code(launch))

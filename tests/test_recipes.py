@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -342,30 +343,12 @@ def test_two_processes_form_one_world_and_gather_in_order(tmp_path: Path) -> Non
     assert done.stdout.count("Loss per token") == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--train_file", "missing.csv"], "missing.csv"),
-        (["--train_file", "{reviews}", "--text_column", "txt"], "txt"),
-        (["--model_name_or_path", "no/such-model"], "no/such-model"),
-        (["--output_dir", "{used}"], "another run"),
-        (["--cache_prefix", "maybe"], "auto, on or off"),
-        (["--test_file", "{reviews}"], "without --train_file"),
-        (["--upper", "qlora"], "full, lora or dora"),
-        (["--stages", "4;4"], "use start,step,stages"),
-        (["--stages", "4,4,3", "--freeze_decoder_blocks", "2"], "Leave the others out"),
-        (["--resume_from_checkpoint", "last"], "without --output_dir"),
-    ],
-)
-def test_bad_input_ends_with_one_line_and_no_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:
-    (tmp_path / "reviews.csv").write_text("text,summary\nGood mug.,Good\nBad mug.,Bad\n")
+def test_bad_input_reaches_the_shell_as_one_line_and_an_exit_code(tmp_path: Path) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "all_results.json").write_text("{}")
-    filled = [a.format(reviews=tmp_path / "reviews.csv", used=tmp_path / "used") for a in arguments]
-    done = run(RECIPE, "--precision=fp32", *filled)
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert "error:" in done.stderr
+    done = run(RECIPE, "--precision=fp32", "--output_dir", str(tmp_path / "used"))
+    assert done.returncode == 1
+    assert re.search(r"error: --output_dir .* holds another run", done.stderr)
     assert "Traceback" not in done.stderr
     assert (tmp_path / "used" / "all_results.json").read_text() == "{}"
 

@@ -3,7 +3,8 @@
 Each command is a module of this folder with three things: HELP (its description and examples), `add_arguments(parser)`
 and `run(args, say)`, which returns what it found as `Told`; it may have `parents()`, parsers whose arguments it shares.
 This module finds the command, words errors and sets exit codes: 0 fine, 1 a mistake that can be mended (one line on
-stderr), 2 wrong usage, 130 interrupted. A command imports what is heavy inside `run`, so that help comes at once.
+stderr), 2 wrong usage, 130 interrupted; for recipes too. A command imports what is heavy inside `run`, so that help
+comes at once.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from hf_freeze.errors import FreezeError, nearest
 
-__all__ = ["COMMANDS", "Told", "main"]
+__all__ = ["COMMANDS", "Told", "exit_code", "main", "worded_arguments"]
 
 COMMANDS = {  # a new command is a module here and a line there
     "summarize": "summaries of a file of reviews of any size; goes on after a kill",
@@ -69,20 +70,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = f"hf-freeze: {name!r} is no command; {known}." if name else ""
         print(problem or _overview(), file=sys.stderr)
         return 2
+    return exit_code(lambda: _run(name, words[1:]))
+
+
+def exit_code(program: Callable[[], int | None]) -> int:
+    """Runs a program to its end and returns its exit code; an error that its user can mend is one line on stderr.
+
+    Args:
+        program: Returns its exit code, or None for 0. A recipe's `main`.
+
+    >>> exit_code(lambda: None)
+    0
+    """
     try:
-        return _run(name, words[1:])
+        return program() or 0
     except SystemExit as end:  # argparse has worded it
-        return int(end.code or 0)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (FreezeError, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, FreezeError | OSError | MemoryError | _out_of_memory()):
+            raise  # a fault of ours, or of who wrote the program: its place is what helps
         which = "" if _process() == "0" else f" in process {_process()}"
         print(f"error{which}: {_worded(error)}", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def worded_arguments() -> Iterator[None]:
+    """Turns what transformers says of a program's arguments, or of the YAML or JSON file with them, into one sentence.
+
+    Raises:
+        FreezeError: An argument that is not known, a value that cannot be, a file that is damaged.
+    """
+    try:
+        yield
+    except (FreezeError, OSError):
+        raise
+    except Exception as error:  # ValueError, TypeError, KeyError, yaml.YAMLError, ImportError
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise FreezeError(f"These arguments cannot be taken: {reason}. --help lists what there is.") from error
 
 
 def _run(name: str, words: list[str]) -> int:
@@ -146,7 +179,14 @@ def _overview() -> str:
     )
 
 
+def _out_of_memory() -> type[Exception]:
+    """What torch raises where a device is full, if the program has come to import torch."""
+    return getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+
+
 def _worded(error: Exception) -> str:
+    if isinstance(error, MemoryError | _out_of_memory()):
+        return "There is too little memory for this. Give fewer rows at once (a smaller batch size) or shorter texts."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__

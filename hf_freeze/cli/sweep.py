@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hf_freeze.cli import Say, Told
+from hf_freeze.cli import Say, Told, worded_arguments
 from hf_freeze.embedded import EMBEDDED_NAME
 from hf_freeze.errors import FreezeError
 
@@ -107,12 +107,8 @@ def run(args: argparse.Namespace, say: Say) -> Told:
     folder = Path(args.output_dir)
     if not asked.draw_only:
         kind = _run_arguments()
-        try:
+        with worded_arguments():
             training = kind(**{each.name: getattr(args, each.name) for each in fields(kind) if each.init})
-        except FreezeError:
-            raise
-        except ValueError as error:
-            raise FreezeError(f"Trainer does not take these arguments: {error}") from error
         _sweep(asked, training, folder, say)
     report = SweepReport.load(folder, quality=asked.quality)
     written = [folder / "runs.jsonl", folder / "table.md"]
