@@ -225,6 +225,8 @@ def test_a_damaged_model_folder_is_a_sentence(
 ) -> None:
     if fault.startswith("tokenizer") and program in WITHOUT_TOKENIZER:
         pytest.skip("no tokenizer is read")
+    if fault == "weights-gone" and program == "inspect":
+        pytest.skip("it reads the config alone then, and says so")
     if fault == "generation-damaged" and program in WITHOUT_GENERATION:
         pytest.skip("no such settings are read")
     words = [word.replace("{fault}", f"{{g}}/{fault}") for word in LOADERS[program]]
