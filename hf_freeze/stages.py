@@ -476,13 +476,13 @@ class _Run:
         seconds = time.perf_counter() - started
         best = end.best(state.log_history)
         with agreed(f"end stage {number}"):
-            if cache is not None:
-                trainer.data_collator = cache.collator.collator
-                cache.close()
             if best is None:
                 save_delta(model, best_folder, extra={"metric": None, "step": state.global_step})
             else:
                 load_delta(best_folder, model)
+            if cache is not None:  # after the weights are saved: it raises where the last states were old
+                trainer.data_collator = cache.collator.collator
+                cache.close()
             verify_frozen(model, report)
             why = end.why(state.log_history)
             self.results.append(

@@ -303,8 +303,13 @@ def main() -> None:
             say(saving.measured(trainer.batch_seconds, cache.report.seconds if cache else None))
         if cache is not None:
             say(f"{cache.batches_used} batches ran from the cache, {cache.batches_unused} training batches did not.")
-            with agreed("close the prefix cache"):  # which compares its states once more
-                cache.close()
+            try:
+                with agreed("close the prefix cache"):  # which compares its states once more
+                    cache.close()
+            except FreezeError:
+                trainer.save_model()
+                say(f"The weights as they are now: {args.output_dir}")
+                raise
     losses = loss_table(trainer.state.log_history)
     say(f"\n{losses}")
 

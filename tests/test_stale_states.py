@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from hf_freeze import PrefixCache, freeze
+from hf_freeze import FreezePlan, PrefixCache, freeze, thaw
 from hf_freeze.errors import FreezeError
 from hf_freeze.freezing import freeze_record
 from tests.stale_changes import CHANGES, SEEN_AT_ONCE, make
 from tests.test_prefix_faults import LENGTHS, Padding, token_rows
+from tests.zoo import build
 
 QUICK_BETWEEN = {"an activation function", "a private attribute", "a global of the module", "another adapter",
                  "rotary frequencies", "a class's forward", "rotary positions behind a wrapper"}  # fmt: skip
@@ -123,4 +124,71 @@ def test_a_change_while_the_prefix_was_away_is_told_at_the_end(tmp_path: Any) ->
     model.blocks[0].shifts[1] = 0.5
     loss_of(model, cache.collator(token_rows()[:3]))
     with pytest.raises(FreezeError, match=r"after the last batch"):
+        cache.close()
+
+
+def test_a_model_that_is_thawed_before_the_cache_is_closed_is_no_reason_to_complain(tmp_path: Any) -> None:
+    model = build("gpt2").train()  # whose dropout is on by default, and off below the cut while it is frozen
+    freeze(model, FreezePlan(decoder_blocks=3))
+    cache = built(model, tmp_path)
+    for _ in range(3):
+        loss_of(model, cache.collator(token_rows()[:3]))
+    thaw(model)
+    cache.close()
+
+
+def test_hooks_of_checkpointing_change_no_key(tmp_path: Any) -> None:
+    model = make("llama")
+    built(model, tmp_path).close()
+    model.enable_input_require_grads()
+    cache = built(model, tmp_path)
+    assert cache.report.computed_rows == 0
+    loss_of(model, cache.collator(token_rows()[:3]))
+    model.disable_input_require_grads()
+    loss_of(model, cache.collator(token_rows()[:3]))
+    assert cache._replay.spot.checks == 1
+    cache.close()
+
+
+def test_a_key_is_made_where_the_precision_was_set_by_torchs_new_names(tmp_path: Any) -> None:
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this torch has the old names only")
+    model = make("toy")
+    before = torch.backends.fp32_precision
+    try:
+        first = built(model, tmp_path)
+        first.close()
+        torch.backends.fp32_precision = "tf32"
+        assert built(model, tmp_path).store.folder != first.store.folder
+    finally:
+        torch.backends.fp32_precision = before
+
+
+def test_a_check_that_could_not_run_is_not_taken_for_one_that_held(tmp_path: Any, monkeypatch: Any) -> None:
+    model = make("toy")
+    cache = built(model, tmp_path)
+    batch = cache.collator(token_rows()[:3])
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("one row alone is not taken")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_freeze.prefix.spot.capture", refuse)
+        with pytest.warns(UserWarning, match=r"cached batch 1 could not be computed anew .*one row alone.*unchecked"):
+            loss_of(model, batch)
+    model.blocks[0].shifts[1] = 0.5
+    with pytest.raises(FreezeError, match=r"after the last batch, are not what the model computes now"):
+        cache.close()
+
+
+def test_what_changes_while_the_prefix_is_away_is_told_with_the_batch_from_which_on(tmp_path: Any) -> None:
+    model = make("toy")
+    cache = built(model, tmp_path)
+    cache.release_prefix()
+    for _ in range(3):
+        loss_of(model, cache.collator(token_rows()[:3]))
+    model.blocks[0].factors = (0.5, 1.0)
+    loss_of(model, cache.collator(token_rows()[:3]))
+    loss_of(model, cache.collator(token_rows()[:3]))
+    with pytest.raises(FreezeError, match=r"may have been old from cached batch [24] on"):
         cache.close()

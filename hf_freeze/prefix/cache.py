@@ -36,7 +36,7 @@ from hf_freeze.prefix.proof import check_states
 from hf_freeze.prefix.release import Released
 from hf_freeze.prefix.replay import Prefix, Replay, autocast
 from hf_freeze.prefix.rows import PREFIX_KEY, TARGET, read_rows
-from hf_freeze.prefix.spot import SpotCheck, compare_rows
+from hf_freeze.prefix.spot import SpotCheck, check_stored_rows
 from hf_freeze.prefix.store import Store, read_manifest, same_states
 from hf_freeze.processes import agreed, from_first, pulse, rank_and_world, tell_all
 from hf_freeze.report import count_text
@@ -362,8 +362,8 @@ class PrefixCache:
                 "again: its rows have other lengths than their tokens."
             )
         replay = Replay(prefix, store.load_tables(prefix.tables(), rows.longest()), prefix.digest())
-        bars = compare_rows(core, prefix, store, replay.tables, rows, wider_sample(rows), prepared.collator)
-        replay.spot = SpotCheck(prefix, bars, len(rows) // rank_and_world()[1])
+        bars = check_stored_rows(core, prefix, store, replay.tables, rows, wider_sample(rows), prepared.collator)
+        replay.spot = SpotCheck(prefix, bars, len(rows) // rank_and_world()[1], next(core.parameters()).device)
         inner = [core.get_base_model()] if hasattr(core, "get_base_model") else []
         entries = list(dict.fromkeys([core, *inner, *(stack.root for stack in prepared.anatomy.stacks)]))
         return cls(core, prefix, store, collator, report, replay, entries, replay.attach(entries), options, rows)
@@ -401,7 +401,7 @@ class PrefixCache:
             _, computed, tokens = _fill(self.model, [self.prefix], [rows], collator, ready, share, self._options)
             tables = self.store.load_tables(self.prefix.tables(), rows.longest())
             reasons = from_first(reasons)
-            compare_rows(self.model, self.prefix, self.store, tables, rows, wider_sample(rows), collator)
+            check_stored_rows(self.model, self.prefix, self.store, tables, rows, wider_sample(rows), collator)
         self._replay.tables = tables
         seconds = time.perf_counter() - started
         self.report = BuildReport(len(rows), computed, tokens, self.store.stored_bytes, seconds, tuple(reasons))
@@ -437,11 +437,10 @@ class PrefixCache:
         self._handles = []
         try:
             # Not where an error is on its way out already: it is the one to be seen.
-            whole = attached and not self._replay.spot.is_sharded()
-            if whole and sys.exc_info()[0] is None and self._replay.same_weights():
-                self._replay.spot.at_the_end(
-                    self.model, self.store, self._rows, self.collator.collator, self._replay.used
-                )
+            spot = self._replay.spot
+            open_end = attached and spot.is_open(self._replay.used) and not spot.is_sharded()
+            if open_end and sys.exc_info()[0] is None and self._replay.same_weights():
+                spot.at_the_end(self.model, self.store, self._rows, self.collator.collator, self._replay.used)
         finally:
             self.store.close()
         self._replay.warn_of_misses()

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,10 @@ PASSING = frozenset({"_name_or_path", "transformers_version", "architectures", "
                      "problem_type", "id2label", "label2id", "task_specific_params"})  # fmt: skip
 # What a module keeps for itself: torch's own fields, modes, notes of loading, what is looked at apart (forward, hooks).
 INTERNAL = frozenset(nn.Module().__dict__) | {"training", "gradient_checkpointing", "train", "forward", "config",
-                                              "_original_forward", "_is_hf_initialized", "name_or_path"}  # fmt: skip
+                                              "_original_forward", "_is_hf_initialized", "name_or_path",
+                                              "_hf_hook", "_old_forward"}  # fmt: skip
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+REQUIRES_GRAD_ONLY = "make_inputs_require_grads"  # what transformers puts on embeddings when checkpointing is on
 DEPTH = 5  # of objects within objects; deeper, a class's name stands for the object
 
 
@@ -89,9 +91,14 @@ def nearest_key(folder: Path, key: dict[str, Any]) -> str:
 
 
 def own_hooks(module: nn.Module) -> list[Any]:
-    """The forward hooks of a module that are not this package's: those may change what it returns."""
+    """The forward hooks of a module that may change what it returns: not this package's, nor those of checkpointing."""
     hooks = [hook for name in HOOKS for hook in module.__dict__[name].values()]
-    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("hf_freeze.")]
+    return [hook for hook in hooks if not _changes_nothing(hook)]
+
+
+def _changes_nothing(hook: Any) -> bool:
+    name = str(getattr(hook, "__qualname__", ""))
+    return str(getattr(hook, "__module__", "")).startswith("hf_freeze.") or name.endswith(REQUIRES_GRAD_ONLY)
 
 
 def describe(value: Any, depth: int = DEPTH) -> Any:
@@ -145,7 +152,8 @@ def _module(module: nn.Module, *, private: bool) -> list[Any]:
         if name not in INTERNAL and not name.startswith("_hf_freeze") and _counts(name, value, private)
     }
     own = module.__dict__
-    forward = own.get("_original_forward", own.get("forward"))  # the first: what accelerate's autocast is put around
+    # What accelerate has put its autocast or its hooks around, where it has.
+    forward = own.get("_original_forward", own.get("_old_forward", own.get("forward")))
     config = _config(own.get("config"))
     return [_name(type(module)), attributes, describe(forward), [describe(hook) for hook in own_hooks(module)], config]
 
@@ -193,20 +201,28 @@ def _function(function: types.FunctionType, depth: int) -> list[Any]:
 
 def _code(code: types.CodeType) -> str:
     """Digest of a function's instructions, whatever lines they stand on."""
-    constants = [
-        _code(item) if isinstance(item, types.CodeType) else describe(item) for item in code.co_consts[:]
-    ]  # fmt: skip
+    constants = [_code(item) if isinstance(item, types.CodeType) else describe(item) for item in code.co_consts]
     return _digest([code.co_code.hex(), constants, code.co_names, code.co_varnames])
 
 
 def _arithmetic(device: torch.device) -> list[Any]:
     """The kind of device and the switches that decide how it rounds."""
-    settings: list[Any] = [device.type, torch.get_float32_matmul_precision()]
+    backends: Any = torch.backends
+    settings: list[Any] = [device.type, _setting(torch.get_float32_matmul_precision)]
+    settings.append(str(getattr(backends, "fp32_precision", "")))
     if device.type == "cuda":
-        backends: Any = torch.backends
-        settings += [backends.cudnn.allow_tf32, backends.cuda.flash_sdp_enabled(),
+        settings.append(str(getattr(backends.cuda.matmul, "fp32_precision", "")))
+        settings += [_setting(lambda: backends.cudnn.allow_tf32), backends.cuda.flash_sdp_enabled(),
                      backends.cuda.mem_efficient_sdp_enabled(), backends.cuda.math_sdp_enabled()]  # fmt: skip
     return settings
+
+
+def _setting(read: Callable[[], Any]) -> Any:
+    """A switch by torch's old name, which raises where a user has set it by the new one."""
+    try:
+        return read()
+    except RuntimeError:
+        return "by fp32_precision"
 
 
 def _name(thing: Any) -> str:

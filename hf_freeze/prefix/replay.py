@@ -226,8 +226,8 @@ class Replay:
         self.check_weights()
         on_trial = self.outermost is not None and ON_TRIAL in self.outermost.__dict__
         away = self.released is not None and self.released.away
-        if self.spot is not None and not on_trial and not away:
-            self.spot.before_batch(module, args, inputs, states, self.tables, self.used)
+        if self.spot is not None and not on_trial:
+            self.spot.before_batch(module, args, inputs, states, self.tables, self.used, away)
 
     def enter(self, owner: nn.Module, states: Mapping[str, torch.Tensor]) -> None:
         """Puts the placeholders in for one forward of `owner`."""
@@ -380,7 +380,7 @@ class Replay:
             self._seen = self._state()
 
     def same_weights(self) -> bool:
-        """Whether the prefix holds the tensors of the last batch; not where it was changed in the open since."""
+        """Whether the prefix holds the tensors of the last batch. False where torch has counted a change since."""
         return self._state() == self._seen or self.prefix.digest() == self.digests
 
     def _state(self) -> tuple[Any, ...]:

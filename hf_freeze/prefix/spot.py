@@ -22,13 +22,13 @@ from hf_freeze.errors import CannotCache, FreezeError
 from hf_freeze.prefix.build import capture, move, split_rows
 from hf_freeze.prefix.casts import is_sharded
 from hf_freeze.prefix.dataset import Collator, Rows, collate
-from hf_freeze.prefix.key import INTERNAL, own_hooks
+from hf_freeze.prefix.key import HOOKS, INTERNAL, own_hooks
 from hf_freeze.prefix.replay import Prefix, autocast
 from hf_freeze.prefix.rows import TARGET, read_rows
 from hf_freeze.prefix.store import Store
 from hf_freeze.trial import on_trial
 
-__all__ = ["SpotCheck", "compare_rows"]
+__all__ = ["SpotCheck", "check_stored_rows"]
 
 # Batches between two checks at least and at most: computing a row costs a fifth of a cached batch of eight.
 SELDOM, OFTEN = 256, 32
@@ -50,7 +50,7 @@ class Gap:
         return self.whole <= bars[0] and self.middle <= bars[1]
 
 
-def compare_rows(
+def check_stored_rows(
     model: nn.Module,
     prefix: Prefix,
     store: Store,
@@ -88,7 +88,7 @@ def compare_rows(
     for row, states in zip(sample, fresh, strict=True):
         stored = store.read(rows.digests[row])
         for name in leaves:
-            gap = _gap(stored[name].to(device), states[name])
+            gap = _gap(stored[name].to(states[name].device), states[name])
             if not gap.within(bars[name]):
                 raise CannotCache(
                     f"The prefix cache {store.folder} holds other states of row {row} than the model computes now: "
@@ -109,23 +109,29 @@ class SpotCheck:
     """Looks now and then, during a training from a cache, whether the batch's states are still what the model computes.
 
     Args:
-        bars: What `compare_rows` returned.
+        bars: What `check_stored_rows` returned.
         epoch_rows: Rows that this process trains in an epoch; with a batch's rows they say how many batches that is.
+        device: Where the rows were compared.
 
     Attributes:
         held_at: The number of the cached batch at which the last check held; 0 before the first.
     """
 
-    def __init__(self, prefix: Prefix, bars: Mapping[str, tuple[float, float]], epoch_rows: int) -> None:
+    def __init__(
+        self, prefix: Prefix, bars: Mapping[str, tuple[float, float]], epoch_rows: int, device: torch.device
+    ) -> None:
         self.prefix = prefix
+        self.device = device
         self.bars = dict(bars)
         self.epoch_rows = epoch_rows
         self.held_at = 0
         self.checks = 0
+        self._modules: list[tuple[nn.Module, bool]] = []  # and whether all that it keeps is looked at
         self._look: list[Any] = []
         self._looked_in_vain = 0
         self._other_since = 0  # the batch from which on the modules look otherwise, though their states held
         self._due = False
+        self._not_before = 0  # the batch before which a check that could not run is not tried again
 
     def before_batch(
         self,
@@ -135,6 +141,7 @@ class SpotCheck:
         states: Mapping[str, torch.Tensor],
         tables: Mapping[str, torch.Tensor],
         used: int,
+        away: bool,
     ) -> None:
         """Checks one row where it is time, all where the modules look otherwise than at the last check.
 
@@ -142,21 +149,25 @@ class SpotCheck:
             module: What is called with the batch.
             states: The batch's stored states [rows, width, ...] by stream.
             used: Cached batches before this one.
+            away: Whether the prefix's weights are: its modules are looked at then, and nothing is computed.
 
         Raises:
             CannotCache: The row's states are old.
         """
         batch = used + 1
         since = batch - self.held_at
+        if torch.compiler.is_compiling():
+            return  # it traces code instead of running it
         look = self._look_at_modules()
+        if away or self.is_sharded():  # a forward would bring it back, or wait for the other processes
+            self._look_only(look, batch)
+            return
         # A module that notes something at every batch would else be checked at every batch.
         looks_other = look != self._look and since >= min(2**self._looked_in_vain, SELDOM)
         rows = next(iter(states.values())).shape[0]
-        epoch = self.epoch_rows // max(1, rows)
-        if self.held_at and not self._due and not looks_other and since < min(max(epoch, OFTEN), SELDOM):
+        often = min(max(self.epoch_rows // max(1, rows), OFTEN), SELDOM)
+        if batch < self._not_before or (self.held_at and not self._due and not looks_other and since < often):
             return
-        if torch.compiler.is_compiling() or self.is_sharded():
-            return  # the first traces code instead of running it, the second would wait for the other processes
         places = [random.Random(used).randrange(rows)]
         if self.held_at and looks_other:
             self._looked_in_vain += 1
@@ -175,7 +186,7 @@ class SpotCheck:
                 f"({type(error).__name__}: {error}); they go on unchecked.",
                 stacklevel=1,
             )
-            self._note(batch, look)
+            self._not_before = batch + OFTEN
             return
         spans = _spans(chosen, self.prefix)
         for name, leaf in self.prefix.leaves("stream").items():
@@ -194,16 +205,14 @@ class SpotCheck:
 
     def at_the_end(self, model: nn.Module, store: Store, rows: Rows, collator: Collator, used: int) -> None:
         """Checks a row of the dataset after the last batch, where one was trained since the last check."""
-        if used == self.held_at and not self._due:
-            return
-        if any(p.device.type == "meta" for p in self._parameters()):
-            return
-        row = random.Random(used).randrange(len(rows))
         device = next(model.parameters()).device
+        if device != self.device or any(p.device.type == "meta" for p in self._parameters()):
+            return  # other kernels round otherwise
+        row = random.Random(used).randrange(len(rows))
         leaves = self.prefix.leaves("stream")
         try:
             single = collate(collator, [rows.features[row]])
-            with on_trial(model, training=True), autocast(self.prefix.precision, device):
+            with on_trial(model, training=False), autocast(self.prefix.precision, device):  # it may be thawed by now
                 fresh = capture(model, self.prefix, move(single, device))
         except CannotCache:
             raise
@@ -227,14 +236,18 @@ class SpotCheck:
             )
             return
         for name, tensor in stored.items():
-            gap = _gap(tensor.to(device), states[name])
+            gap = _gap(tensor.to(states[name].device), states[name])
             if not gap.within(self.bars[name]):
                 raise self._stale(f"row {row} of the dataset, after the last batch,", name, gap)
         self.held_at = used
         self._due = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_look": []}  # a copy's modules are others
+        return {**self.__dict__, "_look": [], "_modules": []}  # a copy's modules are others
+
+    def is_open(self, used: int) -> bool:
+        """Whether batches were trained since the last check that held."""
+        return used != self.held_at or self._due
 
     def is_sharded(self) -> bool:
         """Whether each process holds a part of the prefix. Not by its state dict, which would gather FSDP2's parts."""
@@ -246,6 +259,20 @@ class SpotCheck:
     def after_release(self) -> None:
         """The prefix was away and is back: the next batch is checked, whenever it comes."""
         self._due = True
+
+    def _look_only(self, look: list[Any], batch: int) -> None:
+        """Where nothing can be computed: notes since when the modules look otherwise, and says so where that is all."""
+        if self._look and look != self._look and not self._other_since:
+            self._other_since, self._due = batch, True
+            if self.is_sharded():
+                warnings.warn(
+                    f"Modules below the cut look otherwise since cached batch {batch}, a hook, an adapter or an "
+                    "attribute; while each process holds a part of them their stored states cannot be compared with "
+                    "fresh ones. Undo the change, or close() the cache.",
+                    stacklevel=1,
+                )
+        elif not self._look:
+            self._look = look
 
     def _note(self, batch: int, look: list[Any]) -> None:
         self.held_at, self._look, self._due = batch, look, False
@@ -264,23 +291,25 @@ class SpotCheck:
 
     def _look_at_modules(self) -> list[Any]:
         """What a module keeps, by identity: cheap, and another where a hook, adapter, attribute or class changed."""
+        if not self._modules:
+            inside = [module for part in self.prefix.replaced for module in part.module.modules()]
+            self._modules = [(module, True) for module in inside]
+            self._modules += [(module, False) for module in self.prefix.around]
         seen: list[Any] = []
-        for part in self.prefix.replaced:
-            for module in part.module.modules():
-                seen.append((type(module), type(module).forward, len(own_hooks(module))))
-                seen += [id(value) for name, value in module.__dict__.items() if _is_seen(name)]
-        for module in self.prefix.around:
+        for module, inside_it in self._modules:
             own = module.__dict__
-            seen.append((type(module), type(module).forward, len(own_hooks(module)), id(own.get("forward"))))
-            seen += [id(value) for name, value in own.items() if _is_seen(name) and isinstance(value, int | float)]
+            seen += [type(module), type(module).forward, id(own.get("forward"))]
+            seen += map(id, own["_modules"].values())
+            if any(own[name] for name in HOOKS):
+                seen.append(len(own_hooks(module)))
+            if inside_it:
+                seen += [id(value) for name, value in own.items() if name not in INTERNAL and name[:10] != "_hf_freeze"]
+            else:
+                plain = (
+                    value for name, value in own.items() if name not in INTERNAL and isinstance(value, int | float)
+                )
+                seen += map(id, plain)
         return seen
-
-
-_UNSEEN = INTERNAL - {"forward"}
-
-
-def _is_seen(name: str) -> bool:
-    return name not in _UNSEEN and not name.startswith("_hf_freeze")
 
 
 def _gap(one: torch.Tensor, other: torch.Tensor) -> Gap:
