@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,12 @@ def noise(states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: torch.randn(tensor.shape).to(tensor.dtype) * tensor.float().std() for name, tensor in states.items()}
 
 
-def prepared(kind: str, dtype: torch.dtype, folder: Path) -> Prepared:
+@functools.cache
+def prepared(kind: str, dtype: torch.dtype) -> Prepared:
+    """What the proof is given; it changes nothing of it, and nothing is written."""
     model = frozen_model(kind).to(dtype)
-    rows = review_rows(kind)
-    return cache.PrefixCache.prepare(
-        model, rows, collator_for(kind, model), cache_dir=folder, progress=False
-    ).prepared  # fmt: skip
+    collator = collator_for(kind, model)
+    return cache.PrefixCache.prepare(model, review_rows(kind), collator, cache_dir="unused", progress=False).prepared
 
 
 def prove(of: Prepared) -> None:
@@ -84,9 +85,9 @@ def prove(of: Prepared) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("plant", [noise, exchange_rows])
 def test_the_proof_sees_other_states_whatever_the_loss_says(
-    plant: Any, dtype: torch.dtype, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plant: Any, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of = prepared(kind, dtype, tmp_path)
+    of = prepared(kind, dtype)
     own = proof._run
     losses: list[float] = []
 
@@ -103,18 +104,16 @@ def test_the_proof_sees_other_states_whatever_the_loss_says(
     assert abs(losses[1] / losses[0] - 1) < LOSS_BAR
 
 
-def test_states_that_are_not_those_of_the_batch_are_no_ground_for_a_proof(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    of = prepared("llama", torch.bfloat16, tmp_path)
+def test_states_that_are_not_those_of_the_batch_are_no_ground_for_a_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = prepared("llama", torch.bfloat16)
     own = proof._states_alone
     monkeypatch.setattr(proof, "_states_alone", lambda *given: {k: 1.1 * v for k, v in own(*given).items()})
     with pytest.raises(CannotCache, match="other states among longer rows than alone"):
         prove(of)
 
 
-def test_the_proof_sees_one_wrong_gradient_of_a_small_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    of = prepared("llama", torch.float32, tmp_path)
+def test_the_proof_sees_one_wrong_gradient_of_a_small_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = prepared("llama", torch.float32)
     own = proof._run
 
     def run(model: Any, batch: Any, **named: Any) -> Any:
@@ -129,8 +128,8 @@ def test_the_proof_sees_one_wrong_gradient_of_a_small_tensor(tmp_path: Path, mon
         prove(of)
 
 
-def test_a_proof_that_does_not_see_states_exchanged_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    of = prepared("llama", torch.bfloat16, tmp_path)
+def test_a_proof_that_does_not_see_states_exchanged_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = prepared("llama", torch.bfloat16)
     monkeypatch.setattr(proof, "exchange_rows", lambda states, *_: states)
     with pytest.raises(CannotCache, match="the states of two rows were exchanged, and neither the loss nor a gradient"):
         prove(of)
@@ -142,10 +141,8 @@ def test_equal_rows_have_nothing_to_exchange(tmp_path: Path) -> None:
     assert cache.PrefixCache.prepare(model, rows, collator_for("llama", model), cache_dir=tmp_path, progress=False)
 
 
-def test_a_gradient_over_the_bar_is_compared_beside_what_rounding_does_to_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    of = prepared("llama", torch.float32, tmp_path)
+def test_a_gradient_over_the_bar_is_compared_beside_what_rounding_does_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = prepared("llama", torch.float32)
     compared: list[Agreement] = []
     own = proof.compare
     monkeypatch.setattr(proof, "SAME_GRADIENT", 1e-12)  # below any rounding
