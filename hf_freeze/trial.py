@@ -6,6 +6,7 @@ itself and knows nothing of what is tried; weights and gradients are the caller'
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -110,6 +111,7 @@ def _states(model: nn.Module) -> list[Callable[[], None]]:
     configs: dict[int, Any] = {}
     versions = [(weight, _version(weight)) for weight in model.parameters()]
 
+    @functools.cache  # of all weights, once for all modules; putting back moves none
     def weights_moved() -> bool:
         return any(_version(weight) != version for weight, version in versions)
 

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 
 from hf_freeze.errors import CacheDamaged, FreezeError
 from hf_freeze.prefix import leases
-from hf_freeze.prefix.leases import LOCK, MANIFEST, clear_caches, remove_leftovers
+from hf_freeze.prefix import store as store_module
+from hf_freeze.prefix.leases import LOCK, MANIFEST, clear_caches, evict_caches, remove_leftovers
 from hf_freeze.prefix.store import Store
 from tests.test_prefix_store import KEY, SMALL, assert_holds, filled, names, only_shard, ragged_rows
 
@@ -122,20 +124,65 @@ def test_a_lease_that_cannot_be_had_is_said(tmp_path, monkeypatch, number):
     assert clear_caches(tmp_path) == 0, "who cannot know removes nothing"
 
 
-def test_another_users_lock_that_can_only_be_read_is_shared(tmp_path, monkeypatch):
-    filled(tmp_path / NAME, SMALL, ROWS).close()
+def let_locks_be_read_only(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     real = os.open
 
     def open_file(path: Any, flags: int, *rest: Any, **named: Any) -> int:
         if Path(path).name == LOCK and flags & os.O_RDWR:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            raise OSError(number, os.strerror(number), str(path))
         return real(path, flags, *rest, **named)
 
     monkeypatch.setattr(os, "open", open_file)
-    store = Store.open(tmp_path / NAME, KEY)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])  # another user's; mounted read-only
+def test_a_lock_that_can_only_be_read_is_shared(tmp_path, monkeypatch, number):
+    filled(tmp_path / NAME, SMALL, ROWS).close()
+    let_locks_be_read_only(monkeypatch, number)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        store = Store.open(tmp_path / NAME, KEY)
     monkeypatch.undo()
     assert clear_caches(tmp_path) == 0
     assert_holds(store, ROWS)
+
+
+def test_a_folder_in_which_no_lock_can_be_made_is_said_and_not_waited_for(tmp_path, monkeypatch):
+    let_locks_be_read_only(monkeypatch, errno.EACCES)
+    monkeypatch.setattr(store_module, "write_whole", refuse_to_write)
+    started = time.monotonic()
+    with (
+        pytest.warns(UserWarning, match=r"is used without a lease on it \(Permission denied\)"),
+        pytest.raises(FreezeError, match=r"could not be written to .*Permission denied.*give another cache_dir"),
+    ):
+        Store.create(tmp_path / NAME, KEY, SMALL)
+    assert time.monotonic() - started < leases.PATIENCE_SECONDS / 2
+
+
+def refuse_to_write(path: Path, data: bytes) -> None:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def test_a_store_whose_lock_goes_as_soon_as_it_is_made_is_given_up(tmp_path, monkeypatch):
+    def gone(folder: Path) -> int:
+        raise CacheDamaged(f"{folder} is gone.")
+
+    monkeypatch.setattr(store_module, "share_store", gone)
+    monkeypatch.setattr(store_module, "PATIENCE_SECONDS", 0.1)
+    with pytest.raises(FreezeError, match=r"lock was gone as soon as it was made: .* is gone\. See what removes it"):
+        Store.create(tmp_path / NAME, KEY, SMALL)
+
+
+def test_where_the_system_has_no_locks_nothing_is_removed_unasked(tmp_path, monkeypatch):
+    filled(tmp_path / NAME, SMALL, ROWS).close()
+    (tmp_path / NAME / "half.tmp").write_text("perhaps another process writes it")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert evict_caches(tmp_path, 0, keep=()) == []
+    remove_leftovers(tmp_path / NAME)
+    assert (tmp_path / NAME / "half.tmp").exists()
+    assert_holds(Store.open(tmp_path / NAME, KEY), ROWS)
+    assert clear_caches(tmp_path) > 0
+    assert not (tmp_path / NAME).exists()
 
 
 def test_caches_are_cleared_all_the_time_while_others_are_built(tmp_path):

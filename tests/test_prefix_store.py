@@ -154,6 +154,21 @@ def test_a_row_that_two_processes_wrote_is_read_once(tmp_path):
     assert_holds(store, rows)
 
 
+@pytest.mark.parametrize(("precision", "may_differ"), [("bf16", True), ("fp16", True), ("fp32", False), (None, False)])
+def test_a_row_that_two_processes_wrote_may_differ_by_its_precisions_rounding(tmp_path, precision, may_differ):
+    key, specs = {**KEY, "precision": precision}, [StreamSpec("states", "source", "float32", (4,))]
+    Store.create(tmp_path / "a", key, specs).close()
+    stores = [Store.open(tmp_path / "a"), Store.open(tmp_path / "a")]
+    for store, size in zip(stores, (1.0, 1.01), strict=True):
+        store.add(b"a" * 16, {"states": size * torch.ones(3, 4)})
+        store.flush()
+    if may_differ:
+        assert len(Store.open(tmp_path / "a")) == 1
+    else:
+        with pytest.raises(CacheDamaged, match="hold other states for the same row"):
+            Store.open(tmp_path / "a")
+
+
 def test_tables_are_read_back_the_same_bits(tmp_path):
     store = Store.create(tmp_path / "a", KEY, SMALL)
     assert store.load_tables([], {}) == {}

@@ -22,6 +22,7 @@ from hf_freeze import (
     freeze,
     read_anatomy,
     supervised_logits_only,
+    trial,
 )
 from hf_freeze.errors import PlanError
 from hf_freeze.trial import on_trial
@@ -196,3 +197,18 @@ def test_a_trial_that_fails_puts_everything_back() -> None:
     with pytest.raises(ZeroDivisionError), on_trial(model, training=False):
         fail()
     assert changes(before, model) == []
+
+
+def test_whether_weights_moved_is_asked_once_and_not_for_each_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(20)])
+    asked: list[int] = []
+
+    def version(tensor: torch.Tensor) -> int:
+        asked.append(id(tensor))
+        return tensor._version
+
+    monkeypatch.setattr(trial, "_version", version)
+    with on_trial(model, training=False):  # which changes every module
+        pass
+    assert len(asked) == 2 * len(list(model.parameters()))
+    assert all(module.training for module in model.modules())

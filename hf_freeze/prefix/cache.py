@@ -465,7 +465,7 @@ class PrefixCache:
 
     @staticmethod
     def clear(cache_dir: str | os.PathLike[str]) -> int:
-        """Removes every prefix cache in a folder, and nothing else; returns the bytes freed."""
+        """Removes every prefix cache in a folder that nobody uses, and nothing else; returns the bytes freed."""
         return clear_caches(cache_dir)
 
 
@@ -589,7 +589,7 @@ def _save_tables(
     for name, old in stored.items():
         new = tables[name]
         both = tuple(slice(min(sizes)) for sizes in zip(old.shape, new.shape, strict=True))
-        if not same_states(old[both], new[both], low=prefix.precision is not None):
+        if not same_states(old[both], new[both], low=prefix.precision not in (None, "fp32")):
             reasons.append(f"The stored {name} is not what the model computes.")
         elif all(have >= wanted for have, wanted in zip(old.shape, new.shape, strict=True)):
             kept[name] = old

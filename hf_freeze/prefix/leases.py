@@ -8,6 +8,7 @@ consists of, and nothing that somebody else has put there.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -100,8 +101,13 @@ def _lock(folder: Path, *, shared: bool) -> int | None:
         flags = os.O_NOFOLLOW | os.O_NONBLOCK
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
-        except PermissionError:
-            descriptor = os.open(path, os.O_RDONLY | flags)  # another user's, who lets it be read
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            try:
+                descriptor = os.open(path, os.O_RDONLY | flags)  # another user's, who lets it be read, or mounted so
+            except FileNotFoundError:  # the folder is there, and no lock can be made in it
+                raise error from None
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             # Who waited for one that removed the store holds the lock of a file that is gone.
@@ -115,8 +121,15 @@ def _lock(folder: Path, *, shared: bool) -> int | None:
         os.close(descriptor)
 
 
-def _alone(folder: Path) -> contextlib.ExitStack | None:
-    """Keeps everybody else from a store for the length of a `with`; None where somebody uses it."""
+def _alone(folder: Path, *, asked: bool = False) -> contextlib.ExitStack | None:
+    """Keeps everybody else from a store for the length of a `with`; None where somebody uses it.
+
+    Args:
+        asked: Whether its user asked for it to go. Where the system has no locks, nobody can know that it is not used,
+            and nothing is removed unasked.
+    """
+    if sys.platform == "win32" and not asked:
+        return None
     try:
         descriptor = _lock(folder, shared=False)
     except (OSError, CacheDamaged):
@@ -161,8 +174,11 @@ def folder_bytes(folder: Path) -> int:
 
 
 def clear_caches(cache_dir: str | os.PathLike[str]) -> int:
-    """Removes every prefix cache in a folder that nobody uses, and nothing else; returns the bytes freed."""
-    return sum(_remove(folder) for folder in _caches(Path(cache_dir)))
+    """Removes every prefix cache in a folder that nobody uses, and nothing else; returns the bytes freed.
+
+    On Windows, which has no leases, those in use go too, but for what the system keeps because it is open.
+    """
+    return sum(_remove(folder, asked=True) for folder in _caches(Path(cache_dir)))
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -176,9 +192,9 @@ def remove_leftovers(folder: Path) -> None:
                     leftover.unlink()
 
 
-def _remove(folder: Path) -> int:
+def _remove(folder: Path, *, asked: bool = False) -> int:
     """Removes a store, unless somebody uses it; returns the bytes freed. What is not of the store stays."""
-    if (alone := _alone(folder)) is None:
+    if (alone := _alone(folder, asked=asked)) is None:
         return 0
     freed = 0
     with alone:

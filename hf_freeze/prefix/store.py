@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import time
 import uuid
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +43,8 @@ from hf_freeze.prefix.files import (
     write_tensors,
     write_whole,
 )
-from hf_freeze.prefix.leases import LOCK, MANIFEST, SHARDS, TABLES, shard_paths, share_store
+from hf_freeze.prefix.leases import LOCK, MANIFEST, PATIENCE_SECONDS, SHARDS, TABLES, shard_paths, share_store
+from hf_freeze.processes import pulse
 
 __all__ = ["Store", "StreamSpec", "TableSpec", "read_manifest", "same_states", "stored_rows"]
 
@@ -232,6 +234,7 @@ class Store:
         for path in shard_paths(self.folder):
             if path.name in known:
                 continue
+            _tell_others()
             try:
                 self._adopt(path)
             except CacheDamaged as damage:
@@ -322,9 +325,12 @@ class Store:
                 self._doubles.append((first, place))
 
     def _contradictions(self) -> list[tuple[str, str]]:
-        """Pairs of shards that hold a row each, and not the same one. Two processes may have built a row at once."""
+        """The names of two shards, for each row that both hold with unlike states: the one read first, then the other.
+
+        Two processes may have built a row at once; what they made is the same but for rounding.
+        """
         pairs = []
-        low = bool(self.key.get("precision"))
+        low = self.key.get("precision") not in (None, "fp32")  # the rest rounds to 16 bits
         for (one, first), (other, second) in self._doubles:
             states = self._read(self._shards[one], first), self._read(self._shards[other], second)
             if not all(same_states(states[0][spec.name], states[1][spec.name], low=low) for spec in self.specs):
@@ -551,14 +557,32 @@ def _digest_of(value: Any) -> str:
 
 
 def _lease_of_new(folder: Path, reasons: list[str]) -> int | None:
-    """Makes a store's folder and takes the lease before there is anything that could be removed."""
+    """Makes a store's folder and takes the lease before there is anything that could be removed.
+
+    Raises:
+        FreezeError: The folder was removed again and again.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         _give_way(folder / LOCK, reasons)
         try:
             return share_store(folder)
-        except CacheDamaged:  # removed between the two
-            continue
+        except CacheDamaged as damage:  # removed between the two
+            if time.monotonic() > deadline:
+                raise FreezeError(
+                    f"The prefix cache {folder} was to be made; for {PATIENCE_SECONDS:.0f} s its lock was gone as soon "
+                    f"as it was made: {damage} See what removes it, or give another cache_dir."
+                ) from damage
+            time.sleep(0.02)
+
+
+def _tell_others() -> None:
+    """A pulse. What another rank failed by is no damage of this store, which a caller would mend and go on from."""
+    try:
+        pulse()
+    except CacheDamaged as damage:
+        raise FreezeError(str(damage)) from damage
 
 
 def _give_way(path: Path, reasons: list[str]) -> None:
