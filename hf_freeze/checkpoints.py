@@ -39,7 +39,7 @@ from hf_freeze.errors import FreezeError, ResumeError
 from hf_freeze.freezing import freeze_record
 from hf_freeze.given import check_path, check_trainer
 from hf_freeze.locks import leave_folder, take_folder
-from hf_freeze.processes import agreed, barrier
+from hf_freeze.processes import agreed, barrier, pulse
 
 __all__ = ["CheckpointGuard", "DeltaCheckpoints", "guard_checkpoints", "last_whole_checkpoint", "resume_from"]
 
@@ -190,6 +190,7 @@ def data_digest(dataset: Any) -> str | None:
         return None
     digest = hashlib.blake2b(digest_size=16)
     for number in range(len(dataset)):
+        pulse()
         try:
             row = _row_bytes(dataset[number])
             stable = number > 0 or row == _row_bytes(dataset[number])

@@ -19,6 +19,7 @@ __all__ = [
     "ROUNDING",
     "Agreement",
     "compare",
+    "copy_row",
     "exchange_rows",
     "grain_of",
     "relative_gaps",
@@ -141,6 +142,20 @@ def exchange_rows(states: Mapping[str, torch.Tensor], one: int = 0, other: int =
     planted = {name: tensor.clone() for name, tensor in states.items()}
     for name, tensor in states.items():
         planted[name][[one, other]] = tensor[[other, one]]
+    return planted
+
+
+def copy_row(states: Mapping[str, torch.Tensor], source: int, target: int) -> dict[str, torch.Tensor]:
+    """Copies of a batch's states [rows, ...], with one row's in the place of another's: an error to plant.
+
+    A mean over rows tells it where it cannot tell an exchange: two rows of one label and one length.
+
+    >>> copy_row({"block": torch.tensor([[1.0], [2.0], [3.0]])}, 0, 2)["block"].tolist()
+    [[1.0], [2.0], [1.0]]
+    """
+    planted = {name: tensor.clone() for name, tensor in states.items()}
+    for name, tensor in states.items():
+        planted[name][target] = tensor[source]
     return planted
 
 

@@ -34,7 +34,9 @@ T = TypeVar("T")
 Error = TypeVar("Error", bound=Exception)
 
 PULSE_SECONDS = 15.0  # of work between two words to the others: how late a rank learns that another one failed
-PATIENCE = timedelta(days=1)  # of one wait; a rank that is gone closes its connections and is noticed at once
+# Of one wait, as long as Trainer's own: for what says no pulse, such as a write of many GB. A rank that is gone closes
+# its connections and is noticed at once; one whose machine lost the network closes none.
+PATIENCE = timedelta(minutes=30)
 TOLD = "_hf_freeze_told"  # on an error that all ranks raise
 GONE = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "communicator was aborted")
 LATE = ("timed out", "timeout")
@@ -268,7 +270,10 @@ def _lost(error: RuntimeError) -> RankLost:
     who = who[0].upper() + who[1:]
     reason = re.sub(r"^\[\S*\] ", "", str(error).partition("\n")[0]).partition(". ")[0] or type(error).__name__
     if any(sign in reason.lower() for sign in LATE) and not any(sign in reason.lower() for sign in GONE):
-        text = f"{who} did not come to where rank {me} waited for it: {reason}. What it printed last says where it is."
+        text = (
+            f"{who} did not come to where rank {me} waited for it: {reason}. Its machine may have lost the network, or "
+            "it hangs: what it printed last says where it is. End what is left of it, and start all of them again."
+        )
     else:
         text = (
             f"{who} is gone, and rank {me} cannot go on without it: {reason}. It was killed, for instance because the "

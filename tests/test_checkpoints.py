@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 from transformers import BatchEncoding
 
-from hf_freeze import FreezePlan, freeze
+from hf_freeze import FreezePlan, checkpoints, freeze
 from hf_freeze.checkpoints import (
     MANIFEST,
     data_digest,
@@ -451,3 +451,10 @@ def test_the_callers_arguments_are_left_alone(tmp_path: Path) -> None:
     assert given.save_total_limit == 1 == guard.limit
     assert trainer.args.save_total_limit is None
     assert guard_checkpoints(trainer) is guard
+
+
+def test_ranks_hear_of_each_other_while_the_rows_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(checkpoints, "pulse", lambda: told.append(1))
+    data_digest([{"input_ids": [number]} for number in range(5)])
+    assert len(told) == 5

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, default_data_collator
 
+from hf_freeze import FreezePlan, freeze
 from hf_freeze.errors import CannotCache
 from hf_freeze.exactness import Agreement, compare, exchange_rows, relative_gaps, sketch
 from hf_freeze.prefix import cache, proof
 from hf_freeze.prefix.prepare import Prepared
 from tests.prefix_cases import collator_for, frozen_model, review_rows
+from tests.zoo import VOCAB, build
 
 LOSS_BAR = 2e-2  # relative, what such proofs allow the loss in bf16 where they look at nothing else
 
@@ -128,11 +131,20 @@ def test_the_proof_sees_one_wrong_gradient_of_a_small_tensor(monkeypatch: pytest
         prove(of)
 
 
-def test_a_proof_that_does_not_see_states_exchanged_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proof_that_does_not_see_another_rows_states_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     of = prepared("llama", torch.bfloat16)
-    monkeypatch.setattr(proof, "exchange_rows", lambda states, *_: states)
-    with pytest.raises(CannotCache, match="the states of two rows were exchanged, and neither the loss nor a gradient"):
+    monkeypatch.setattr(proof, "copy_row", lambda states, *_: states)
+    with pytest.raises(CannotCache, match="a row was given the states of another, and neither the loss nor a gradient"):
         prove(of)
+
+
+def test_rows_of_one_label_and_one_length_are_cached(tmp_path: Path) -> None:
+    """Exchanged, they would be the same batch in another order."""
+    model = build("bert", AutoModelForSequenceClassification, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    freeze(model, FreezePlan(encoder_blocks=3))
+    ids = torch.randint(3, VOCAB, (12, 8), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": torch.tensor(1)} for row in ids]
+    assert cache.PrefixCache.prepare(model, rows, default_data_collator, cache_dir=tmp_path, progress=False)
 
 
 def test_equal_rows_have_nothing_to_exchange(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,33 @@ def test_what_one_rank_fails_by_all_ranks_raise_and_a_killed_one_is_named(tmp_pa
             case.__name__: wanted for case, wanted in CASES
         }
     assert (tmp_path / "lost").read_text().startswith("Rank 1 of 2 is gone, and rank 0 cannot go on without it: ")
+
+
+def on_a_rank_that_hears_nothing(rank: int, folder: Path) -> None:
+    processes.PATIENCE = timedelta(seconds=1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    tell_all("there")
+    if rank == 1:  # as one whose network is gone: it lives, and its connection stays open
+        while not (folder / "lost").exists():
+            time.sleep(0.05)
+        os._exit(0)
+    try:
+        with agreed("end"):
+            pass
+    except Exception as error:
+        (folder / "lost.tmp").write_text(f"{type(error).__name__}: {error}")
+        (folder / "lost.tmp").rename(folder / "lost")
+    os._exit(0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes are forked")
+def test_a_rank_that_lives_and_says_nothing_is_given_up_in_minutes(tmp_path: Path) -> None:
+    assert timedelta(minutes=10) <= processes.PATIENCE <= timedelta(minutes=30)
+    context = torch.multiprocessing.start_processes(
+        on_a_rank_that_hears_nothing, args=(tmp_path,), nprocs=2, join=False, start_method="fork"
+    )
+    for process in context.processes:
+        process.join(60)
+    told = (tmp_path / "lost").read_text()
+    assert told.startswith("RankLost: Rank 1 of 2 did not come to where rank 0 waited for it: ")
+    assert "Its machine may have lost the network, or it hangs" in told

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hf_freeze.errors import CannotCache
-from hf_freeze.exactness import ROUNDING, compare, exchange_rows, grain_of, relative_gaps, step_tensors
+from hf_freeze.exactness import ROUNDING, compare, copy_row, grain_of, relative_gaps, step_tensors
 from hf_freeze.prefix.build import capture, move, pad_states, split_rows
 from hf_freeze.prefix.crossing import same_results
 from hf_freeze.prefix.dataset import Collator, Rows, collate
@@ -78,7 +78,7 @@ def check_training(model: nn.Module, prefix: Prefix, rows: Rows, sample: list[in
 
     In 16 bits, and where a gradient is over its bar, the batch is also run from the states that it has itself, where
     nothing is rounded otherwise; what rounding of states does to a gradient is then measured. The proof is tried in
-    turn, with the states of two rows exchanged.
+    turn, with a row's states in the place of another's.
 
     Raises:
         CannotCache: Loss or gradients differ, or change with what stands at padded places; or they would not differ
@@ -138,7 +138,7 @@ def check_training(model: nn.Module, prefix: Prefix, rows: Rows, sample: list[in
             while differs(*replayed) and len(noise) < DRAWS:
                 noise.append(measure_noise(draw=len(noise)))
             pairs = _unlike_rows(states)
-            seen = any(differs(*run_from(exchange_rows(states, *pair))) for pair in pairs)
+            seen = any(differs(*run_from(copy_row(states, *pair))) for pair in pairs)
         finally:
             replay.detach([model], handles)
     if told := same_results(replayed[0], disturbed, BLIND_TO_PADDING, together):
@@ -153,8 +153,8 @@ def check_training(model: nn.Module, prefix: Prefix, rows: Rows, sample: list[in
         )
     if pairs and not seen:
         raise CannotCache(
-            "That training from stored states is plain training cannot be proved here: the states of two rows were "
-            "exchanged, and neither the loss nor a gradient tells. Its rounding hides more than the states do, or "
+            "That training from stored states is plain training cannot be proved here: a row was given the states of "
+            "another, and neither the loss nor a gradient tells. Its rounding hides more than the states do, or "
             "nothing that trains looks at them. Train without the cache."
         )
 
@@ -167,9 +167,9 @@ def _exact(model: nn.Module, prefix: Prefix) -> tuple[Prefix, str]:
 
 
 def _unlike_rows(states: dict[str, torch.Tensor]) -> list[tuple[int, int]]:
-    """Pairs of rows of a batch whose states differ by more than rounding; [] where all rows are one."""
+    """Pairs of rows of a batch, both ways, whose states differ by more than rounding; [] where all rows are one."""
     count = len(next(iter(states.values())))
-    pairs = [(one, other) for one in range(count) for other in range(one + 1, count)]
+    pairs = [(one, other) for one in range(count) for other in range(count) if one != other]
     return [
         (one, other)
         for one, other in pairs
