@@ -70,13 +70,16 @@ class CheckpointGuard(TrainerCallback):
         self.limit = limit
         self.facts: dict[str, Any] = {}  # what a resume must match
         self.run_id = ""  # stands in the manifest of each checkpoint of this run, resumed or not
+        self.resumed: str | None = None  # the id in the checkpoint that `resume_from` chose, wherever that lies
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         with agreed("begin a guarded run"):
             if args.process_index == 0:
                 take_folder(Path(args.output_dir))
-            resumed = read_manifest(_checkpoint(args, state)) if state.global_step else {}
-            self.run_id = resumed.get("run_id") or uuid.uuid4().hex
+            resumed = self.resumed if state.global_step else ""  # `train` may begin anew all the same
+            if resumed is None:  # it goes on without `resume_from`
+                resumed = read_manifest(_checkpoint(args, state)).get("run_id", "")
+            self.run_id, self.resumed = resumed or uuid.uuid4().hex, None
             self.read_facts()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -304,12 +307,12 @@ def resume_from(trainer: Any, asked: str | os.PathLike[str] | Literal[True]) -> 
             fix = f"The newest whole one is {other}." if other else "There is no whole one beside it: start anew."
             raise ResumeError(f"--resume_from_checkpoint {checkpoint} was asked for; {damage}. {fix}")
     guard, manifest = guard_checkpoints(trainer), read_manifest(checkpoint)
-    guard.run_id = manifest.get("run_id", "")
     then, now = manifest["run"], guard.read_facts()
     differing = [name for name in FIXES if then.get(name) != now[name]]
     if differing:
         name = differing[0]  # another plan freezes other tensors and trains others: one difference is told
         raise ResumeError(f"{checkpoint} belongs to another run: {_difference(name, then.get(name), now[name])}")
+    guard.resumed = manifest.get("run_id", "")
     return str(checkpoint)
 
 
@@ -365,7 +368,7 @@ class DeltaCheckpoints:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a file under a temporary name, flushes it, and renames it: it is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             json.dump(values, file, indent=1)
@@ -384,8 +387,8 @@ def _flush(path: Path) -> None:
 
 def _files(folder: Path) -> list[Path]:
     """All but the manifest, and what a kill left of an earlier one."""
-    own = (MANIFEST, f"{MANIFEST}.tmp")
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in own]
+    own = re.compile(rf"{re.escape(MANIFEST)}(\..*)?")
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and not own.fullmatch(path.name)]
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

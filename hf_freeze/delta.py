@@ -283,7 +283,7 @@ def merge_delta(
             "Use load_delta; a PeftModel then has merge_and_unload()."
         )
     model = unwrap(load_delta(folder, base_model))
-    staging = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.tmp")
+    staging = target.absolute().with_name(f".{target.absolute().name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         staging.mkdir(parents=True)
         model.save_pretrained(staging)  # type: ignore[operator]
@@ -293,7 +293,7 @@ def merge_delta(
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
-            raise FreezeError(f"merge_delta could not write {target}: {error}. Nothing is left there.") from error
+            raise FreezeError(f"merge_delta could not write {target}: {error}. Nothing of it is left there.") from error
         raise
     return target
 
@@ -484,9 +484,8 @@ def _has_config(target: Path, text: str) -> bool:
     ):
         return False
     try:
-        there = json.loads(_regular(path).read_text(encoding="utf-8"))
-        wanted = json.loads(text)
-        if all(there.get(name) == wanted.get(name) for name in {*there, *wanted} if name not in PASSING[:5]):
+        there, wanted = _settings(json.loads(_regular(path).read_text(encoding="utf-8"))), _settings(json.loads(text))
+        if all(there.get(name) == wanted.get(name) for name in {*there, *wanted}):  # what `load_delta` looks at
             return True
     except (OSError, ValueError, RecursionError, AttributeError, TypeError, DeltaMismatch):
         pass

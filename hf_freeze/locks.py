@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hf_freeze.errors import FreezeError
@@ -20,7 +20,7 @@ from hf_freeze.errors import FreezeError
 __all__ = ["alone_in", "leave_folder", "take_folder"]
 
 LOCK = "_hf_freeze_run.lock"  # a Trainer's upload leaves out what begins with an underscore
-_taken: dict[Path, tuple[int, int]] = {}  # by file: the process, which a fork is not, and the open file
+_taken: dict[Path, int] = {}  # the open file that has the lock
 
 
 def take_folder(folder: Path) -> None:
@@ -29,42 +29,61 @@ def take_folder(folder: Path) -> None:
     A second run of the same process gets it too: the first one is over, if only by an exception.
 
     Raises:
-        FreezeError: Another process has it.
+        FreezeError: Another process has it, or there is none and it cannot be made.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FreezeError(
+            f"A run was to write into {folder}; no folder can be made there: {error.strerror or error} "
+            f"({error.filename}). Give another output_dir."
+        ) from error
     path = folder.resolve() / LOCK
-    if sys.platform == "win32" or _taken.get(path, (0, 0))[0] == os.getpid():
+    if sys.platform == "win32" or path in _taken:
         return
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
     except OSError:
         return
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which data loaders' workers would inherit
-    except (BlockingIOError, PermissionError) as error:
+        locked = _lock(descriptor, deadline=0.0)
+    except BlockingIOError as error:
         holder = _holder(os.pread(descriptor, 4096, 0))
         os.close(descriptor)
         raise FreezeError(
             f"A run was to write into {folder}; {holder} is writing there. Wait for that one, end it, or give another "
             "output_dir."
         ) from error
-    except OSError:
+    if not locked:
         os.close(descriptor)
         return
     told = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(told).encode(), 0)
-    _taken[path] = os.getpid(), descriptor
+    _taken[path] = descriptor
 
 
 def leave_folder(folder: Path) -> None:
     """Lets the next process have a folder."""
-    process, descriptor = _taken.pop(folder.resolve() / LOCK, (0, 0))
-    if process == os.getpid():
+    descriptor = _taken.pop(folder.resolve() / LOCK, None)
+    if descriptor is not None:
+        import fcntl
+
         os.ftruncate(descriptor, 0)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a fork that has just begun may still have it open
         os.close(descriptor)
+
+
+def _leave_to_parent() -> None:
+    """A data loader's worker, which may outlive its run, takes no part in the run's locks."""
+    for descriptor in _taken.values():
+        with suppress(OSError):
+            os.close(descriptor)
+    _taken.clear()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _holder(told: bytes) -> str:
@@ -96,6 +115,7 @@ def alone_in(folder: Path, wait_seconds: float = 0.0) -> Iterator[bool]:
 
 
 def _lock(descriptor: int, deadline: float) -> bool:
+    """By flock: a lock of POSIX would go as soon as this process closes the file anywhere, as by a copy of it."""
     import fcntl
 
     while True:

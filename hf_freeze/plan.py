@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -170,7 +171,7 @@ Use an int for a number of blocks, or "all".
         """Writes freeze_plan.json into the folder, whole or not at all."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        temporary = path / f"{PLAN_FILE}.{os.getpid()}.tmp"
+        temporary = path / f"{PLAN_FILE}.{uuid.uuid4().hex[:12]}.tmp"
         temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, path / PLAN_FILE)
 

@@ -6,6 +6,7 @@ What is drawn, and from which numbers, is the business of the rooms that call it
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +94,7 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> tuple[Path, Path]:
     written = []
     for kind in ("png", "svg"):
         target = stem.with_name(f"{stem.name}.{kind}")
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
         figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
         os.replace(temporary, target)
         written.append(target)

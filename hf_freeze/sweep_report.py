@@ -9,6 +9,7 @@ import json
 import math
 import os
 import statistics
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -476,6 +477,6 @@ def append_run(path: Path, result: SweepResult) -> None:
 
 
 def rewrite_runs(path: Path, results: Iterable[SweepResult]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     temporary.write_text("".join(json.dumps(result.to_dict()) + "\n" for result in results), encoding="utf-8")
     os.replace(temporary, path)

@@ -20,6 +20,7 @@ with the reason. From the JSON a picture is drawn again without the model:
 import base64
 import os
 import sys
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -274,7 +275,7 @@ def write_page(path: Path, title: str, texts: str, sections: list[tuple[Picture,
         parts.append(f"<img alt='{escape(picture.title)}' src='data:image/png;base64,{data}'>")
         links = ", ".join(f"<a href='{picture.name}.{kind}'>{kind.upper()}</a>" for kind in ("svg", "json"))
         parts.append(f"<p>The same as {links}.</p></section>")
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     temporary.write_text(PAGE.format(title=escape(title), texts=texts, sections="\n".join(parts)), encoding="utf-8")
     os.replace(temporary, path)
 

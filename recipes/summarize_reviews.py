@@ -20,6 +20,7 @@ move, and writes model, scores, predictions, a model card and report.html, a pag
 import math
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_type_hints
@@ -172,13 +173,22 @@ class RunArguments(SummaryTrainingArguments):
 
 def main() -> None:
     model_args, data_args, args = parse_arguments()
-    chief = args.process_index == 0
-    say = print if chief else lambda *_: None
-    folder = args.output_dir
+    folder, unnamed = args.output_dir, not args.output_dir
     with agreed("take its output folder"):  # the first process takes it, and all learn which, or why not
-        if chief:
+        if args.process_index == 0:
             folder = str(new_output_folder(folder, resuming=bool(args.resume_from_checkpoint)))
     args.output_dir = from_first(folder)
+    try:
+        run(model_args, data_args, args)
+    finally:
+        if unnamed and args.process_index == 0:
+            with suppress(OSError):  # it stays where anything was written; a mistyped column leaves nothing
+                Path(args.output_dir).rmdir()
+
+
+def run(model_args, data_args, args) -> None:
+    chief = args.process_index == 0
+    say = print if chief else lambda *_: None
     set_seed(args.seed)
 
     # Read the data first: a wrong column should not wait for a model to load.

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -26,12 +27,16 @@ from hf_freeze.checkpoints import (
     data_digest,
     guard_checkpoints,
     last_whole_checkpoint,
+    read_manifest,
     remove_checkpoints,
     resume_from,
+    write_json,
 )
 from hf_freeze.errors import FreezeError, ResumeError
 from hf_freeze.freezing import freeze_record, verify_frozen
 from hf_freeze.locks import LOCK, leave_folder, take_folder
+from hf_freeze.summarization.results import write_whole
+from hf_freeze.sweep_report import rewrite_runs
 from tests.prefix_cases import review_rows
 from tests.staged_run import Rows, another_run, make_trainer, pretrained
 
@@ -207,6 +212,19 @@ def test_what_the_run_did_not_write_stays_whatever_its_name(whole: Any, tmp_path
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-8", "written over, as Trainer does"
 
 
+def test_a_run_that_goes_on_from_elsewhere_leaves_the_checkpoints_of_the_run_that_was_there(
+    whole: Any, tmp_path: Path
+) -> None:
+    trainer_in(tmp_path, save_total_limit=None, max_steps=4).train()
+    there = {path.name: read_manifest(path)["run_id"] for path in tmp_path.glob("checkpoint-*")}
+    assert set(there) == {"checkpoint-2", "checkpoint-4"}
+    trainer = trainer_in(tmp_path, save_total_limit=1)
+    trainer.train(resume_from_checkpoint=resume_from(trainer, Path(whole.args.output_dir) / "checkpoint-4"))
+    ids = {path.name: read_manifest(path)["run_id"] for path in tmp_path.glob("checkpoint-*")}
+    own = read_manifest(Path(whole.args.output_dir) / "checkpoint-4")["run_id"]
+    assert ids == there | {"checkpoint-8": own}
+
+
 def test_a_checkpoint_that_is_being_written_over_is_not_whole(whole: Any, tmp_path: Path) -> None:
     shutil.copytree(Path(whole.args.output_dir), tmp_path / "run")
     trainer = trainer_in(tmp_path / "run", save_total_limit=None)
@@ -261,11 +279,75 @@ def test_a_run_that_was_interrupted_leaves_its_folder_to_the_next_of_its_process
     leave_folder(tmp_path)
 
 
+def test_a_copy_of_the_folder_and_a_worker_that_outlives_the_run_change_nothing_about_who_has_it(
+    tmp_path: Path,
+) -> None:
+    folder, runs = tmp_path / "run", tmp_path / "ends"
+    parent = os.fork()
+    if not parent:
+        take_folder(folder)
+        shutil.copytree(folder, tmp_path / "backup")  # which opens and closes the file of the lock
+        worker = os.fork()
+        if not worker:
+            time.sleep(30)
+            os._exit(0)
+        runs.with_suffix(".tmp").write_text(str(worker))
+        os.replace(runs.with_suffix(".tmp"), runs)
+        time.sleep(30)
+        os._exit(0)
+    while not runs.exists():
+        time.sleep(0.01)
+    try:
+        with pytest.raises(FreezeError, match=rf"process {parent} on .* is writing there"):
+            take_folder(folder)
+    finally:
+        os.kill(parent, signal.SIGKILL)
+        os.waitpid(parent, 0)
+    try:
+        take_folder(folder)
+        leave_folder(folder)
+    finally:
+        os.kill(int(runs.read_text()), signal.SIGKILL)
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(FreezeError, match=rf"into {folder}; no folder can be made there: .*output_dir\."):
+            take_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_json(path, {}),
+        lambda path: rewrite_runs(path, []),
+        lambda path: write_whole(path, "text"),
+        lambda path: FreezePlan().save_pretrained(path),
+    ],
+    ids=["write_json", "rewrite_runs", "write_whole", "save_pretrained"],
+)
+def test_two_that_write_one_file_do_not_take_each_others_half(
+    write: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    replace = os.replace
+
+    def overtaken(*paths: Any) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        write(tmp_path / "place")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    write(tmp_path / "place")
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_a_manifest_half_written_by_a_kill_does_no_harm(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, max_steps=2)
     (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "checkpoint-2" / f"{MANIFEST}.tmp").write_text("{")
+    (tmp_path / "checkpoint-2" / f"{MANIFEST}.0123456789ab.tmp").write_text("{")
     trainer.train()
+    assert not any("tmp" in name for name in read_manifest(tmp_path / "checkpoint-2")["files"])
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -797,6 +798,18 @@ def test_in_a_trainers_checkpoint_the_other_files_stay(tmp_path: Path) -> None:
     assert is_delta(folder)
 
 
+def test_a_config_beside_the_weights_that_differs_in_what_no_load_looks_at_stays(tmp_path: Path) -> None:
+    model, folder = trained("llama", tmp_path), tmp_path / "out"
+    model.save_pretrained(folder)
+    theirs = (folder / "config.json").read_bytes()
+    model.config.use_cache = not model.config.use_cache
+    model.config.id2label = {0: "bad", 1: "good"}
+    model.config.pad_token_id = 3
+    save_delta(model, folder)
+    assert (folder / "config.json").read_bytes() == theirs
+    assert torch.equal(logits(load_delta(folder)), logits(model))
+
+
 # ---------------------------------------------------------------------------------------------------------- hub, merge
 
 
@@ -870,9 +883,37 @@ def test_a_merge_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(FreezeError, match=r"merge_delta could not write .*full: No space left.* Nothing is left there"):
+    with pytest.raises(FreezeError, match=r"merge_delta could not write .*full: No space left.* Nothing of it is left"):
         merge_delta(tmp_path / "delta", tmp_path / "full")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_of_two_merges_into_one_folder_the_second_leaves_the_first_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = trained("llama", tmp_path)
+    save_delta(model, tmp_path / "delta")
+    save, errors = PreTrainedModel.save_pretrained, []
+
+    def merge() -> None:
+        try:
+            merge_delta(tmp_path / "delta", tmp_path / "full")
+        except FreezeError as error:
+            errors.append(str(error))
+
+    def overtaken(self: Any, folder: Path, **named: Any) -> None:
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+        save(self, folder, **named)
+        other = threading.Thread(target=merge)  # of the same process, as of another container that has its number
+        other.start()
+        other.join()
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", overtaken)
+    merge()
+    assert len(errors) == 1
+    assert "could not write" in errors[0]
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "full")), logits(model))
+    assert not list(tmp_path.glob(".full*"))
 
 
 # --------------------------------------------------------------------------------------------------- several processes

@@ -201,6 +201,7 @@ def test_a_mistake_is_a_sentence(
     program: str, words: list[str], message: str, told: Callable[[str, list[str]], tuple[int, str]]
 ) -> None:
     check(*told(program, words), message)
+    assert not list(Path.cwd().glob("out/summaries-*")), "a run that ended before it began leaves no folder"
 
 
 LOADERS = {

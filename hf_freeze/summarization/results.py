@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import textwrap
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def sample_text(rows: Sequence[Mapping[str, Any]], count: int = 5, width: int = 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file under a temporary name and renames it: it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)

@@ -17,6 +17,7 @@ import importlib.resources
 import itertools
 import os
 import re
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -296,7 +297,7 @@ def _load_table(files: RowFiles, place: Path) -> Dataset:
 
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+        temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex[:12]}.tmp")
         schema = pa.schema([(name, pa.string()) for name in files.columns])
         rows = iter(files)
         try:
