@@ -10,14 +10,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from hf_freeze import FreezeError, FreezePlan, read_anatomy
-from hf_freeze.depth import sweep_depths
+from hf_freeze.depth import _row_losses, sweep_depths
 from hf_freeze.errors import PlanError, ResumeError, TrainingDiverged
 from hf_freeze.plan import plan_at_depth
 from hf_freeze.sweep_report import SweepReport
+from tests.test_prefix_faults import Padding, token_rows
 from tests.tiny import tiny_model
+from tests.zoo import build
 
 BLOCKS = 3
 
@@ -324,6 +333,37 @@ def test_every_row_of_the_validation_is_kept_and_gives_the_mean_of_the_evaluatio
         assert len(by_row) == len(set(by_row)) == 4
         assert statistics.fmean(by_row) == pytest.approx(result.metrics["eval_loss"], rel=1e-4)
     assert "test rows, paired" in str(report)
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bart", "bert"])  # for gpt2's class, Trainer counts the first label
+def test_the_losses_of_rows_are_computed_in_batches_where_the_logits_tell_them(kind, same, tmp_path):
+    rows, collator = token_rows((9, 16, 12, 7, 16, 11, 5, 8, 13, 16, 6, 10)), Padding()
+    if kind == "bert":
+        rows = [{**row, "labels": torch.tensor(place % 2)} for place, row in enumerate(make_rows(12))]
+        collator = default_data_collator
+    model = build(kind, AutoModelForSequenceClassification if kind == "bert" else None)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=4)
+    trainer = Trainer(model=model, args=args, eval_dataset=rows, data_collator=collator)
+    sizes: list[int] = []
+
+    def note(_: object, __: object, given: dict, output: object) -> None:
+        sizes.append(len(given["input_ids"]))
+        if not same:
+            output["loss"] = 2 * output["loss"]
+
+    with model.register_forward_hook(note, with_kwargs=True):
+        by_row = _row_losses(trainer)
+        assert sizes == [1] * 4 + [4] + ([4, 4] if same else [1] * 8)
+        alone = [trainer.prediction_step(model, collator([row]), True)[0].item() for row in rows]
+    assert by_row == pytest.approx(alone, rel=1e-4)
+
+
+def test_a_model_without_a_loss_has_none_of_rows(tmp_path):
+    rows = [{"input_ids": row["input_ids"]} for row in make_rows(3)]
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = Trainer(model=build("gpt2"), args=args, eval_dataset=rows, data_collator=default_data_collator)
+    assert _row_losses(trainer) == []
 
 
 def test_a_score_of_each_row_is_kept_apart_from_the_metrics(sweep):
