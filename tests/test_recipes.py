@@ -18,7 +18,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from huggingface_hub import ModelCard
 
-from hf_freeze.prefix.store import MANIFEST
+from hf_freeze.prefix.store import MANIFEST, Store, StreamSpec
 from hf_freeze.summarization import shipped_reviews
 from tests.scripts import load_script
 from tests.tiny import tiny_folder
@@ -70,13 +70,12 @@ def test_a_cache_that_cannot_pay_is_not_tried(recipe: Any, tmp_path: Path) -> No
     assert not tried(16, 2)
     assert "4 batches might gain by it" in said[-1]
     assert tried(64, 2)
-    (tmp_path / "other").mkdir()
-    manifest = tmp_path / "other" / MANIFEST
-    for found, values in ((False, {"model": "other"}), (True, {"model": "mine"})):
-        manifest.write_text(json.dumps({**values, "key": {"cuts": [["decoder", 2]]}}))
-        assert tried(400, 1) is found
+    specs = (StreamSpec("hidden_states", "source", "float32", (8,)),)
+    for name in ("other", "mine"):
+        Store.create(tmp_path / name, {"cuts": [["decoder", 2]]}, specs, name).close()
+        assert tried(400, 1) is (name == "mine")
         assert not tried(16, 2), "however much of it is there"
-    manifest.write_text("{")
+    (tmp_path / "mine" / MANIFEST).write_text("{")
     assert not tried(400, 1)
 
 
