@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_freeze import FreezePlan, PrefixCache, freeze, thaw
+from hf_freeze import FreezePlan, PrefixCache, freeze, supervised_logits_only, thaw
 from hf_freeze.errors import FreezeError
 from hf_freeze.freezing import freeze_record
 from tests.stale_changes import CHANGES, SEEN_AT_ONCE, make
@@ -192,3 +192,31 @@ def test_what_changes_while_the_prefix_is_away_is_told_with_the_batch_from_which
     loss_of(model, cache.collator(token_rows()[:3]))
     with pytest.raises(FreezeError, match=r"may have been old from cached batch [24] on"):
         cache.close()
+
+
+def test_a_comparison_leaves_the_batch_that_it_precedes_as_it_is(tmp_path: Any) -> None:
+    """Supervised logits note at a call's beginning where its labels are; the comparison calls the model in between."""
+
+    def gradients(compare: bool) -> list[torch.Tensor]:
+        model = make("llama")
+        supervised_logits_only(model)
+        cache = built(model, tmp_path)
+        if not compare:
+            cache._replay.spot.before_batch = lambda *_: None
+        model(**cache.collator(token_rows()[:3])).loss.backward()
+        trained = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        cache.close()
+        return trained
+
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_evaluations_in_between_are_no_change_of_the_modules(tmp_path: Any) -> None:
+    model = make("llama")
+    cache = built(model, tmp_path)
+    for _ in range(4):
+        loss_of(model.train(), cache.collator(token_rows()[:3]))
+        loss_of(model.eval(), Padding()(token_rows()[:3]))
+    assert cache._replay.spot.checks == 1
+    cache.close()

@@ -406,7 +406,8 @@ class Replay:
         self._casts = Casts([module for module in entries[0].modules() if module not in below])
         for module in dict.fromkeys(entries):
             module.__dict__[ATTRIBUTE] = self
-            handles.append(module.register_forward_pre_hook(_take_states, with_kwargs=True))
+            # Before the hooks of others, whose notes about this call a comparison with fresh states would wipe out.
+            handles.append(module.register_forward_pre_hook(_take_states, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(_put_back, always_call=True))
             handles.append(module.register_state_dict_pre_hook(_put_back))  # type: ignore[no-untyped-call]
             if callable(getattr(module, "generate", None)) and "generate" not in module.__dict__:

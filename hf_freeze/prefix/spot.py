@@ -302,13 +302,8 @@ class SpotCheck:
             seen += map(id, own["_modules"].values())
             if any(own[name] for name in HOOKS):
                 seen.append(len(own_hooks(module)))
-            if inside_it:
-                seen += [id(value) for name, value in own.items() if name not in INTERNAL and name[:10] != "_hf_freeze"]
-            else:
-                plain = (
-                    value for name, value in own.items() if name not in INTERNAL and isinstance(value, int | float)
-                )
-                seen += map(id, plain)
+            kept = [value for name, value in own.items() if name not in INTERNAL and name[:10] != "_hf_freeze"]
+            seen += map(id, kept if inside_it else [value for value in kept if type(value) in (int, float)])
         return seen
 
 
