@@ -64,7 +64,7 @@ def test_it_passes_on_a_bare_machine_and_writes_every_step(script: ModuleType, t
     assert all(case["same"] and case["planted_error_seen"] for case in cases.values())
     assert list(facts["steps"]["speed"]["speed"]) == list(script.MODES)
     assert all(mode["seconds"] > 0 for mode in facts["steps"]["speed"]["speed"].values())
-    assert facts["steps"]["build"]["build"]["pass_seconds"] > 0
+    assert facts["steps"]["build"]["build"]["bare_seconds"] > 0
     name = script.re.sub(r"[^a-z0-9]+", "-", f"{facts['device']} tiny".lower())
     table = (tmp_path / "out" / f"{name}.md").read_text()
     assert "Exact in all 12 cases, and each saw the planted error." in table

@@ -134,6 +134,7 @@ def test_the_proof_sees_one_wrong_gradient_of_a_small_tensor(monkeypatch: pytest
 def test_a_proof_that_does_not_see_another_rows_states_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     of = prepared("llama", torch.bfloat16)
     monkeypatch.setattr(proof, "copy_row", lambda states, *_: states)
+    monkeypatch.setattr(proof, "_turned", lambda states: states)
     with pytest.raises(CannotCache, match="a row was given the states of another, and neither the loss nor a gradient"):
         prove(of)
 
