@@ -25,6 +25,7 @@ __all__ = [
     "TokenizerMismatch",
     "TrainingDiverged",
     "nearest",
+    "worded",
 ]
 
 
@@ -98,3 +99,12 @@ def nearest(asked: str, choices: Iterable[str], count: int = 3) -> str:
         return ", ".join(repr(choice) for choice in close)
     shown = ", ".join(repr(choice) for choice in choices[:count])
     return shown + (f" and {len(choices) - count} more" if len(choices) > count else "")
+
+
+def worded(error: BaseException) -> str:
+    """An error of somebody else's within a sentence of ours.
+
+    >>> worded(KeyError("text")), worded(MemoryError())
+    ("KeyError: 'text'", 'MemoryError')
+    """
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

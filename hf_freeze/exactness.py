@@ -18,11 +18,13 @@ from torch import nn
 __all__ = [
     "ROUNDING",
     "Agreement",
+    "RowGap",
     "compare",
     "copy_row",
     "exchange_rows",
     "grain_of",
     "relative_gaps",
+    "row_gap",
     "sketch",
     "step_tensors",
 ]
@@ -67,6 +69,38 @@ class Agreement:
 
     def __str__(self) -> str:
         return f"{self.worst} differs by {self.gaps[self.worst]:.1e} of its size (bar {self.bars[self.worst]:.0e})"
+
+
+@dataclass(frozen=True)
+class RowGap:
+    """How far the states of two rows are apart, relative: as a whole, and in the middle one of their tokens.
+
+    A few tokens are larger than all others by far, and would hide the rest in the whole.
+    """
+
+    whole: float
+    middle: float
+
+    def within(self, bars: tuple[float, float]) -> bool:
+        """Whether both are below their bars; NaN is not."""
+        return self.whole <= bars[0] and self.middle <= bars[1]
+
+
+def row_gap(one: torch.Tensor, other: torch.Tensor) -> RowGap:
+    """How far a tensor [tokens, ...] is from another, relative to the other's norm; infinitely far in another shape.
+
+    >>> row_gap(torch.tensor([[3.0], [4.0], [1.0]]), torch.tensor([[3.0], [4.0], [0.0]])).whole
+    0.2
+    """
+    if one.shape != other.shape:
+        return RowGap(float("inf"), float("inf"))
+    one, other = one.detach().double(), other.detach().double()
+    difference = one - other
+    whole = float(difference.norm() / other.norm().clamp(min=1e-30))
+    if one.dim() < 2 or not one.numel():
+        return RowGap(whole, whole)
+    by_token = difference.flatten(1).norm(dim=1) / other.flatten(1).norm(dim=1).clamp(min=1e-30)
+    return RowGap(whole, float(by_token.median()))
 
 
 def grain_of(tensors: Iterable[torch.Tensor]) -> str:

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from hf_freeze import errors
-from hf_freeze.errors import FreezeError, RankLost
+from hf_freeze.errors import FreezeError, RankLost, worded
 
 __all__ = ["agreed", "barrier", "from_first", "leave_group", "lost_ranks_named", "pulse", "rank_and_world", "tell_all"]
 
@@ -223,9 +223,7 @@ def _class_of(error: Exception) -> str:
 
 
 def _text_of(error: Exception) -> str:
-    if isinstance(error, FreezeError):
-        return str(error)
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return str(error) if isinstance(error, FreezeError) else worded(error)
 
 
 # ------------------------------------------------------------------------------------------------------- how they talk

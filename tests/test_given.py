@@ -133,7 +133,7 @@ def test_an_unknown_field_of_a_plan_is_named_with_the_nearest_and_the_dataclass_
     with pytest.raises(PlanError, match="The nearest: 'tied_head'"):
         dataclasses.replace(plan, tie_head="untie")  # type: ignore[call-arg]
     assert dataclasses.replace(plan, tied_head="untie").tied_head == "untie"
-    assert pickle.loads(pickle.dumps(plan)) == plan
+    assert pickle.loads(pickle.dumps(plan)) == plan  # of this very process: launchers hand plans to theirs
     assert list(inspect.signature(FreezePlan).parameters) == [field.name for field in dataclasses.fields(FreezePlan)]
     assert FreezePlan(False, 1, 2) == FreezePlan(embeddings=False, encoder_blocks=1, decoder_blocks=2)
 

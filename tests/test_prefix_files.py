@@ -113,7 +113,7 @@ def test_a_shard_that_is_touched_after_it_was_opened_gives_no_row(tmp_path, what
     if read_before:
         assert_holds(store, ROWS)
     if reader == "a worker's copy":
-        store = pickle.loads(pickle.dumps(store))
+        store = pickle.loads(pickle.dumps(store))  # as a DataLoader hands it to its workers
     harm(only_shard(tmp_path / "a"))
     for _ in range(2):
         with pytest.raises(CacheDamaged, match=rf"rows-\w+\.safetensors {reason}.*Build the cache again"):

@@ -10,6 +10,7 @@ import torch
 
 from hf_freeze import FreezePlan, PrefixCache, freeze, supervised_logits_only, thaw
 from hf_freeze.errors import FreezeError
+from hf_freeze.exactness import exchange_rows
 from hf_freeze.freezing import freeze_record
 from tests.stale_changes import CHANGES, SEEN_AT_ONCE, make
 from tests.test_prefix_faults import LENGTHS, Padding, token_rows
@@ -218,3 +219,13 @@ def test_evaluations_in_between_are_no_change_of_the_modules(tmp_path: Any) -> N
         loss_of(model.eval(), Padding()(token_rows()[:3]))
     assert cache._replay.spot.checks == 1
     cache.close()
+
+
+def test_bars_are_never_so_wide_that_another_rows_states_would_pass(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("hf_freeze.prefix.spot.TIMES_OWN", 1e12)  # of a model that rounds as coarsely as that
+    model = make("llama")
+    cache = built(model, tmp_path)
+    batch = cache.collator(token_rows()[:3])
+    batch["prefix_states"] = exchange_rows(batch["prefix_states"])
+    with pytest.raises(FreezeError, match="are not what the model computes now"):
+        loss_of(model, batch)

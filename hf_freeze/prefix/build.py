@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_freeze.errors import CannotCache
+from hf_freeze.errors import CannotCache, worded
 from hf_freeze.prefix.dataset import Collator, Rows, collate_rows, progress_bar
-from hf_freeze.prefix.memory import empty_cache, is_out_of_memory, worded
+from hf_freeze.prefix.memory import empty_cache, is_out_of_memory
 from hf_freeze.prefix.replay import Leaf, Prefix, autocast, map_tree
 from hf_freeze.prefix.rows import SOURCE, TARGET, BatchRows
 from hf_freeze.prefix.store import Store

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_freeze.errors import CannotCache
-from hf_freeze.prefix.memory import is_out_of_memory, worded
+from hf_freeze.errors import CannotCache, worded
+from hf_freeze.prefix.memory import is_out_of_memory
 from hf_freeze.prefix.rows import BatchRows, read_rows
 from hf_freeze.processes import pulse
 

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import torch
 
-from hf_freeze.errors import CannotCache
+from hf_freeze.errors import CannotCache, worded
 
-__all__ = ["declining_without_memory", "empty_cache", "is_out_of_memory", "worded"]
+__all__ = ["declining_without_memory", "empty_cache", "is_out_of_memory"]
 
 NO_MEMORY = ("out of memory", "not enough memory", "t allocate memory", "failed to allocate")  # in a RuntimeError
 
@@ -52,12 +52,3 @@ def declining_without_memory(what: str) -> Iterator[None]:
             f"The memory is too small to {what}: {worded(error)}. Free memory, shorten the longest rows, or train "
             "without the cache."
         ) from error
-
-
-def worded(error: Exception) -> str:
-    """An error of somebody else's within a sentence of ours.
-
-    >>> worded(KeyError("text")), worded(MemoryError())
-    ("KeyError: 'text'", 'MemoryError')
-    """
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hf_freeze.errors import CannotCache
-from hf_freeze.exactness import ROUNDING, compare, copy_row, grain_of, relative_gaps, step_tensors
+from hf_freeze.exactness import ROUNDING, compare, copy_row, grain_of, relative_gaps, row_gap, step_tensors
 from hf_freeze.prefix.build import capture, move, pad_states, split_rows
 from hf_freeze.prefix.crossing import same_results
 from hf_freeze.prefix.dataset import Collator, Rows, collate
@@ -28,10 +28,8 @@ __all__ = ["check_states", "check_training"]
 # Relative bounds, in fp32 and where some weights are in 16 bits: rounding does 1e-6 and 1e-2, a shifted position 1e-1.
 INDEPENDENT, INDEPENDENT_LOW = 2e-3, 0.05
 SAME_RESULT, SAME_RESULT_LOW = 1e-4, 2e-2  # of a result without a loss; gradients have bars of their own
-SAME_GRADIENT, SAME_GRADIENT_LOW = (
-    1e-3,
-    1e-2,
-)  # of every tensor, from the very states: nothing but the device's own order
+# Of every tensor, from the very states: nothing but the device's own order.
+SAME_GRADIENT, SAME_GRADIENT_LOW = 1e-3, 1e-2
 DRAWS = 4  # of noise at most: one may miss the token that rounding sends to another expert
 BLIND_TO_PADDING = 1e-6  # the same arithmetic on the same real tokens: nothing but padding can move it
 
@@ -61,10 +59,7 @@ def check_states(model: nn.Module, prefix: Prefix, rows: Rows, sample: list[int]
         for place, among in enumerate(split_rows(taken, leaves, together)):
             alone = _states_alone(model, exact, rows, sample[place], collator)
             for name, tensor in alone.items():
-                same_shape = tensor.shape == among[name].shape
-                if not same_shape or not _close(
-                    among[name], tensor, INDEPENDENT if grain == "fp32" else INDEPENDENT_LOW
-                ):
+                if not _close(among[name], tensor, INDEPENDENT if grain == "fp32" else INDEPENDENT_LOW):
                     raise CannotCache(
                         f"The frozen prefix gives row {sample[place]} other states among longer rows than alone "
                         f"({name.split(':')[0]}). A model with absolute positions needs padding on the right, or "
@@ -215,13 +210,4 @@ def _run(model: nn.Module, batch: Mapping[str, Any], *, training: bool = True) -
 
 
 def _close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
-    """Whether two tensors differ by at most that part of their size, and half of their tokens do: a few tokens are
-    larger than all others by far and would hide the rest.
-    """
-    one, other = one.double(), other.double()
-    gap, size = (one - other).norm(), other.norm().clamp(min=1e-30)
-    if one.dim() > 1:
-        gaps, sizes = (one - other).flatten(1).norm(dim=1), other.flatten(1).norm(dim=1).clamp(min=1e-30)
-        if not (gaps / sizes).median() <= tolerance:
-            return False
-    return bool(gap <= tolerance * size)
+    return row_gap(one, other).within((tolerance, tolerance))

@@ -12,13 +12,13 @@ import inspect
 import random
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_freeze.errors import CannotCache, FreezeError
+from hf_freeze.errors import CannotCache, FreezeError, worded
+from hf_freeze.exactness import RowGap, row_gap
 from hf_freeze.prefix.build import capture, move, split_rows
 from hf_freeze.prefix.casts import is_sharded
 from hf_freeze.prefix.dataset import Collator, Rows, collate
@@ -33,21 +33,10 @@ __all__ = ["SpotCheck", "check_stored_rows"]
 # Batches between two checks at least and at most: computing a row costs a fifth of a cached batch of eight.
 SELDOM, OFTEN = 256, 32
 # Bars, relative: of a row's norm and of the middle token's. Rounding does 1e-6 in fp32 and 5e-3 in 16 bits; where the
-# model itself rounds coarser (alone against among others), that many times its own.
-BARS, BARS_LOW = (2e-4, 2e-4), (5e-2, 2e-2)
+# model itself rounds coarser (alone against among others), that many times its own; never so much that the states of
+# another row, which are about 1.4 away, would pass.
+BARS, BARS_LOW, MOST = (2e-4, 2e-4), (5e-2, 2e-2), 0.3
 TIMES_OWN = 8.0
-
-
-@dataclass(frozen=True)
-class Gap:
-    """How far two tensors of one row are apart, relative: as a whole, and the middle one of its tokens."""
-
-    whole: float
-    middle: float
-
-    def within(self, bars: tuple[float, float]) -> bool:
-        """Whether both are below their bars; NaN is not."""
-        return self.whole <= bars[0] and self.middle <= bars[1]
 
 
 def check_stored_rows(
@@ -82,13 +71,14 @@ def check_stored_rows(
             fresh.append(next(split_rows(states, leaves, read_rows(single, with_target=with_target))))
     for one, other in zip(fresh, among, strict=True):
         for name in leaves:
-            own, least = _gap(other[name], one[name]), _least(one[name], prefix.precision)
+            own, least = row_gap(other[name], one[name]), _least(one[name], prefix.precision)
             known = bars.get(name, least)
-            bars[name] = (max(known[0], TIMES_OWN * own.whole), max(known[1], TIMES_OWN * own.middle))
+            wide = (max(known[0], TIMES_OWN * own.whole), max(known[1], TIMES_OWN * own.middle))
+            bars[name] = (min(wide[0], MOST), min(wide[1], MOST))
     for row, states in zip(sample, fresh, strict=True):
         stored = store.read(rows.digests[row])
         for name in leaves:
-            gap = _gap(stored[name].to(states[name].device), states[name])
+            gap = row_gap(stored[name].to(states[name].device), states[name])
             if not gap.within(bars[name]):
                 raise CannotCache(
                     f"The prefix cache {store.folder} holds other states of row {row} than the model computes now: "
@@ -183,7 +173,7 @@ class SpotCheck:
         except Exception as error:  # a foreign forward may refuse one row alone
             warnings.warn(
                 f"A row of cached batch {batch} could not be computed anew to check its stored states "
-                f"({type(error).__name__}: {error}); they go on unchecked.",
+                f"({worded(error)}); they go on unchecked.",
                 stacklevel=1,
             )
             self._not_before = batch + OFTEN
@@ -195,7 +185,7 @@ class SpotCheck:
                 if leaf.side:
                     start, stop = spans[leaf.side][place - places[0]] if leaf.side in spans else _extent(stored)
                     stored, now = stored[start:stop], now[start:stop]
-                gap = _gap(stored.to(now.device), now)
+                gap = row_gap(stored.to(now.device), now)
                 if not gap.within(self.bars.get(name, _least(now, self.prefix.precision))):
                     raise self._stale(f"row {place} of cached batch {batch}", name, gap)
         for name in self.prefix.leaves("table"):
@@ -219,7 +209,7 @@ class SpotCheck:
         except Exception as error:  # rows that lie no longer where they lay, a model that went elsewhere
             warnings.warn(
                 f"Row {row} could not be computed anew to check the states of the last cached batches "
-                f"({type(error).__name__}: {error}); they go unchecked.",
+                f"({worded(error)}); they go unchecked.",
                 stacklevel=1,
             )
             return
@@ -236,7 +226,7 @@ class SpotCheck:
             )
             return
         for name, tensor in stored.items():
-            gap = _gap(tensor.to(states[name].device), states[name])
+            gap = row_gap(tensor.to(states[name].device), states[name])
             if not gap.within(self.bars[name]):
                 raise self._stale(f"row {row} of the dataset, after the last batch,", name, gap)
         self.held_at = used
@@ -278,7 +268,7 @@ class SpotCheck:
         self.held_at, self._look, self._due = batch, look, False
         self.checks += 1
 
-    def _stale(self, where: str, name: str, gap: Gap | None) -> CannotCache:
+    def _stale(self, where: str, name: str, gap: RowGap | None) -> CannotCache:
         size = _told(name, gap, self.bars[name]) if gap else f"the table {name} is another"
         cure = "undo the change, or close() the cache and call PrefixCache.build again"
         if self.held_at:
@@ -307,24 +297,12 @@ class SpotCheck:
         return seen
 
 
-def _gap(one: torch.Tensor, other: torch.Tensor) -> Gap:
-    if one.shape != other.shape:
-        return Gap(float("inf"), float("inf"))
-    one, other = one.detach().double(), other.detach().double()
-    difference = one - other
-    whole = float(difference.norm() / other.norm().clamp(min=1e-30))
-    if one.dim() < 2 or not one.numel():
-        return Gap(whole, whole)
-    each = difference.flatten(1).norm(dim=1) / other.flatten(1).norm(dim=1).clamp(min=1e-30)
-    return Gap(whole, float(each.median()))
-
-
 def _least(tensor: torch.Tensor, precision: str | None) -> tuple[float, float]:
     low = precision in ("bf16", "fp16") or tensor.dtype not in (torch.float32, torch.float64)
     return BARS_LOW if low else BARS
 
 
-def _told(name: str, gap: Gap, bars: tuple[float, float]) -> str:
+def _told(name: str, gap: RowGap, bars: tuple[float, float]) -> str:
     return (
         f"those of {name.split(':')[0]} differ by {gap.whole:.1e} of their size, {gap.middle:.1e} in the middle token "
         f"(rounding: up to {bars[0]:.0e} and {bars[1]:.0e})"
@@ -335,7 +313,7 @@ def _table_differs(stored: torch.Tensor | None, fresh: torch.Tensor) -> bool:
     if stored is None or any(have < want for have, want in zip(stored.shape, fresh.shape, strict=False)):
         return stored is None  # a batch wider than the table is refused where it is cut
     cut = stored[tuple(slice(size) for size in fresh.shape)].to(fresh.device)
-    return not _gap(cut.flatten(), fresh.flatten()).within(_least(fresh, None))
+    return not row_gap(cut.flatten(), fresh.flatten()).within(_least(fresh, None))
 
 
 def _rows_at(value: Any, places: list[int], rows: int) -> Any:
