@@ -448,11 +448,11 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, RunArguments]:
             parsed = parser.parse_args_into_dataclasses()
     for values in parsed:  # those of a file are taken as they are; 1e-4 is a text in YAML
         for name, kind in get_type_hints(type(values)).items():
-            if kind in (int, float, int | None, float | None) and isinstance(getattr(values, name), str):
+            if kind in (int, float, int | None, float | None) and isinstance(text := getattr(values, name), str):
                 try:
-                    setattr(values, name, float(getattr(values, name)))
+                    setattr(values, name, float(text) if kind in (float, float | None) else int(text))
                 except ValueError:
-                    raise FreezeError(f"{name} {getattr(values, name)!r} was asked for; it is a number.") from None
+                    raise FreezeError(f"{name} {text!r} was asked for; it is a number.") from None
     switch = {True: "on", "true": "on", False: "off", "false": "off"}  # YAML takes on and off for true and false
     parsed[0].cache_prefix = switch.get(parsed[0].cache_prefix, parsed[0].cache_prefix)
     if parsed[0].cache_prefix not in ("auto", "on", "off"):
