@@ -491,8 +491,9 @@ class _Run:
             barrier()  # until every process has read the weights
             if trainer.args.should_save:
                 self._write()
-                run_id = guard_checkpoints(trainer).run_id
-                remove_checkpoints(best_folder.parent, run_id, 0, [])  # nothing goes on from them any more
+                guard = guard_checkpoints(trainer)
+                of_this_run = guard.run_id or guard.resumed or ""  # the latter where nothing was left to train
+                remove_checkpoints(best_folder.parent, of_this_run, 0, [])  # nothing goes on from them any more
         if number < len(self.stages):
             _let_go(trainer)
 

@@ -134,7 +134,7 @@ def test_a_cut_among_blocks_that_are_run_in_a_loop_is_declined(
 ) -> None:
     """Block 1 then follows block 2, which trains: its second output is another one after each step."""
     monkeypatch.setitem(OVERRIDES, "dory", {"n_input_layers": 1, "n_output_layers": 1})
-    with nullcontext() if cached else pytest.raises(CannotCache, match="gives other gradients than the plain forward"):
+    with nullcontext() if cached else pytest.raises(CannotCache, match=r"is not plain training: .* differs by"):
         check(("dory", AutoModelForCausalLM), FreezePlan(decoder_blocks=blocks), tmp_path)
 
 

@@ -8,6 +8,7 @@ that was consumed and the bytes that were written are compared first. It knows n
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import itertools
 import json
@@ -112,6 +113,8 @@ class ResumableFile:
                     self.path.unlink()
             self._file.close()
             raise
+        for torn in self.side.parent.glob(f"{glob.escape(self.side.name)}.*.tmp"):  # of a run that was killed
+            torn.unlink(missing_ok=True)
         self._begun = self.side.exists() or self.path.stat().st_size > 0
         return self
 
