@@ -19,19 +19,17 @@ from hf_freeze.freezing import FreezeReport, freeze, thaw, verify_frozen
 from hf_freeze.plan import FreezePlan
 
 if TYPE_CHECKING:
-    from hf_freeze.adapters import adapt_upper
-    from hf_freeze.advice import Advice, advise
-    from hf_freeze.checkpoints import DeltaCheckpoints, guard_checkpoints, resume_from
     from hf_freeze.delta import load_delta, merge_delta, save_delta
-    from hf_freeze.depth import sweep_depths
-    from hf_freeze.monitor import FreezeMonitor
+    from hf_freeze.depth import Advice, SweepReport, advise, draw_sweep, sweep_depths
     from hf_freeze.prefix import PrefixCache
-    from hf_freeze.stages import Stage, gradual, load_stages, save_stages, train_in_stages
     from hf_freeze.summarization.generation import generate_summaries
     from hf_freeze.summarization.rouge import compute_rouge
     from hf_freeze.summarization.streaming import summarize_file
-    from hf_freeze.supervision import SupervisedLogits, all_logits, supervised_logits_only
-    from hf_freeze.sweep_report import SweepReport, draw_sweep
+    from hf_freeze.training.adapters import adapt_upper
+    from hf_freeze.training.checkpoints import DeltaCheckpoints, guard_checkpoints, resume_from
+    from hf_freeze.training.monitor import FreezeMonitor
+    from hf_freeze.training.stages import Stage, gradual, load_stages, save_stages, train_in_stages
+    from hf_freeze.training.supervised import SupervisedLogits, all_logits, supervised_logits_only
 
 __version__ = "0.1.0"
 
@@ -81,30 +79,30 @@ __all__ = [
 
 _LATER = {  # heavier rooms, imported when they are asked for
     "PrefixCache": "hf_freeze.prefix",
-    "SupervisedLogits": "hf_freeze.supervision",
-    "all_logits": "hf_freeze.supervision",
-    "supervised_logits_only": "hf_freeze.supervision",
-    "adapt_upper": "hf_freeze.adapters",
-    "Advice": "hf_freeze.advice",
-    "advise": "hf_freeze.advice",
-    "DeltaCheckpoints": "hf_freeze.checkpoints",
-    "guard_checkpoints": "hf_freeze.checkpoints",
-    "resume_from": "hf_freeze.checkpoints",
+    "SupervisedLogits": "hf_freeze.training.supervised",
+    "all_logits": "hf_freeze.training.supervised",
+    "supervised_logits_only": "hf_freeze.training.supervised",
+    "adapt_upper": "hf_freeze.training.adapters",
+    "Advice": "hf_freeze.depth",
+    "advise": "hf_freeze.depth",
+    "DeltaCheckpoints": "hf_freeze.training.checkpoints",
+    "guard_checkpoints": "hf_freeze.training.checkpoints",
+    "resume_from": "hf_freeze.training.checkpoints",
     "load_delta": "hf_freeze.delta",
     "merge_delta": "hf_freeze.delta",
     "save_delta": "hf_freeze.delta",
     "sweep_depths": "hf_freeze.depth",
-    "FreezeMonitor": "hf_freeze.monitor",
-    "Stage": "hf_freeze.stages",
-    "gradual": "hf_freeze.stages",
-    "load_stages": "hf_freeze.stages",
-    "save_stages": "hf_freeze.stages",
-    "train_in_stages": "hf_freeze.stages",
+    "FreezeMonitor": "hf_freeze.training.monitor",
+    "Stage": "hf_freeze.training.stages",
+    "gradual": "hf_freeze.training.stages",
+    "load_stages": "hf_freeze.training.stages",
+    "save_stages": "hf_freeze.training.stages",
+    "train_in_stages": "hf_freeze.training.stages",
     "generate_summaries": "hf_freeze.summarization.generation",
     "compute_rouge": "hf_freeze.summarization.rouge",
     "summarize_file": "hf_freeze.summarization.streaming",
-    "SweepReport": "hf_freeze.sweep_report",
-    "draw_sweep": "hf_freeze.sweep_report",
+    "SweepReport": "hf_freeze.depth.report",
+    "draw_sweep": "hf_freeze.depth.report",
 }
 
 

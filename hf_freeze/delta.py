@@ -26,28 +26,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from hf_freeze.anatomy import unwrap
-from hf_freeze.embedded import EMBEDDED_NAME, cache_folder, embedded_model
+from hf_freeze.embedded import EMBEDDED_NAME, embedded_model
 from hf_freeze.errors import DeltaMismatch, FreezeError, ModelError, nearest
-from hf_freeze.freezing import (
+from hf_freeze.files import cache_folder
+from hf_freeze.freezing import FreezeRecord, freeze_record, untie
+from hf_freeze.given import check_model, check_path
+from hf_freeze.locks import alone_in
+from hf_freeze.plan import PLAN_FILE, FreezePlan
+from hf_freeze.processes import agreed, rank_and_world
+from hf_freeze.tensors import (
     RELEASED,
     UNTIED,
-    FreezeRecord,
     bits_of,
-    freeze_record,
     kind_of_digest,
     named_tensors,
     offloaded_tensors,
     tensor_by_name,
     tensor_digest,
     tensor_kind,
-    untie,
+    unwrap,
     whole_tensor,
 )
-from hf_freeze.given import check_model, check_path
-from hf_freeze.locks import alone_in
-from hf_freeze.plan import PLAN_FILE, FreezePlan
-from hf_freeze.processes import agreed, rank_and_world
 
 __all__ = ["DeltaReport", "is_delta", "load_delta", "merge_delta", "save_delta"]
 

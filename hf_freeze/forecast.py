@@ -33,7 +33,7 @@ from hf_freeze.errors import FreezeError, PlanError
 from hf_freeze.flow import Attention, Flow, Place, first_name, read_flow
 from hf_freeze.given import check_model
 from hf_freeze.plan import FreezePlan, ResolvedPlan, given_plan
-from hf_freeze.report import Table, count_text
+from hf_freeze.tables import Table, count_text
 
 __all__ = ["Forecast", "ModeForecast", "forecast"]
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from hf_freeze.delta import DELTA_FILE, is_delta, load_delta
 from hf_freeze.embedded import EMBEDDED_NAME, embedded_model
 from hf_freeze.errors import FreezeError, ModelError
-from hf_freeze.freezing import kind_of_digest
+from hf_freeze.tensors import kind_of_digest
 
 __all__ = [
     "load_any",

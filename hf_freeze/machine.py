@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from hf_freeze.errors import FreezeError
-from hf_freeze.report import count_text
+from hf_freeze.tables import count_text
 
 __all__ = [
     "Hardware",

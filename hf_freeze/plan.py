@@ -14,13 +14,14 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 from hf_freeze.anatomy import Anatomy, Part, Stack
+from hf_freeze.cuts import Cut, find_cuts
 from hf_freeze.errors import PlanError, nearest
 from hf_freeze.given import check_kind
 
-__all__ = ["Cut", "FreezePlan", "ResolvedPlan", "find_cuts", "given_plan", "plan_at_depth"]
+__all__ = ["FreezePlan", "ResolvedPlan", "given_plan", "plan_at_depth"]
 
 BlockCount = int | float | Literal["all"]
 PLAN_FILE = "freeze_plan.json"
@@ -28,13 +29,6 @@ DEFAULT_BLOCKS = 0.5
 
 
 Plan = TypeVar("Plan", bound="FreezePlan")
-
-
-class Cut(NamedTuple):
-    """A prefix that can be cached: the lowest `blocks` blocks of a stack and all that lies before them."""
-
-    stack: str
-    blocks: int
 
 
 @dataclass(frozen=True)
@@ -419,35 +413,6 @@ def plan_at_depth(anatomy: Anatomy, depth: int, plan: FreezePlan | None = None) 
     return replace(plan or FreezePlan(), **frozen)
 
 
-def find_cuts(anatomy: Anatomy, trainable: set[str]) -> tuple[tuple[Cut, ...], str]:
-    """What of a model is a constant of its input while only these tensors train, lowest first; () and why not.
-
-    >>> from transformers import GPT2Config, GPT2LMHeadModel
-    >>> from hf_freeze.anatomy import read_anatomy
-    >>> anatomy = read_anatomy(GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16)))
-    >>> find_cuts(anatomy, {"transformer.h.2.ln_1.weight"})
-    ((Cut(stack='decoder', blocks=2),), '')
-    """
-    cuts: list[Cut] = []
-    for stack in anatomy.stacks:
-        moving = [
-            n for n, part in anatomy.parts.items() if n in trainable
-            and part.kind in ("embeddings", "tower") and part.stack in ("", stack.name)
-        ]  # fmt: skip
-        if moving:
-            why = f"the embeddings train ({moving[0]}), so every block's input changes every step."
-            return tuple(cuts), "" if cuts else why
-        depth = _frozen_depth(anatomy, stack, trainable)
-        if depth:
-            cuts.append(Cut(stack.name, depth))
-        whole = depth == len(stack) and not any(
-            part.kind == "final" and part.stack == stack.name and n in trainable for n, part in anatomy.parts.items()
-        )
-        if not whole:
-            break  # a decoder above a moving encoder sees another encoder output at every step
-    return tuple(cuts), "" if cuts else "the lowest block is not frozen whole."
-
-
 def _check_count(name: str, value: object) -> None:
     if value is None or value == "all":
         return
@@ -494,15 +459,6 @@ def _covers(pattern: str, name: str) -> bool:
 
 def _pieces(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(piece for name in names for piece in name.split(".") if not piece.isdigit()))
-
-
-def _frozen_depth(anatomy: Anatomy, stack: Stack, trainable: set[str]) -> int:
-    """How many of the lowest blocks hold no trainable tensor."""
-    moving = {
-        anatomy.parts[n].index for n in trainable
-        if anatomy.parts[n].kind == "block" and anatomy.parts[n].stack == stack.name
-    }  # fmt: skip
-    return min(moving, default=len(stack))
 
 
 def _lowest_trainable(anatomy: Anatomy, trainable: set[str]) -> tuple[str, int]:

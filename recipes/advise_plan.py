@@ -17,14 +17,14 @@ import torch
 from transformers import HfArgumentParser
 
 from hf_freeze import FreezeError, advise
-from hf_freeze.checkpoints import write_json
 from hf_freeze.cli import exit_code, worded_arguments
 from hf_freeze.embedded import EMBEDDED_NAME
+from hf_freeze.files import write_json
 from hf_freeze.loading import load_generator
 from hf_freeze.machine import find_device
-from hf_freeze.precision import choose_precision
 from hf_freeze.summarization import SummaryCollator, read_splits, shipped_reviews
 from hf_freeze.summarization.prompts import encode_reviews, read_prompt
+from hf_freeze.training.precision import choose_precision
 
 
 @dataclass

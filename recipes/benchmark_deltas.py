@@ -23,7 +23,7 @@ from hf_freeze import FreezeError, FreezePlan, freeze, load_delta, save_delta
 from hf_freeze.cli import exit_code
 from hf_freeze.embedded import EMBEDDED_NAME
 from hf_freeze.loading import load_base, source_of
-from hf_freeze.report import Table, count_text
+from hf_freeze.tables import Table, count_text
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ from hf_freeze.embedded import embedded_model
 from hf_freeze.errors import nearest
 from hf_freeze.exactness import ROUNDING, compare, exchange_rows, relative_gaps, sketch, step_tensors
 from hf_freeze.machine import device_name, find_device, peak_bytes, reset_peak, status_bytes
-from hf_freeze.report import Table, count_text
+from hf_freeze.tables import Table, count_text
 
 SAME_PART = ("frozen+checkpointing", "cached", "cached+supervised", "limit")  # train what the mode "frozen" trains
 MODES = ("full", "frozen", "lora", *SAME_PART)

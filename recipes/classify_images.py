@@ -51,7 +51,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from hf_freeze import FreezeError, FreezePlan, PrefixCache, freeze, verify_frozen
 from hf_freeze.cli import exit_code, worded_arguments
 from hf_freeze.errors import ModelError
-from hf_freeze.images import IMAGENET_MEAN, IMAGENET_STD, check_pixels
+from hf_freeze.inputs.pixels import IMAGENET_MEAN, IMAGENET_STD, check_pixels
 from hf_freeze.machine import find_accelerators
 
 CLASSES, TEST_ROWS = 10, 360

@@ -13,7 +13,7 @@ file, and for each picture a .png, a .svg and a .json. What a model has not (att
 with the reason. From the JSON a picture is drawn again without the model:
 
     from hf_freeze.lens import WeightDrift
-    from hf_freeze.lens_plots import draw_drift
+    from hf_freeze.lens.plots import draw_drift
     draw_drift(WeightDrift.from_dict(json.load(open("out/layers/drift.json"))), "drift")
 """
 
@@ -33,10 +33,10 @@ from peft import PeftModel
 from transformers import HfArgumentParser
 
 from hf_freeze import FreezeError, read_anatomy
-from hf_freeze.checkpoints import write_json
 from hf_freeze.cli import exit_code, worded_arguments
 from hf_freeze.embedded import EMBEDDED_NAME
 from hf_freeze.errors import TokenizerMismatch
+from hf_freeze.files import write_json
 from hf_freeze.lens import (
     activation_map,
     attention_map,
@@ -46,7 +46,7 @@ from hf_freeze.lens import (
     text_batches,
     weight_drift,
 )
-from hf_freeze.lens_plots import (
+from hf_freeze.lens.plots import (
     draw_activations,
     draw_attention,
     draw_drift,

@@ -54,8 +54,9 @@ from hf_freeze import (
     verify_frozen,
 )
 from hf_freeze.cli import exit_code, worded_arguments
-from hf_freeze.embedded import EMBEDDED_NAME, cache_folder, embedded_model
+from hf_freeze.embedded import EMBEDDED_NAME, embedded_model
 from hf_freeze.errors import ModelError, RankLost, ReviewsError
+from hf_freeze.files import cache_folder
 from hf_freeze.machine import peak_bytes, read_hardware
 from hf_freeze.processes import agreed, from_first, leave_group, lost_ranks_named
 from hf_freeze.summarization import (

@@ -74,7 +74,7 @@ from hf_freeze.machine import (  # noqa: E402
     reset_peak,
 )
 from hf_freeze.prefix.rows import PREFIX_KEY  # noqa: E402
-from hf_freeze.report import Table, count_text  # noqa: E402
+from hf_freeze.tables import Table, count_text  # noqa: E402
 
 
 @dataclass(frozen=True)

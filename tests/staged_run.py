@@ -16,13 +16,13 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_freeze.checkpoints import guard_checkpoints, resume_from
 from hf_freeze.freezing import freeze, thaw
 from hf_freeze.locks import take_folder
 from hf_freeze.plan import FreezePlan
 from hf_freeze.processes import leave_group
-from hf_freeze.stages import StagesReport, gradual, train_in_stages
 from hf_freeze.summarization import SummaryTrainer, SummaryTrainingArguments
+from hf_freeze.training.checkpoints import guard_checkpoints, resume_from
+from hf_freeze.training.stages import StagesReport, gradual, train_in_stages
 from tests.prefix_cases import collator_for, review_rows
 from tests.tiny import tiny_model
 

@@ -18,9 +18,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from hf_freeze import FreezePlan, PrefixCache, freeze, read_anatomy, verify_frozen
-from hf_freeze.adapters import adapt_upper
 from hf_freeze.errors import FreezeError, PlanError
 from hf_freeze.summarization import SummaryTrainer, SummaryTrainingArguments
+from hf_freeze.training.adapters import adapt_upper
 from tests.prefix_cases import collator_for, default_plan, frozen_model, review_rows, trainer_losses
 from tests.tiny import tiny_model
 

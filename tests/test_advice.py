@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from hf_freeze import FreezeError, FreezePlan, PrefixCache, forecast, freeze, read_anatomy, supervised_logits_only, thaw
-from hf_freeze.advice import Advice, advise
-from hf_freeze.advice.choice import Comparison, depth_of, longer_run_rate, plan_warnings
-from hf_freeze.advice.probe import Probe, Trial
+from hf_freeze.depth import Advice, advise
+from hf_freeze.depth.choice import Comparison, depth_of, longer_run_rate, plan_warnings
+from hf_freeze.depth.probe import Probe, Trial
 from hf_freeze.errors import CannotCache, PlanError
 from tests.prefix_cases import collator_for, padding_tokenizer
 from tests.tiny import tiny_folder, tiny_model

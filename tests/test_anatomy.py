@@ -28,8 +28,9 @@ from transformers import (
 )
 
 from hf_freeze import FreezePlan, freeze, read_anatomy
-from hf_freeze.anatomy import Anatomy, Part, unwrap
+from hf_freeze.anatomy import Anatomy, Part
 from hf_freeze.errors import AnatomyError
+from hf_freeze.tensors import unwrap
 from tests.zoo import BLOCKS, build, shrink
 
 

@@ -24,7 +24,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 
 from hf_freeze import FreezeError, FreezePlan, FreezeReport, freeze
 from hf_freeze.machine import Hardware
-from hf_freeze.report import Table
 from hf_freeze.summarization import (
     DataFacts,
     RougeScores,
@@ -33,7 +32,8 @@ from hf_freeze.summarization import (
     save_prompt,
     write_card,
 )
-from hf_freeze.summarization.card import CARD_FILE
+from hf_freeze.summarization.publish.card import CARD_FILE
+from hf_freeze.tables import Table
 from tests.tiny import tiny_folder, tiny_model
 
 ROOT = Path(__file__).parent.parent

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hf_freeze import FreezePlan, freeze, read_anatomy, thaw
 from hf_freeze.anatomy import Stack
-from hf_freeze.checkpointing import _HOOKS, _is_ours
+from hf_freeze.freezing.checkpointing import _HOOKS, _is_ours
 from tests.sweep import training_batch
 from tests.zoo import VOCAB, build
 

@@ -21,8 +21,15 @@ from PIL import Image
 from torch import nn
 from transformers import BatchEncoding
 
-from hf_freeze import FreezePlan, checkpoints, freeze
-from hf_freeze.checkpoints import (
+from hf_freeze import FreezePlan, freeze
+from hf_freeze.depth.report import rewrite_runs
+from hf_freeze.errors import FreezeError, ResumeError
+from hf_freeze.files import write_json
+from hf_freeze.freezing import freeze_record, verify_frozen
+from hf_freeze.locks import LOCK, leave_folder, take_folder
+from hf_freeze.summarization.publish.results import write_whole
+from hf_freeze.training import checkpoints
+from hf_freeze.training.checkpoints import (
     MANIFEST,
     data_digest,
     guard_checkpoints,
@@ -30,13 +37,7 @@ from hf_freeze.checkpoints import (
     read_manifest,
     remove_checkpoints,
     resume_from,
-    write_json,
 )
-from hf_freeze.errors import FreezeError, ResumeError
-from hf_freeze.freezing import freeze_record, verify_frozen
-from hf_freeze.locks import LOCK, leave_folder, take_folder
-from hf_freeze.summarization.results import write_whole
-from hf_freeze.sweep_report import rewrite_runs
 from tests.prefix_cases import review_rows
 from tests.staged_run import Rows, another_run, make_trainer, pretrained
 

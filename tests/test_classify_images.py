@@ -28,7 +28,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from hf_freeze import FreezePlan, PrefixCache, freeze, read_anatomy, verify_frozen
 from hf_freeze.errors import FreezeError
-from hf_freeze.images import check_pixels
+from hf_freeze.inputs.pixels import check_pixels
 from tests.scripts import load_script
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "classify_images.py"

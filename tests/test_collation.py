@@ -1,4 +1,4 @@
-"""Claims about `hf_freeze.summarization.collation`, on tokenizers trained here and models built from configs."""
+"""Claims about `hf_freeze.inputs.collation`, on tokenizers trained here and models built from configs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from hf_freeze.errors import ModelError, ReviewsError, TokenizerMismatch
-from hf_freeze.summarization.collation import SummaryCollator
+from hf_freeze.inputs.collation import SummaryCollator
 from hf_freeze.summarization.prompts import read_prompt
 from tests.tokenizer_makers import (
     REVIEW,

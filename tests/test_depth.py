@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from hf_freeze import FreezeError, FreezePlan, read_anatomy
-from hf_freeze.depth import _row_losses, sweep_depths
+from hf_freeze.depth import SweepReport, sweep_depths
+from hf_freeze.depth.sweep import _row_losses
 from hf_freeze.errors import PlanError, ResumeError, TrainingDiverged
 from hf_freeze.plan import plan_at_depth
-from hf_freeze.sweep_report import SweepReport
 from tests.test_prefix_faults import Padding, token_rows
 from tests.tiny import tiny_model
 from tests.zoo import build
@@ -188,7 +188,7 @@ def test_only_a_best_rate_so_far_is_scored(sweep):
 
 
 def test_the_rows_of_a_seed_lie_within_its_larger_choice():
-    from hf_freeze.depth import _chosen
+    from hf_freeze.depth.sweep import _chosen
 
     small, large, other = _chosen(100, 10, 1), _chosen(100, 30, 1), _chosen(100, 10, 2)
     assert set(small) < set(large)

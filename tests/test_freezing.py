@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from hf_freeze import FreezePlan, freeze, read_anatomy, thaw, verify_frozen
 from hf_freeze.errors import FreezeError, FrozenWeightsChanged, PlanError
-from hf_freeze.freezing import tensor_digest
+from hf_freeze.tensors import tensor_digest
 from tests.sweep import language_loss, training_batch
 from tests.zoo import build
 

@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from hf_freeze.errors import FreezeError, ModelError, ReviewsError
+from hf_freeze.inputs.tokenizer import SAMPLE_REVIEWS
 from hf_freeze.summarization import generation
 from hf_freeze.summarization.generation import generate_summaries, share_of
 from hf_freeze.summarization.prompts import read_prompt
-from hf_freeze.summarization.tokenizer_fit import SAMPLE_REVIEWS
 from tests.tokenizer_makers import ROWS, bart_sizes, chat_tokenizer, llama_config, metaspace, t5_config
 
 REVIEWS = ["bad", SAMPLE_REVIEWS[0], "Runs small, so order one size up.", SAMPLE_REVIEWS[2], "good mug, weak handle"]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from hf_freeze.errors import ReviewsError
-from hf_freeze.summarization.group_data import group_baselines, group_reviews, read_group_splits
-from hf_freeze.summarization.reviews import read_reviews
+from hf_freeze.summarization.data.groups import group_baselines, group_reviews, read_group_splits
+from hf_freeze.summarization.data.reviews import read_reviews
 from hf_freeze.summarization.rouge import compute_rouge
 
 WIDE = (

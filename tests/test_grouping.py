@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_freeze.errors import FreezeError, ReviewsError
-from hf_freeze.summarization.grouping import (
+from hf_freeze.summarization.data.grouping import (
     GroupStore,
     fits_prompt,
     group_key,

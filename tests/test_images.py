@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_freeze.errors import FreezeError
-from hf_freeze.images import IMAGENET_MEAN, IMAGENET_STD, PixelFit, check_pixels
+from hf_freeze.inputs.pixels import IMAGENET_MEAN, IMAGENET_STD, PixelFit, check_pixels
 
 HALVES = SimpleNamespace(image_mean=[0.5] * 3, image_std=[0.5] * 3, do_rescale=True, do_normalize=True)
 IMAGENET = SimpleNamespace(image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD, do_rescale=True, do_normalize=True)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from hf_freeze import FreezePlan, freeze, save_delta
 from hf_freeze.errors import FreezeError
 from hf_freeze.lens import LayerSimilarity, WeightDrift
-from hf_freeze.lens_plots import draw_drift, draw_similarity
+from hf_freeze.lens.plots import draw_drift, draw_similarity
 from tests.scripts import load_script
 from tests.tiny import tiny_folder, tiny_tokenizer
 

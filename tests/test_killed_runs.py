@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-import hf_freeze.checkpoints
-import hf_freeze.stages
+import hf_freeze.training.checkpoints
+import hf_freeze.training.stages
 from hf_freeze import gradual, train_in_stages
 from tests.staged_run import STEPS, make_trainer, pretrained, run
 
@@ -57,10 +57,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("trainer", "_save_rng_state"),
         ("guard", "on_save"),  # all is written, nothing is marked
         ("trainer", "evaluate"),
-        (hf_freeze.checkpoints, "remove_checkpoints"),
-        (hf_freeze.checkpoints.os, "replace"),  # the manifest is written under its temporary name
-        (hf_freeze.stages, "save_delta"),  # the best weights are about to be written
-        (hf_freeze.stages, "write_json"),  # a stage is done and not noted
+        (hf_freeze.training.checkpoints, "remove_checkpoints"),
+        (hf_freeze.training.checkpoints.os, "replace"),  # the manifest is written under its temporary name
+        (hf_freeze.training.stages, "save_delta"),  # the best weights are about to be written
+        (hf_freeze.training.stages, "write_json"),  # a stage is done and not noted
     ],
 )
 def test_a_run_killed_at_a_chosen_place_ends_so_too(
@@ -83,7 +83,7 @@ def test_a_run_killed_at_a_chosen_place_ends_so_too(
         return trainer
 
     if owner == "guard":
-        guard = hf_freeze.checkpoints.CheckpointGuard
+        guard = hf_freeze.training.checkpoints.CheckpointGuard
         monkeypatch.setattr(guard, name, kills(getattr(guard, name)))
     elif owner != "trainer":
         monkeypatch.setattr(owner, name, kills(getattr(owner, name)))

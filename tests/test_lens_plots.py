@@ -20,7 +20,7 @@ from hf_freeze.lens import (
     LogitLens,
     WeightDrift,
 )
-from hf_freeze.lens_plots import (
+from hf_freeze.lens.plots import (
     draw_activations,
     draw_attention,
     draw_drift,

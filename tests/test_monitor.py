@@ -22,8 +22,8 @@ from transformers.integrations import integration_utils
 
 from hf_freeze import FreezeError, FreezePlan, FrozenWeightsChanged, PrefixCache, freeze, thaw
 from hf_freeze.errors import TrainingDiverged
-from hf_freeze.monitor import FreezeMonitor
 from hf_freeze.processes import leave_group
+from hf_freeze.training.monitor import FreezeMonitor
 from tests.prefix_cases import collator_for, frozen_model, review_rows
 from tests.tiny import tiny_model
 

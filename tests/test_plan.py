@@ -14,8 +14,9 @@ from torch import nn
 
 from hf_freeze import FreezePlan, read_anatomy
 from hf_freeze.anatomy import Anatomy
+from hf_freeze.cuts import Cut
 from hf_freeze.errors import PlanError
-from hf_freeze.plan import Cut, ResolvedPlan
+from hf_freeze.plan import ResolvedPlan
 from tests.zoo import build
 
 

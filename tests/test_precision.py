@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hf_freeze import precision
 from hf_freeze.errors import FreezeError
-from hf_freeze.precision import choose_precision
+from hf_freeze.training import precision
+from hf_freeze.training.precision import choose_precision
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])

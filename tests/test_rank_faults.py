@@ -28,23 +28,23 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock
 
-import hf_freeze.checkpoints
 import hf_freeze.delta
 import hf_freeze.prefix.build
 import hf_freeze.prefix.cache
 import hf_freeze.prefix.dataset
 import hf_freeze.prefix.files
 import hf_freeze.prefix.prepare
-import hf_freeze.stages
 import hf_freeze.summarization.generation
 import hf_freeze.summarization.training
+import hf_freeze.training.checkpoints
+import hf_freeze.training.stages
 from hf_freeze import PrefixCache, errors, generate_summaries, processes, save_delta
-from hf_freeze.checkpoints import CheckpointGuard
 from hf_freeze.errors import CacheDamaged, CannotCache, FreezeError, FrozenWeightsChanged
 from hf_freeze.prefix.store import Store
 from hf_freeze.processes import leave_group
 from hf_freeze.summarization.streaming import stream_summaries
 from hf_freeze.summarization.training import SummaryTrainingArguments
+from hf_freeze.training.checkpoints import CheckpointGuard
 from tests.prefix_cases import collator_for, frozen_model, padding_tokenizer, review_rows
 from tests.staged_run import make_trainer
 from tests.tiny import tiny_model
@@ -121,9 +121,9 @@ def mark(case: Case) -> None:
 
 def stages(case: Case) -> None:
     """Two stages of one step from a cache, without it where it fails."""
-    report = hf_freeze.stages.train_in_stages(
+    report = hf_freeze.training.stages.train_in_stages(
         lambda: make_trainer(case.folder / "stages", case.model, max_steps=1, eval_strategy="no", save_strategy="no"),
-        hf_freeze.stages.gradual(case.model, start=1, step=1, stages=2, steps=1),
+        hf_freeze.training.stages.gradual(case.model, start=1, step=1, stages=2, steps=1),
         cache_dir=case.folder / "cache",
         say=case.said.append,
     )
@@ -383,16 +383,16 @@ FAULTS = [
     Fault("an extra that is no JSON", setting(extra={1, 2}), r"save the delta: save_delta was given an extra", delta),
     Fault("no memory to gather a delta", raising(torch.Tensor, "cpu", MemoryError(), call=3, once=True),
           r"save the delta .*MemoryError", delta, ranks=(0,)),
-    Fault("a full disk under a checkpoint's mark", raising(hf_freeze.checkpoints, "write_json", FULL),
+    Fault("a full disk under a checkpoint's mark", raising(hf_freeze.training.checkpoints, "write_json", FULL),
           r"mark .*checkpoint-1 as whole: OSError: .*No space left", mark, ranks=(0,)),
     # stages
     Fault("a stage's cache that fails", raising(hf_freeze.prefix.files, "save_file", FULL), None, stages),
-    Fault("a ledger that cannot be written", raising(hf_freeze.stages, "write_json", FULL),
+    Fault("a ledger that cannot be written", raising(hf_freeze.training.stages, "write_json", FULL),
           r"begin the stages: OSError: .*No space left", stages, ranks=(0,)),
-    Fault("best weights that cannot be read", raising(hf_freeze.stages, "load_delta", FreezeError("it is damaged.")),
+    Fault("best weights that cannot be read", raising(hf_freeze.training.stages, "load_delta", FreezeError("it is damaged.")),
           r"begin stage 2: it is damaged\.", stages),
     Fault("frozen weights that moved",
-          raising(hf_freeze.stages, "verify_frozen", FrozenWeightsChanged("1 tensor moved.")),
+          raising(hf_freeze.training.stages, "verify_frozen", FrozenWeightsChanged("1 tensor moved.")),
           r"end stage 1: 1 tensor moved\.", stages),
     # summaries
     Fault("no memory to generate", raising(hf_freeze.summarization.generation, "_generate", SHORT),
@@ -542,7 +542,7 @@ DEATHS = [
     Fault("while a shard is written", killing(hf_freeze.prefix.files, "save_file"), ""),
     Fault("when the model is hooked", killing(PrefixCache, "_attach"), ""),
     Fault("under a delta", killing(hf_freeze.delta, "_split"), "", delta),
-    Fault("between two stages", killing(hf_freeze.stages, "load_delta"), "", stages),
+    Fault("between two stages", killing(hf_freeze.training.stages, "load_delta"), "", stages),
     Fault("while it generates", killing(hf_freeze.summarization.generation, "_generate"), "", generate),
 ]
 

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_freeze import FreezePlan, freeze, read_anatomy
-from hf_freeze.report import Table, anatomy_table, count_text
+from hf_freeze.anatomy import anatomy_table
+from hf_freeze.tables import Table, count_text
 from tests.zoo import architectures, build
 
 
@@ -132,7 +133,7 @@ def test_rows_sum_to_the_total_with_ties_counted_once(tied_head: str) -> None:
 
 @pytest.mark.parametrize("model_type", ["bart", "t5", "git", "zamba", "encoder-decoder", "gemma3n_text", "xlm"])
 def test_the_parts_of_every_kind_of_model_sum_to_its_parameters(model_type: str) -> None:
-    from hf_freeze.report import _part_rows
+    from hf_freeze.anatomy.value import part_rows as _part_rows
 
     model = build(model_type)
     rows = _part_rows(read_anatomy(model), {})

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from hf_freeze import FreezeError
 from hf_freeze.summarization import RougeScores, load_prompt, read_prompt, save_prompt
-from hf_freeze.summarization.results import (
+from hf_freeze.summarization.publish.results import (
     METRICS,
     PROMPT_FILE,
     RUN_FILES,

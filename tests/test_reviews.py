@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_freeze.errors import ReviewsError
-from hf_freeze.summarization.reviews import Reviews, overlap, read_reviews, read_splits
+from hf_freeze.summarization.data.reviews import Reviews, overlap, read_reviews, read_splits
 
 PAIRS = [("Warm but itchy.", "Warm, itchy"), ("Broke in a week.", "Broke"), ("Fits, and looks good.", "Good fit")]
 

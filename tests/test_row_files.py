@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_freeze.errors import ReviewsError
-from hf_freeze.summarization import files, row_files
-from hf_freeze.summarization.row_files import GivenRows, Row, RowFiles, RowLines, row_text, spreadsheet_safe
+from hf_freeze.summarization.data import files
+from hf_freeze.summarization.data import rows as row_files
+from hf_freeze.summarization.data.rows import GivenRows, Row, RowFiles, RowLines, row_text, spreadsheet_safe
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:

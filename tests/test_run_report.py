@@ -17,8 +17,8 @@ from hf_freeze import FreezeError, FreezePlan, forecast, freeze
 from hf_freeze.machine import Hardware
 from hf_freeze.prefix.break_even import BreakEven
 from hf_freeze.summarization import save_run, write_run_report
-from hf_freeze.summarization.run_report import FILES, MOST_ROWS, REPORT_FILE, RUN_FILE
-from hf_freeze.summarization.svg import Interval, Line, bar_chart, interval_chart, line_chart, nice_ticks
+from hf_freeze.summarization.publish.page import FILES, MOST_ROWS, REPORT_FILE, RUN_FILE
+from hf_freeze.summarization.publish.svg import Interval, Line, bar_chart, interval_chart, line_chart, nice_ticks
 from tests.tiny import tiny_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

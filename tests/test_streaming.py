@@ -18,8 +18,8 @@ from transformers import LlamaForCausalLM
 
 from hf_freeze.errors import FreezeError, ResumeError, ReviewsError
 from hf_freeze.summarization import streaming
+from hf_freeze.summarization.data.rows import RowFiles
 from hf_freeze.summarization.resumable import ResumableFile, check_free, facts_before
-from hf_freeze.summarization.row_files import RowFiles
 from hf_freeze.summarization.streaming import FileReport, check_places, stream_summaries, summarize_file
 from tests.tokenizer_makers import byte_level, llama_config
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, Traini
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from hf_freeze import FreezePlan, freeze
-from hf_freeze.supervision import (
+from hf_freeze.training.supervised import (
     all_logits,
     can_keep_supervised_logits,
     supervised_logits_only,

@@ -10,8 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hf_freeze import FreezeError, paired
-from hf_freeze.sweep_report import SweepReport, SweepResult, SweepRun, draw_sweep
+from hf_freeze import FreezeError
+from hf_freeze.depth import SweepReport, draw_sweep, paired
+from hf_freeze.depth.report import SweepResult, SweepRun
 
 
 def result(depth, quality, *, rows=512, rate=1e-4, seed=1, half=1.0, loss=3.0, share=1.0, seconds=10.0, **given):

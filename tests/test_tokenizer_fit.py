@@ -1,4 +1,4 @@
-"""Claims about `hf_freeze.summarization.tokenizer_fit`, on tokenizers trained here and models built from configs."""
+"""Claims about `hf_freeze.inputs.tokenizer`, on tokenizers trained here and models built from configs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_freeze.errors import TokenizerMismatch
-from hf_freeze.summarization.tokenizer_fit import check_tokenizer, underlying_model
+from hf_freeze.inputs.tokenizer import check_tokenizer, underlying_model
 from tests.tokenizer_makers import ROWS, byte_level, chat_tokenizer, llama_config, metaspace, t5_config
 
 

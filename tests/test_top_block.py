@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from hf_freeze import FreezePlan, freeze
-from hf_freeze.supervision import all_logits, supervised_logits_only, supervised_positions
-from hf_freeze.top_block import reduce_top_block, whole_top_block
+from hf_freeze.training.supervised import all_logits, supervised_logits_only, supervised_positions
+from hf_freeze.training.top_block import reduce_top_block, whole_top_block
 from tests.tiny import tiny_model
 from tests.zoo import build
 

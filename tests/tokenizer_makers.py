@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast, T5Config
 
-from hf_freeze.summarization.tokenizer_fit import SAMPLE_REVIEWS
+from hf_freeze.inputs.tokenizer import SAMPLE_REVIEWS
 
 REVIEW = "The kettle boils fast, but the lid broke after two weeks."
 SUMMARY = "A fast kettle with a weak lid."

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace, say: Say) -> Told:
     Raises:
         FreezeError: There is no such folder.
     """
-    from hf_freeze.embedded import cache_folder
+    from hf_freeze.files import cache_folder
 
     folder = cache_folder() / "prefix" if args.cache_dir is None else Path(args.cache_dir).expanduser()
     if args.cache_dir is not None and not folder.is_dir():
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, say: Say) -> Told:
 
 
 def _listed(folder: Path) -> Told:
-    from hf_freeze.report import Table, count_text
+    from hf_freeze.tables import Table, count_text
 
     caches: list[dict[str, Any]] = []
     for manifest in _manifests(folder):

@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, say: Say) -> Told:
     """Looks at packages, devices and disks."""
     from hf_freeze.machine import missing_accelerator
-    from hf_freeze.precision import choose_precision
-    from hf_freeze.report import Table
+    from hf_freeze.tables import Table
+    from hf_freeze.training.precision import choose_precision
 
     needed, optional = _packages()
     devices = _devices()
@@ -126,7 +126,7 @@ def _disks() -> dict[str, dict[str, Any]]:
     """The disks where caches go, by what goes there."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from hf_freeze.embedded import cache_folder
+    from hf_freeze.files import cache_folder
 
     places = {"prefix caches": cache_folder() / "prefix", "hub downloads": Path(HF_HUB_CACHE), "here": Path.cwd()}
     found = {}

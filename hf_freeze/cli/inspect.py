@@ -57,11 +57,10 @@ def run(args: argparse.Namespace, say: Say) -> Told:
     Raises:
         FreezeError: It is no model, its blocks cannot be told, or the plan does not fit it.
     """
-    from hf_freeze.anatomy import read_anatomy
+    from hf_freeze.anatomy import anatomy_table, read_anatomy
     from hf_freeze.forecast import forecast
     from hf_freeze.freezing import freeze
     from hf_freeze.loading import source_of
-    from hf_freeze.report import anatomy_table
 
     source = source_of(args.model)
     plan, whose = _plan(args, source)

@@ -100,7 +100,7 @@ def _check(output: Path, model: Any, base: str) -> int:
 def _copy_beside(delta: str, base: str, output: Path, say: Say) -> list[str]:
     """Puts the tokenizer and the prompt there; says what could not be had."""
     from hf_freeze.loading import load_tokenizer
-    from hf_freeze.summarization.results import PROMPT_FILE
+    from hf_freeze.summarization.publish.results import PROMPT_FILE
 
     beside = []
     try:

@@ -65,9 +65,9 @@ def run(args: argparse.Namespace, say: Say) -> Told:
     import torch
 
     from hf_freeze.loading import load_generator, source_of
-    from hf_freeze.precision import choose_precision
     from hf_freeze.processes import leave_group
     from hf_freeze.summarization.streaming import WINDOW_ROWS, check_places, summarize_file
+    from hf_freeze.training.precision import choose_precision
 
     places = {name: getattr(args, name) for name in ("text_column", "group_by", "summary_column")}
     source = source_of(args.model)
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace, say: Say) -> Told:
 
 def _prompt(tokenizer: Any, config: Any, source: str) -> tuple[Any, int]:
     """What the model was trained and scored with, where it lies with the model."""
-    from hf_freeze.summarization.results import PROMPT_FILE, load_prompt
+    from hf_freeze.summarization.publish.results import PROMPT_FILE, load_prompt
 
     try:
         return load_prompt(tokenizer, config, source)

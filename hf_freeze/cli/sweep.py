@@ -100,8 +100,8 @@ def run(args: argparse.Namespace, say: Say) -> Told:
     Raises:
         FreezeError: The grid, the model or the reviews are not as needed.
     """
-    from hf_freeze.summarization.results import write_whole
-    from hf_freeze.sweep_report import SweepReport
+    from hf_freeze.depth import SweepReport
+    from hf_freeze.summarization.publish.results import write_whole
 
     asked = SweepArguments(**{each.name: getattr(args, each.name) for each in fields(SweepArguments)})
     folder = Path(args.output_dir)
@@ -170,7 +170,7 @@ def _numbers(text: str, kind: type) -> list[Any]:
 
 def _reviews(asked: SweepArguments) -> dict[str, Any]:
     """The user's files, or the shipped reviews."""
-    from hf_freeze.summarization.reviews import read_splits, shipped_reviews
+    from hf_freeze.summarization.data.reviews import read_splits, shipped_reviews
 
     sources = (asked.train_file, asked.validation_file, asked.test_file)
     if not any(sources):
@@ -194,7 +194,7 @@ def _drawn(report: Any, folder: Path, say: Say) -> list[Path]:
     """The pictures, or none with the reason."""
     import importlib.util
 
-    from hf_freeze.sweep_report import draw_sweep
+    from hf_freeze.depth import draw_sweep
 
     if importlib.util.find_spec("matplotlib") is None:
         say("note: no pictures were drawn: matplotlib is not installed. pip install 'hf_freeze[plots]'")

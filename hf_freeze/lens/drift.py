@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_freeze.anatomy import Anatomy, BlocksGiven, Part, read_anatomy, unwrap
+from hf_freeze.anatomy import Anatomy, BlocksGiven, Part, read_anatomy
 from hf_freeze.errors import FreezeError
 from hf_freeze.lens.results import Numbers, label_of, part_of, parts_of, six_digits
 from hf_freeze.lens.states import core_of
-from hf_freeze.report import Table
+from hf_freeze.tables import Table
+from hf_freeze.tensors import unwrap
 
 __all__ = ["WeightDrift", "weight_drift"]
 

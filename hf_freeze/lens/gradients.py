@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from hf_freeze.anatomy import BlocksGiven, Part, read_anatomy, unwrap
+from hf_freeze.anatomy import BlocksGiven, Part, read_anatomy
 from hf_freeze.errors import FreezeError
 from hf_freeze.lens.results import Numbers, label_of, part_of, parts_of, six_digits
 from hf_freeze.lens.states import call, core_of
-from hf_freeze.report import Table
+from hf_freeze.tables import Table
+from hf_freeze.tensors import unwrap
 from hf_freeze.trial import on_trial
 
 __all__ = ["BlockGradients", "block_gradients"]

@@ -20,7 +20,7 @@ from hf_freeze.lens.results import Numbers, Rows, layer_name, six_digits
 from hf_freeze.lens.states import Kept, call, looking, record, without_labels
 from hf_freeze.lens.texts import ids_read_by, real_tokens, text_batches, token_texts
 from hf_freeze.prefix.replay import map_tree
-from hf_freeze.report import Table
+from hf_freeze.tables import Table
 
 __all__ = ["LogitLens", "logit_lens"]
 
@@ -103,7 +103,7 @@ def logit_lens(
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> from hf_freeze.summarization.tokenizer_fit import doctest_tokenizer
+        >>> from hf_freeze.inputs.tokenizer import doctest_tokenizer
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=300))
         >>> lens = logit_lens(model, doctest_tokenizer(), ["Good mug, weak handle."], progress=False)
         >>> len(lens.settled), lens.settled[-1]

@@ -92,7 +92,7 @@ def attention_map(
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> from hf_freeze.summarization.tokenizer_fit import doctest_tokenizer
+        >>> from hf_freeze.inputs.tokenizer import doctest_tokenizer
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=300))
         >>> attention = attention_map(model, doctest_tokenizer(), "Good mug.", block=-1)
         >>> attention.block, len(attention.weights), attention.weights[0][0][:2]
@@ -184,7 +184,7 @@ def activation_map(
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> from hf_freeze.summarization.tokenizer_fit import doctest_tokenizer
+        >>> from hf_freeze.inputs.tokenizer import doctest_tokenizer
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=300))
         >>> activations = activation_map(model, doctest_tokenizer(), "Good mug.")
         >>> len(activations.rms["decoder"]), activations.tokens["decoder"][0]

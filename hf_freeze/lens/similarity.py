@@ -20,7 +20,7 @@ from hf_freeze.errors import FreezeError
 from hf_freeze.lens.results import Numbers, Rows, layer_name, six_digits
 from hf_freeze.lens.states import looking, record
 from hf_freeze.lens.texts import check_ids, real_tokens, text_batches
-from hf_freeze.report import Table
+from hf_freeze.tables import Table
 
 __all__ = ["LayerSimilarity", "layer_similarity", "linear_cka"]
 
@@ -142,7 +142,7 @@ def layer_similarity(
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> from hf_freeze.summarization.tokenizer_fit import doctest_tokenizer
+        >>> from hf_freeze.inputs.tokenizer import doctest_tokenizer
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=300))
         >>> similarity = layer_similarity(model, doctest_tokenizer(), ["Good mug, weak handle."], progress=False)
         >>> len(similarity.cka["decoder"]), similarity.cka["decoder"][2][2]

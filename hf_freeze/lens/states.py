@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_freeze.anatomy import Anatomy, Stack, unwrap
+from hf_freeze.anatomy import Anatomy, Stack
 from hf_freeze.errors import FreezeError
 from hf_freeze.lens.results import layer_name
 from hf_freeze.prefix.rows import PREFIX_KEY
+from hf_freeze.tensors import unwrap
 from hf_freeze.trial import on_trial
 
 __all__ = ["Kept", "call", "core_of", "looking", "record", "takes", "without_labels"]

@@ -52,7 +52,7 @@ def text_batches(
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> from hf_freeze.summarization.tokenizer_fit import doctest_tokenizer
+        >>> from hf_freeze.inputs.tokenizer import doctest_tokenizer
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=300))
         >>> (batch,) = text_batches(model, doctest_tokenizer(), ["Good mug.", "ok"])
         >>> batch["attention_mask"].sum(dim=1).tolist(), batch["labels"][1, -1].item()
@@ -76,7 +76,7 @@ def text_batches(
         raise FreezeError(f"{len(goals)} targets were given for {len(sources)} texts; give one for each.")
     rows = [{"input_ids": ids, "labels": labels} for ids, labels in zip(sources, goals, strict=True)]
     if two_stacks:
-        from hf_freeze.summarization.collation import SummaryCollator
+        from hf_freeze.inputs.collation import SummaryCollator
 
         collate: Any = SummaryCollator(tokenizer, model)
     else:
@@ -148,7 +148,7 @@ def _token_ids(core: Any, tokenizer: Any, texts: Sequence[str], kind: str, max_t
 
 
 def _length_limit(core: Any, tokenizer: Any, kind: str, max_tokens: int) -> int:
-    from hf_freeze.summarization.tokenizer_fit import longest_input, longest_target
+    from hf_freeze.inputs.tokenizer import longest_input, longest_target
 
     added = tokenizer.num_special_tokens_to_add()
     if max_tokens <= added:

@@ -22,9 +22,10 @@ import torch
 from torch import nn
 
 from hf_freeze.anatomy import BlocksGiven
-from hf_freeze.embedded import cache_folder
+from hf_freeze.cuts import Cut
 from hf_freeze.errors import CacheDamaged, CannotCache, FreezeError
-from hf_freeze.plan import Cut, FreezePlan
+from hf_freeze.files import cache_folder
+from hf_freeze.plan import FreezePlan
 from hf_freeze.prefix.break_even import BreakEven, predict_saving
 from hf_freeze.prefix.build import build_rows, capture, missing_batches, move, pad_states
 from hf_freeze.prefix.dataset import Rows, read_dataset
@@ -39,7 +40,7 @@ from hf_freeze.prefix.rows import PREFIX_KEY, TARGET, read_rows
 from hf_freeze.prefix.spot import SpotCheck, check_stored_rows
 from hf_freeze.prefix.store import Store, read_manifest, same_states
 from hf_freeze.processes import agreed, from_first, pulse, rank_and_world, tell_all
-from hf_freeze.report import count_text
+from hf_freeze.tables import count_text
 from hf_freeze.trial import on_trial
 
 __all__ = ["BuildReport", "PrefixCache", "PrefixCollator", "PreparedCache"]

@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-__all__ = ["Casts", "is_sharded"]
+from hf_freeze.tensors import is_sharded
+
+__all__ = ["Casts"]
 
 
 class Casts:
@@ -48,8 +50,3 @@ class Casts:
         """Lets the parameters be seen again."""
         for linear in self._copies:
             linear.__dict__.pop("weight", None)
-
-
-def is_sharded(weight: torch.Tensor) -> bool:
-    """Whether each process holds a part of it: FSDP2, tensor parallelism, ZeRO-3."""
-    return hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")

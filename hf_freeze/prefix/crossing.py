@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from hf_freeze.anatomy import Anatomy
+from hf_freeze.cuts import Cut
 from hf_freeze.errors import CannotCache
-from hf_freeze.plan import Cut
 from hf_freeze.prefix.replay import Leaf, Prefix, Replaced, Replay, autocast, map_tree
 from hf_freeze.prefix.rows import PREFIX_KEY, SOURCE, TARGET, BatchRows
 from hf_freeze.trial import on_trial

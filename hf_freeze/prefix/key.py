@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from hf_freeze.errors import FreezeError
-from hf_freeze.freezing import tensor_digest
 from hf_freeze.prefix.leases import MANIFEST
 from hf_freeze.prefix.replay import Prefix
 from hf_freeze.prefix.store import read_manifest
+from hf_freeze.tensors import tensor_digest
 
 __all__ = ["cache_key", "describe", "folder_of", "nearest_key", "own_hooks"]
 

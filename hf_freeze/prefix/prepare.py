@@ -14,18 +14,20 @@ from typing import Any
 
 from torch import nn
 
-from hf_freeze.anatomy import Anatomy, BlocksGiven, read_anatomy, unwrap
-from hf_freeze.embedded import cache_folder
+from hf_freeze.anatomy import Anatomy, BlocksGiven, read_anatomy
+from hf_freeze.cuts import Cut, find_cuts
 from hf_freeze.errors import CannotCache, FreezeError
+from hf_freeze.files import cache_folder
 from hf_freeze.freezing import freeze_record
 from hf_freeze.given import check_callable, check_kind, check_model
-from hf_freeze.plan import Cut, FreezePlan, find_cuts
+from hf_freeze.plan import FreezePlan
 from hf_freeze.prefix.build import move
 from hf_freeze.prefix.crossing import find_prefix
 from hf_freeze.prefix.dataset import Collator, Rows, progress_bar, read_dataset
 from hf_freeze.prefix.proof import check_states, check_training
 from hf_freeze.prefix.replay import ATTRIBUTE, AUTOCAST, Prefix
 from hf_freeze.prepared import autocast_left, is_being_trained, take_off_autocast
+from hf_freeze.tensors import unwrap
 
 __all__ = ["Prepared", "prepare", "refuse_moving_positions", "two_sided", "wider_sample"]
 

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from hf_freeze.errors import CannotCache
-from hf_freeze.freezing import tensor_digest
-from hf_freeze.prefix.casts import Casts, is_sharded
+from hf_freeze.prefix.casts import Casts
 from hf_freeze.prefix.rows import PREFIX_KEY
 from hf_freeze.prefix.store import StreamSpec, TableSpec
+from hf_freeze.tensors import is_sharded, tensor_digest
 from hf_freeze.trial import ON_TRIAL
 
 __all__ = ["Leaf", "Prefix", "Replaced", "Replay", "autocast", "map_tree"]

@@ -20,12 +20,12 @@ from torch import nn
 from hf_freeze.errors import CannotCache, FreezeError, worded
 from hf_freeze.exactness import RowGap, row_gap
 from hf_freeze.prefix.build import capture, move, split_rows
-from hf_freeze.prefix.casts import is_sharded
 from hf_freeze.prefix.dataset import Collator, Rows, collate
 from hf_freeze.prefix.key import HOOKS, INTERNAL, own_hooks
 from hf_freeze.prefix.replay import Prefix, autocast
 from hf_freeze.prefix.rows import TARGET, read_rows
 from hf_freeze.prefix.store import Store
+from hf_freeze.tensors import is_sharded
 from hf_freeze.trial import on_trial
 
 __all__ = ["SpotCheck", "check_stored_rows"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from hf_freeze.summarization.card import DataFacts, keep_card, write_card
-from hf_freeze.summarization.collation import SummaryCollator
+from hf_freeze.inputs.collation import SummaryCollator
+from hf_freeze.inputs.tokenizer import check_tokenizer
+from hf_freeze.summarization.data.groups import group_baselines, group_reviews, read_group_splits
+from hf_freeze.summarization.data.reviews import Reviews, overlap, read_reviews, read_splits, shipped_reviews
 from hf_freeze.summarization.generation import generate_summaries
-from hf_freeze.summarization.group_data import group_baselines, group_reviews, read_group_splits
 from hf_freeze.summarization.prompts import SummaryPrompt, encode_reviews, read_prompt
-from hf_freeze.summarization.results import (
+from hf_freeze.summarization.publish.card import DataFacts, keep_card, write_card
+from hf_freeze.summarization.publish.page import save_run, write_run_report
+from hf_freeze.summarization.publish.results import (
     load_prompt,
     new_output_folder,
     sample_text,
@@ -15,10 +18,7 @@ from hf_freeze.summarization.results import (
     score_table,
     write_jsonl,
 )
-from hf_freeze.summarization.reviews import Reviews, overlap, read_reviews, read_splits, shipped_reviews
 from hf_freeze.summarization.rouge import RougeScores, compute_rouge, first_sentence
-from hf_freeze.summarization.run_report import save_run, write_run_report
-from hf_freeze.summarization.tokenizer_fit import check_tokenizer
 from hf_freeze.summarization.training import (
     SummaryTrainer,
     SummaryTrainingArguments,

@@ -18,9 +18,9 @@ from torch import nn
 
 from hf_freeze.errors import FreezeError, ModelError, ReviewsError, nearest
 from hf_freeze.given import check_model
+from hf_freeze.inputs.tokenizer import underlying_model
 from hf_freeze.processes import agreed, pulse, rank_and_world, tell_all
 from hf_freeze.summarization.prompts import SummaryPrompt, read_prompt
-from hf_freeze.summarization.tokenizer_fit import underlying_model
 
 __all__ = ["generate_summaries", "share_of"]
 
@@ -116,7 +116,7 @@ def generate_summaries(
         FreezeError: an unknown precision, an argument that is set here, or more new tokens than the model has room for.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> from hf_freeze.summarization.tokenizer_fit import doctest_tokenizer
+    >>> from hf_freeze.inputs.tokenizer import doctest_tokenizer
     >>> sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes))
     >>> summaries = generate_summaries(model, doctest_tokenizer(), ["Good mug.", " "], max_new_tokens=4)

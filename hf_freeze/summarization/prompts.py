@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_freeze.errors import FreezeError, ReviewsError, TokenizerMismatch
-from hf_freeze.summarization.tokenizer_fit import longest_input, longest_target, role_id, text_ids
+from hf_freeze.inputs.tokenizer import longest_input, longest_target, role_id, text_ids
 
 if TYPE_CHECKING:
     import datasets
@@ -198,7 +198,7 @@ def read_prompt(
         TokenizerMismatch: no end token, or a model too short for prompt and summary.
 
     >>> from transformers import LlamaConfig
-    >>> from hf_freeze.summarization.tokenizer_fit import doctest_tokenizer
+    >>> from hf_freeze.inputs.tokenizer import doctest_tokenizer
     >>> prompt = read_prompt(doctest_tokenizer(), LlamaConfig(vocab_size=300))
     >>> prompt.kind, prompt.head, prompt.tail
     ('plain', 'Review: ', '\\nSummary:')
@@ -423,7 +423,7 @@ def encode_reviews(
 
     >>> import datasets
     >>> from transformers import LlamaConfig
-    >>> from hf_freeze.summarization.tokenizer_fit import doctest_tokenizer
+    >>> from hf_freeze.inputs.tokenizer import doctest_tokenizer
     >>> prompt = read_prompt(doctest_tokenizer(), LlamaConfig(vocab_size=300), max_source_tokens=40)
     >>> rows = datasets.Dataset.from_dict({"review": ["good " * 100, "bad"], "summary": ["Good.", "Bad."]})
     >>> encoded, notes = encode_reviews(rows, prompt)

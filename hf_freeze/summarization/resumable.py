@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
-from hf_freeze.checkpoints import write_json
 from hf_freeze.errors import FreezeError, ResumeError
+from hf_freeze.files import write_json
 
 __all__ = ["ResumableFile", "check_free", "facts_before"]
 

@@ -19,14 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_freeze.anatomy import unwrap
-from hf_freeze.checkpoints import json_digest
 from hf_freeze.errors import FreezeError, ReviewsError, nearest
-from hf_freeze.freezing import named_tensors, tensor_digest
+from hf_freeze.files import json_digest
 from hf_freeze.given import check_kind, check_model, check_path
 from hf_freeze.processes import agreed, from_first, rank_and_world
-from hf_freeze.summarization.generation import generate_summaries
-from hf_freeze.summarization.grouping import (
+from hf_freeze.summarization.data.grouping import (
     Fits,
     GroupStore,
     Summarize,
@@ -35,10 +32,12 @@ from hf_freeze.summarization.grouping import (
     merge_summaries,
     summarize_groups,
 )
+from hf_freeze.summarization.data.reviews import choose_columns
+from hf_freeze.summarization.data.rows import GivenRows, Row, RowFiles, RowLines, row_text
+from hf_freeze.summarization.generation import generate_summaries
 from hf_freeze.summarization.prompts import SummaryPrompt, read_prompt
 from hf_freeze.summarization.resumable import ResumableFile, check_free
-from hf_freeze.summarization.reviews import choose_columns
-from hf_freeze.summarization.row_files import GivenRows, Row, RowFiles, RowLines, row_text
+from hf_freeze.tensors import named_tensors, tensor_digest, unwrap
 
 __all__ = ["WINDOW_ROWS", "FileReport", "check_places", "stream_summaries", "summarize_file"]
 
@@ -141,7 +140,7 @@ def summarize_file(
 
     >>> import tempfile
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> from hf_freeze.summarization.tokenizer_fit import doctest_tokenizer
+    >>> from hf_freeze.inputs.tokenizer import doctest_tokenizer
     >>> sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes))
     >>> folder = Path(tempfile.mkdtemp())

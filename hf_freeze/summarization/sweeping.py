@@ -6,14 +6,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hf_freeze.checkpoints import data_digest
-from hf_freeze.depth import sweep_depths
-from hf_freeze.summarization.collation import SummaryCollator
+from hf_freeze.depth import SweepReport, sweep_depths
+from hf_freeze.inputs.collation import SummaryCollator
 from hf_freeze.summarization.generation import generate_summaries
 from hf_freeze.summarization.prompts import encode_reviews, read_prompt
 from hf_freeze.summarization.rouge import compute_rouge
 from hf_freeze.summarization.training import SummaryTrainer, SummaryTrainingArguments
-from hf_freeze.sweep_report import SweepReport
+from hf_freeze.training.checkpoints import data_digest
 
 __all__ = ["sweep_reviews"]
 

@@ -20,17 +20,17 @@ import torch
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
-from hf_freeze.anatomy import unwrap
-from hf_freeze.checkpoints import DeltaCheckpoints
 from hf_freeze.errors import FreezeError
+from hf_freeze.inputs.collation import IGNORED_LABEL
 from hf_freeze.machine import cpu_cores, find_accelerators
-from hf_freeze.monitor import training_diverged
-from hf_freeze.precision import Precision, choose_precision
 from hf_freeze.processes import agreed, from_first, rank_and_world
-from hf_freeze.report import Table
-from hf_freeze.summarization.collation import IGNORED_LABEL
-from hf_freeze.supervision import can_keep_supervised_logits, rounded_positions
-from hf_freeze.top_block import reduce_top_block
+from hf_freeze.tables import Table
+from hf_freeze.tensors import unwrap
+from hf_freeze.training.checkpoints import DeltaCheckpoints
+from hf_freeze.training.monitor import training_diverged
+from hf_freeze.training.precision import Precision, choose_precision
+from hf_freeze.training.supervised import can_keep_supervised_logits, rounded_positions
+from hf_freeze.training.top_block import reduce_top_block
 
 __all__ = ["LengthSampler", "SummaryTrainer", "SummaryTrainingArguments", "TokenLoss", "loss_table"]
 

@@ -1,0 +1,6 @@
+"""The anatomy of a transformer: embeddings, ordered blocks, final norms, head and ties, told by structure."""
+
+from hf_freeze.anatomy.find import read_anatomy
+from hf_freeze.anatomy.value import Anatomy, Block, BlocksGiven, Part, Stack, Tie, anatomy_table
+
+__all__ = ["Anatomy", "Block", "BlocksGiven", "Part", "Stack", "Tie", "anatomy_table", "read_anatomy"]

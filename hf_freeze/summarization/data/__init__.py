@@ -1,0 +1,1 @@
+"""Reviews: read from files of any kind, checked, split, grouped by product."""

@@ -1,0 +1,1 @@
+"""What a training needs beside a frozen model: logits at labels only, checkpoints, stages, a monitor, adapters."""
