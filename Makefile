@@ -1,5 +1,5 @@
 # make demo       installs into .venv and fine-tunes the embedded model on the shipped reviews
-# make test       ruff, mypy, pytest with doctests
+# make test       ruff, mypy, import-linter, pytest with doctests
 # make test-all   the same with the slow tests
 
 PYTHON ?= python3
@@ -22,6 +22,7 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports
 
 # torch first, at its pinned version: then nothing that is installed later asks for another, larger build of it.
 .venv/installed: pyproject.toml constraints.txt

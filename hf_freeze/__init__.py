@@ -17,6 +17,7 @@ from hf_freeze.errors import (
 from hf_freeze.forecast import Forecast, forecast
 from hf_freeze.freezing import FreezeReport, freeze, thaw, verify_frozen
 from hf_freeze.plan import FreezePlan
+from hf_freeze.version import __version__
 
 if TYPE_CHECKING:
     from hf_freeze.delta import load_delta, merge_delta, save_delta
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from hf_freeze.training.monitor import FreezeMonitor
     from hf_freeze.training.stages import Stage, gradual, load_stages, save_stages, train_in_stages
     from hf_freeze.training.supervised import SupervisedLogits, all_logits, supervised_logits_only
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Advice",
@@ -52,6 +51,7 @@ __all__ = [
     "StageError",
     "SupervisedLogits",
     "SweepReport",
+    "__version__",
     "adapt_upper",
     "advise",
     "all_logits",

@@ -32,11 +32,10 @@ from hf_freeze.files import cache_folder
 from hf_freeze.freezing import FreezeRecord, freeze_record, untie
 from hf_freeze.given import check_model, check_path
 from hf_freeze.locks import alone_in
+from hf_freeze.marks import RELEASED, UNTIED
 from hf_freeze.plan import PLAN_FILE, FreezePlan
 from hf_freeze.processes import agreed, rank_and_world
 from hf_freeze.tensors import (
-    RELEASED,
-    UNTIED,
     bits_of,
     kind_of_digest,
     named_tensors,

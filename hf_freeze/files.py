@@ -1,4 +1,7 @@
-"""Files and folders: written whole or not at all, digests of JSON values, the cache folder."""
+"""Files: written whole or not at all, digests of JSON values, and the cache folder. The one way to write a file here.
+
+Who writes into a folder at a time is for `locks`, what a cache makes of a damaged file for `prefix.files`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,54 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cache_folder", "json_digest", "write_json"]
+__all__ = ["cache_folder", "json_digest", "whole", "write_json", "write_whole"]
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name beside a file's to write under: it becomes the file where the block ends well, and is removed where not.
+
+    Flushed to disk before it is renamed, so that a machine that loses its power keeps the file or its predecessor. A
+    process that is killed meanwhile leaves `NAME.<number>.tmp` behind.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "a.txt")
+    >>> with whole(path) as temporary:
+    ...     _ = temporary.write_text("all of it")
+    >>> path.read_text(), len(list(path.parent.iterdir()))
+    ('all of it', 1)
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):  # what went wrong first is what counts
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all; text as UTF-8."""
+    with whole(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes JSON values whole or not at all."""
+    write_whole(path, json.dumps(values, indent=1))
+
+
+def json_digest(values: Any) -> str:
+    """Digest of JSON values."""
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def cache_folder() -> Path:
@@ -19,22 +65,3 @@ def cache_folder() -> Path:
     if given:
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf_freeze"
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a file under a temporary name, flushes it, and renames it: it is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(values, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def json_digest(values: Any) -> str:
-    """Digest of JSON values."""
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -23,6 +23,7 @@ import torch
 
 from hf_freeze.errors import FreezeError
 from hf_freeze.tables import count_text
+from hf_freeze.version import __version__
 
 __all__ = [
     "Hardware",
@@ -229,8 +230,6 @@ def library_versions() -> dict[str, str]:
     >>> list(library_versions())[:2]
     ['python', 'hf_freeze']
     """
-    from hf_freeze import __version__
-
     found = {"python": platform.python_version(), "hf_freeze": __version__}
     for name in LIBRARIES:
         try:

@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import re
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, Literal, Self, TypeVar, cast
 from hf_freeze.anatomy import Anatomy, Part, Stack
 from hf_freeze.cuts import Cut, find_cuts
 from hf_freeze.errors import PlanError, nearest
+from hf_freeze.files import write_whole
 from hf_freeze.given import check_kind
 
 __all__ = ["FreezePlan", "ResolvedPlan", "given_plan", "plan_at_depth"]
@@ -165,9 +165,7 @@ Use an int for a number of blocks, or "all".
         """Writes freeze_plan.json into the folder, whole or not at all."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        temporary = path / f"{PLAN_FILE}.{uuid.uuid4().hex[:12]}.tmp"
-        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path / PLAN_FILE)
+        write_whole(path / PLAN_FILE, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:

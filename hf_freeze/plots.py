@@ -6,13 +6,13 @@ What is drawn, and from which numbers, is the business of the rooms that call it
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hf_freeze.errors import FreezeError
+from hf_freeze.files import whole
 
 __all__ = ["GREYS", "MARKS", "plain_style", "save_figure"]
 
@@ -94,9 +94,8 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> tuple[Path, Path]:
     written = []
     for kind in ("png", "svg"):
         target = stem.with_name(f"{stem.name}.{kind}")
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
-        figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
-        os.replace(temporary, target)
+        with whole(target) as temporary:
+            figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
         written.append(target)
     pyplot.close(figure)
     return written[0], written[1]

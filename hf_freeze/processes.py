@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from hf_freeze import errors
+import hf_freeze.errors as errors
 from hf_freeze.errors import FreezeError, RankLost, worded
 
 __all__ = ["agreed", "barrier", "from_first", "leave_group", "lost_ranks_named", "pulse", "rank_and_world", "tell_all"]

@@ -12,8 +12,6 @@ import torch
 from torch import nn
 
 __all__ = [
-    "RELEASED",
-    "UNTIED",
     "Offloaded",
     "bits_of",
     "is_sharded",
@@ -26,10 +24,6 @@ __all__ = [
     "unwrap",
     "whole_tensor",
 ]
-
-
-RELEASED = "_hf_freeze_released"  # on modules whose weights are away for a while: an object with restore()
-UNTIED = "_hf_freeze_untied"  # on a head's module: its parameters that `untie` has given tensors of their own
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -17,11 +17,10 @@ import torch
 from torch import nn
 
 from hf_freeze.machine import find_device
+from hf_freeze.marks import ON_TRIAL, is_mark
 from hf_freeze.prepared import take_off_autocast
 
-__all__ = ["ON_TRIAL", "on_trial", "random_numbers", "seed_all"]
-
-ON_TRIAL = "_hf_freeze_on_trial"  # on the model meanwhile: such a forward is no training
+__all__ = ["on_trial", "random_numbers", "seed_all"]
 
 
 @contextmanager
@@ -147,7 +146,7 @@ def _putter(values: dict[str, Any], keeps_notes: Callable[[], bool] = lambda: Fa
 
 
 def _is_note(name: str, value: Any) -> bool:
-    return name != "training" and not name.startswith("_hf_freeze") and isinstance(value, bool | int | float)
+    return name != "training" and not is_mark(name) and isinstance(value, bool | int | float)
 
 
 def _version(tensor: torch.Tensor) -> int:

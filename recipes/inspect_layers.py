@@ -18,9 +18,7 @@ with the reason. From the JSON a picture is drawn again without the model:
 """
 
 import base64
-import os
 import sys
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,7 +34,7 @@ from hf_freeze import FreezeError, read_anatomy
 from hf_freeze.cli import exit_code, worded_arguments
 from hf_freeze.embedded import EMBEDDED_NAME
 from hf_freeze.errors import TokenizerMismatch
-from hf_freeze.files import write_json
+from hf_freeze.files import write_json, write_whole
 from hf_freeze.lens import (
     activation_map,
     attention_map,
@@ -275,9 +273,7 @@ def write_page(path: Path, title: str, texts: str, sections: list[tuple[Picture,
         parts.append(f"<img alt='{escape(picture.title)}' src='data:image/png;base64,{data}'>")
         links = ", ".join(f"<a href='{picture.name}.{kind}'>{kind.upper()}</a>" for kind in ("svg", "json"))
         parts.append(f"<p>The same as {links}.</p></section>")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    temporary.write_text(PAGE.format(title=escape(title), texts=texts, sections="\n".join(parts)), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, PAGE.format(title=escape(title), texts=texts, sections="\n".join(parts)))
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig
 
 from hf_freeze import FreezeError, FreezePlan, PrefixCache, freeze, supervised_logits_only, verify_frozen  # noqa: E402
 from hf_freeze.exactness import ROUNDING, compare, exchange_rows, relative_gaps, step_tensors  # noqa: E402
+from hf_freeze.files import write_whole  # noqa: E402
 from hf_freeze.machine import (  # noqa: E402
     device_name,
     find_device,
@@ -849,9 +850,7 @@ def speed_table(speed: dict[str, Any], shape: dict[str, Any]) -> Table:
 def write_results(output: Path, slug: str, facts: dict[str, Any]) -> None:
     """Both files, each whole or as it was."""
     for ending, text in (("json", json.dumps(facts, indent=2) + "\n"), ("md", markdown(facts))):
-        temporary = output / f"{slug}.{ending}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, output / f"{slug}.{ending}")
+        write_whole(output / f"{slug}.{ending}", text)
 
 
 if __name__ == "__main__":

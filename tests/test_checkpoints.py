@@ -24,10 +24,9 @@ from transformers import BatchEncoding
 from hf_freeze import FreezePlan, freeze
 from hf_freeze.depth.report import rewrite_runs
 from hf_freeze.errors import FreezeError, ResumeError
-from hf_freeze.files import write_json
+from hf_freeze.files import write_json, write_whole
 from hf_freeze.freezing import freeze_record, verify_frozen
 from hf_freeze.locks import LOCK, leave_folder, take_folder
-from hf_freeze.summarization.publish.results import write_whole
 from hf_freeze.training import checkpoints
 from hf_freeze.training.checkpoints import (
     MANIFEST,

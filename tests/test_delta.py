@@ -31,8 +31,8 @@ from hf_freeze.delta import DELTA_FILE, FILES, WEIGHTS_FILE, is_delta, load_delt
 from hf_freeze.embedded import EMBEDDED_NAME
 from hf_freeze.errors import DeltaMismatch, FreezeError, ModelError
 from hf_freeze.locks import alone_in
+from hf_freeze.marks import RELEASED
 from hf_freeze.processes import leave_group
-from hf_freeze.tensors import RELEASED
 from tests.tiny import tiny_model
 
 KINDS = ["llama", "gpt2", "bart", "t5"]

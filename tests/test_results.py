@@ -15,6 +15,7 @@ import pytest
 from transformers import AutoConfig
 
 from hf_freeze import FreezeError
+from hf_freeze.files import write_whole
 from hf_freeze.summarization import RougeScores, load_prompt, read_prompt, save_prompt
 from hf_freeze.summarization.publish.results import (
     METRICS,
@@ -24,7 +25,6 @@ from hf_freeze.summarization.publish.results import (
     sample_text,
     score_table,
     write_jsonl,
-    write_whole,
 )
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -71,15 +71,14 @@ def _listed(folder: Path) -> Told:
 
 
 def _manifests(folder: Path) -> list[Path]:
-    from hf_freeze.prefix.leases import MANIFEST
+    from hf_freeze.prefix import MANIFEST
 
     return sorted(folder.glob(f"*/{MANIFEST}"))
 
 
 def _describe(manifest: Path) -> dict[str, Any]:
     """What a manifest and the headers of its shards say; no state is read, and nothing is marked as used."""
-    from hf_freeze.prefix.leases import folder_bytes
-    from hf_freeze.prefix.store import read_manifest, stored_rows
+    from hf_freeze.prefix import folder_bytes, read_manifest, stored_rows
 
     place = manifest.parent
     used = datetime.fromtimestamp(manifest.lstat().st_mtime, UTC).isoformat(timespec="seconds")

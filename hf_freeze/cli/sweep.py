@@ -11,6 +11,7 @@ from typing import Any
 from hf_freeze.cli import Say, Told, worded_arguments
 from hf_freeze.embedded import EMBEDDED_NAME
 from hf_freeze.errors import FreezeError
+from hf_freeze.files import write_whole
 
 __all__ = ["HELP", "SweepArguments", "add_arguments", "parents", "run"]
 
@@ -101,7 +102,6 @@ def run(args: argparse.Namespace, say: Say) -> Told:
         FreezeError: The grid, the model or the reviews are not as needed.
     """
     from hf_freeze.depth import SweepReport
-    from hf_freeze.summarization.publish.results import write_whole
 
     asked = SweepArguments(**{each.name: getattr(args, each.name) for each in fields(SweepArguments)})
     folder = Path(args.output_dir)

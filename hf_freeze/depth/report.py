@@ -9,7 +9,6 @@ import json
 import math
 import os
 import statistics
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from hf_freeze.depth.paired import PairedDifference, compare_rows
 from hf_freeze.errors import FreezeError, ResumeError, nearest
+from hf_freeze.files import write_whole
 from hf_freeze.given import check_kind, check_path
 from hf_freeze.tables import Table, count_text
 
@@ -477,6 +477,4 @@ def append_run(path: Path, result: SweepResult) -> None:
 
 
 def rewrite_runs(path: Path, results: Iterable[SweepResult]) -> None:
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    temporary.write_text("".join(json.dumps(result.to_dict()) + "\n" for result in results), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(result.to_dict()) + "\n" for result in results))

@@ -16,11 +16,12 @@ from hf_freeze.errors import FreezeError, PlanError
 from hf_freeze.freezing.checkpointing import correct_checkpointing, restore_checkpointing
 from hf_freeze.freezing.holding import hold_modules, is_frozen_from_the_bottom, release_modules, silence_dropouts
 from hf_freeze.freezing.proof import take_digests
-from hf_freeze.freezing.report import RECORD, FreezeRecord, FreezeReport, earlier_freeze, freeze_record
+from hf_freeze.freezing.report import FreezeRecord, FreezeReport, earlier_freeze, freeze_record
 from hf_freeze.given import check_kind, check_model
+from hf_freeze.marks import RECORD, UNTIED
 from hf_freeze.plan import FreezePlan, given_plan
 from hf_freeze.prepared import is_being_trained, take_off_autocast
-from hf_freeze.tensors import UNTIED, unwrap
+from hf_freeze.tensors import unwrap
 
 __all__ = ["freeze", "thaw", "untie"]
 

@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_freeze.anatomy import Anatomy
+from hf_freeze.marks import ASKED_MODE
 
-__all__ = ["ASKED_MODE", "correct_checkpointing", "restore_checkpointing"]
+__all__ = ["correct_checkpointing", "restore_checkpointing"]
 
-ASKED_MODE = "_hf_freeze_asked_mode"  # on a block held in eval: the mode that model.train() or eval() asked for
 _FUNCTION = "_gradient_checkpointing_func"  # transformers' name for what runs a block under checkpointing
 
 

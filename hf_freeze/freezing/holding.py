@@ -10,8 +10,8 @@ import functools
 from torch import nn
 
 from hf_freeze.anatomy import Anatomy, Stack
-from hf_freeze.freezing.checkpointing import ASKED_MODE
 from hf_freeze.freezing.report import FreezeRecord
+from hf_freeze.marks import ASKED_MODE
 from hf_freeze.plan import ResolvedPlan
 
 __all__ = ["hold_modules", "is_frozen", "is_frozen_from_the_bottom", "release_modules", "silence_dropouts"]

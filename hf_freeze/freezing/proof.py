@@ -13,8 +13,8 @@ from hf_freeze.errors import FreezeError, FrozenWeightsChanged
 from hf_freeze.freezing.holding import is_frozen
 from hf_freeze.freezing.report import FreezeReport, freeze_record
 from hf_freeze.given import check_kind, check_model
+from hf_freeze.marks import RELEASED
 from hf_freeze.tensors import (
-    RELEASED,
     Offloaded,
     bits_of,
     kind_of_digest,

@@ -13,14 +13,12 @@ from hf_freeze.anatomy import Anatomy
 from hf_freeze.anatomy.value import part_rows, tie_lines
 from hf_freeze.cuts import Cut
 from hf_freeze.errors import FreezeError
+from hf_freeze.marks import RECORD
 from hf_freeze.plan import FreezePlan, ResolvedPlan
 from hf_freeze.tables import Table, count_text
 from hf_freeze.tensors import named_tensors
 
-__all__ = ["RECORD", "FreezeRecord", "FreezeReport", "earlier_freeze", "freeze_record", "freeze_table"]
-
-
-RECORD = "_hf_freeze_record"
+__all__ = ["FreezeRecord", "FreezeReport", "earlier_freeze", "freeze_record", "freeze_table"]
 
 
 @dataclass

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from hf_freeze.errors import CacheDamaged, FreezeError
 
 __all__ = ["DTYPES", "Identity", "Place", "TensorFile", "identity_of", "is_regular", "is_shape", "open_regular",
-           "read_json", "read_tensor", "set_aside", "tensors_checksum", "write_tensors", "write_whole"]  # fmt: skip
+           "read_json", "read_tensor", "set_aside", "tensors_checksum", "write_tensors"]  # fmt: skip
 
 JSON_BYTES = 16 << 20  # of a manifest or a header; ours have some KB
 PIECE_BYTES = 4 << 20  # read at a time for a checksum
@@ -162,17 +162,6 @@ def set_aside(path: Path) -> Path:
     place = path.with_name(f"{path.name}.aside-{uuid.uuid4().hex[:8]}")
     os.rename(path, place)
     return place
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file by a rename."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 # ----------------------------------------------------------------------------------------------------------- JSON

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from hf_freeze.errors import FreezeError
+from hf_freeze.marks import is_mark
 from hf_freeze.prefix.leases import MANIFEST
 from hf_freeze.prefix.replay import Prefix
 from hf_freeze.prefix.store import read_manifest
@@ -149,7 +150,7 @@ def _module(module: nn.Module, *, private: bool) -> list[Any]:
     attributes = {
         name: describe(value)
         for name, value in module.__dict__.items()
-        if name not in INTERNAL and not name.startswith("_hf_freeze") and _counts(name, value, private)
+        if name not in INTERNAL and not is_mark(name) and _counts(name, value, private)
     }
     own = module.__dict__
     # What accelerate has put its autocast or its hooks around, where it has.

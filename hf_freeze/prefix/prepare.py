@@ -20,12 +20,13 @@ from hf_freeze.errors import CannotCache, FreezeError
 from hf_freeze.files import cache_folder
 from hf_freeze.freezing import freeze_record
 from hf_freeze.given import check_callable, check_kind, check_model
+from hf_freeze.marks import REPLAY
 from hf_freeze.plan import FreezePlan
 from hf_freeze.prefix.build import move
 from hf_freeze.prefix.crossing import find_prefix
 from hf_freeze.prefix.dataset import Collator, Rows, progress_bar, read_dataset
 from hf_freeze.prefix.proof import check_states, check_training
-from hf_freeze.prefix.replay import ATTRIBUTE, AUTOCAST, Prefix
+from hf_freeze.prefix.replay import AUTOCAST, Prefix
 from hf_freeze.prepared import autocast_left, is_being_trained, take_off_autocast
 from hf_freeze.tensors import unwrap
 
@@ -84,7 +85,7 @@ def prepare(
         check_kind("PrefixCache.build", "also", plan, FreezePlan, "a sequence of FreezePlans", "also=[plan]")
     core: Any = unwrap(model)
     _refuse_wrapped(core)
-    if ATTRIBUTE in core.__dict__:
+    if REPLAY in core.__dict__:
         raise FreezeError(
             f"A prefix cache was asked for a {type(core).__name__} that trains from another one already. Call its "
             "close() first, or add(dataset) for more rows."

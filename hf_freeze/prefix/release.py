@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_freeze.errors import CacheDamaged, FreezeError
+from hf_freeze.marks import RELEASED
 from hf_freeze.prefix.files import Identity, TensorFile, identity_of, open_regular, read_tensor
 from hf_freeze.prefix.replay import Prefix, Replay
-from hf_freeze.tensors import RELEASED, tensor_digest
+from hf_freeze.tensors import tensor_digest
 
 __all__ = ["Released"]
 

@@ -18,15 +18,14 @@ import torch
 from torch import nn
 
 from hf_freeze.errors import CannotCache
+from hf_freeze.marks import ON_TRIAL, REPLAY
 from hf_freeze.prefix.casts import Casts
 from hf_freeze.prefix.rows import PREFIX_KEY
 from hf_freeze.prefix.store import StreamSpec, TableSpec
 from hf_freeze.tensors import is_sharded, tensor_digest
-from hf_freeze.trial import ON_TRIAL
 
 __all__ = ["Leaf", "Prefix", "Replaced", "Replay", "autocast", "map_tree"]
 
-ATTRIBUTE = "_hf_freeze_replay"
 MISSES = 10  # training batches without states before a warning
 FULL_CHECK_EVERY = 64  # forwards between two looks at every module of the prefix; its known tensors are seen each time
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -405,7 +404,7 @@ class Replay:
         below = {module for part in self.prefix.replaced for module in part.module.modules()}
         self._casts = Casts([module for module in entries[0].modules() if module not in below])
         for module in dict.fromkeys(entries):
-            module.__dict__[ATTRIBUTE] = self
+            module.__dict__[REPLAY] = self
             # Before the hooks of others, whose notes about this call a comparison with fresh states would wipe out.
             handles.append(module.register_forward_pre_hook(_take_states, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(_put_back, always_call=True))
@@ -420,7 +419,7 @@ class Replay:
         for handle in handles:
             handle.remove()
         for module in dict.fromkeys(entries):
-            module.__dict__.pop(ATTRIBUTE, None)
+            module.__dict__.pop(REPLAY, None)
             own = module.__dict__.get("generate")
             if isinstance(own, functools.partial) and own.func is _generate:
                 del module.__dict__["generate"]
@@ -435,7 +434,7 @@ def _take_states(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Before a forward: takes the states out of the call and puts the placeholders in."""
-    replay: Replay = module.__dict__[ATTRIBUTE]
+    replay: Replay = module.__dict__[REPLAY]
     if replay.active and (module is replay.outermost or module is replay._owner):
         replay.leave()  # an interrupt from the keyboard has ended the last forward without its hooks
     if PREFIX_KEY not in kwargs:
@@ -464,7 +463,7 @@ def _take_states(
 
 def _put_back(module: nn.Module, *_: Any) -> None:
     """After a forward and after one that failed; before a state dict, where an interrupt left placeholders."""
-    replay: Replay | None = module.__dict__.get(ATTRIBUTE)
+    replay: Replay | None = module.__dict__.get(REPLAY)
     if replay is not None and replay._owner is module:
         replay.leave()
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from hf_freeze.errors import CannotCache, FreezeError, worded
 from hf_freeze.exactness import RowGap, row_gap
+from hf_freeze.marks import is_mark
 from hf_freeze.prefix.build import capture, move, split_rows
 from hf_freeze.prefix.dataset import Collator, Rows, collate
 from hf_freeze.prefix.key import HOOKS, INTERNAL, own_hooks
@@ -292,7 +293,7 @@ class SpotCheck:
             seen += map(id, own["_modules"].values())
             if any(own[name] for name in HOOKS):
                 seen.append(len(own_hooks(module)))
-            kept = [value for name, value in own.items() if name not in INTERNAL and name[:10] != "_hf_freeze"]
+            kept = [value for name, value in own.items() if name not in INTERNAL and not is_mark(name)]
             seen += map(id, kept if inside_it else [value for value in kept if type(value) in (int, float)])
         return seen
 

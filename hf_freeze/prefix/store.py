@@ -27,6 +27,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from hf_freeze.errors import CacheDamaged, FreezeError
+from hf_freeze.files import write_whole
 from hf_freeze.prefix.files import (
     DTYPES,
     Identity,
@@ -41,7 +42,6 @@ from hf_freeze.prefix.files import (
     set_aside,
     tensors_checksum,
     write_tensors,
-    write_whole,
 )
 from hf_freeze.prefix.leases import LOCK, MANIFEST, PATIENCE_SECONDS, SHARDS, TABLES, shard_paths, share_store
 from hf_freeze.processes import pulse
@@ -156,7 +156,7 @@ class Store:
             lease = _lease_of_new(folder, reasons)
             try:
                 _give_way(folder / MANIFEST, reasons)
-                write_whole(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+                write_whole(folder / MANIFEST, json.dumps(manifest, indent=2))
                 return cls.open(folder, key, specs, mend=reasons)
             finally:
                 if lease is not None:

@@ -17,7 +17,7 @@ from hf_freeze.anatomy import Anatomy, read_anatomy
 from hf_freeze.errors import FreezeError, PlanError, nearest
 from hf_freeze.freezing import FreezeRecord, freeze_record
 from hf_freeze.given import check_model
-from hf_freeze.prefix.replay import ATTRIBUTE
+from hf_freeze.marks import REPLAY
 from hf_freeze.tensors import unwrap
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _frozen_and_bare(core: nn.Module) -> tuple[Any, FreezeRecord]:
             f"adapt_upper was asked for a {type(core).__name__} that was never frozen. Call freeze(model, plan) first: "
             "adapters go on the blocks that the plan trains."
         )
-    if ATTRIBUTE in core.__dict__:
+    if REPLAY in core.__dict__:
         raise FreezeError(
             f"adapt_upper was asked for a {type(core).__name__} that trains from a prefix cache; PEFT would call it "
             "past the cache's hooks. Call the cache's close(), then adapt_upper, then PrefixCache.build."

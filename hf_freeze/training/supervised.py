@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_freeze.exactness import ROUNDING, grain_of
 from hf_freeze.given import check_model
+from hf_freeze.marks import SUPERVISED, SUPERVISED_HANDLES
 from hf_freeze.tensors import unwrap
 from hf_freeze.training.top_block import reduce_top_block, whole_top_block
 from hf_freeze.trial import on_trial, seed_all
@@ -33,9 +34,6 @@ __all__ = [
     "supervised_logits_only",
     "supervised_positions",
 ]
-
-_OUTCOME = "_hf_freeze_supervised_logits"  # on the model that is called
-_HANDLES = "_hf_freeze_supervised_handles"  # there and on its head; unpickled handles keep new hook ids apart from old
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def supervised_logits_only(model: nn.Module) -> SupervisedLogits:
     """
     check_model("supervised_logits_only", model)
     core = unwrap(model)
-    if (installed := core.__dict__.get(_OUTCOME)) is not None:
+    if (installed := core.__dict__.get(SUPERVISED)) is not None:
         outcome: SupervisedLogits = installed
         return outcome
     able, why = can_keep_supervised_logits(core)
@@ -126,10 +124,10 @@ def supervised_logits_only(model: nn.Module) -> SupervisedLogits:
         return SupervisedLogits(False, objection)
     all_logits(core)  # one set of hooks: those of a model that PEFT has wrapped since would be idle, or never called
     outcome = SupervisedLogits(True, f"the loss of {type(_inner(core)).__name__} is the same")
-    setattr(core, _OUTCOME, outcome)
+    setattr(core, SUPERVISED, outcome)
     setattr(
         core,
-        _HANDLES,
+        SUPERVISED_HANDLES,
         (
             core.register_forward_pre_hook(_ask_for_supervised, with_kwargs=True),
             core.register_forward_hook(_drop_logits, always_call=True),
@@ -137,10 +135,10 @@ def supervised_logits_only(model: nn.Module) -> SupervisedLogits:
     )
     if names := reduce_top_block(core):  # after the hook that brings the mask
         outcome = SupervisedLogits(True, f"{outcome.reason}; of the top block too: {', '.join(names)}")
-        setattr(core, _OUTCOME, outcome)
+        setattr(core, SUPERVISED, outcome)
     head = getattr(core, "get_output_embeddings", lambda: None)()
-    if isinstance(head, nn.Module) and _HANDLES not in head.__dict__:
-        setattr(head, _HANDLES, (head.register_forward_pre_hook(_notice_bypass),))
+    if isinstance(head, nn.Module) and SUPERVISED_HANDLES not in head.__dict__:
+        setattr(head, SUPERVISED_HANDLES, (head.register_forward_pre_hook(_notice_bypass),))
     return outcome
 
 
@@ -153,10 +151,10 @@ def all_logits(model: nn.Module) -> bool:
     check_model("all_logits", model)
     found = False
     for module in unwrap(model).modules():
-        handles: tuple[RemovableHandle, ...] = module.__dict__.pop(_HANDLES, ())
+        handles: tuple[RemovableHandle, ...] = module.__dict__.pop(SUPERVISED_HANDLES, ())
         for handle in handles:
             handle.remove()
-        module.__dict__.pop(_OUTCOME, None)
+        module.__dict__.pop(SUPERVISED, None)
         whole_top_block(module)
         found |= bool(handles)
     return found

@@ -20,12 +20,11 @@ from torch.utils._pytree import tree_map
 
 from hf_freeze.anatomy import read_anatomy
 from hf_freeze.errors import FreezeError
+from hf_freeze.marks import TOP_BLOCK_HANDLES, TOP_BLOCK_PLACES
 from hf_freeze.trial import on_trial, random_numbers, seed_all
 
 __all__ = ["reduce_top_block", "whole_top_block"]
 
-_PLACES = "_hf_freeze_places"  # on the reduced modules: a list that holds the current call's places, or nothing
-_HANDLES = "_hf_freeze_top_block_handles"
 SAME = 1e-4  # relative: a product of few rows is rounded otherwise than one of many
 
 
@@ -47,8 +46,8 @@ def reduce_top_block(core: nn.Module) -> tuple[str, ...]:
         >>> reduce_top_block(model)
         ('model.layers.1.self_attn.q_proj', 'model.layers.1.self_attn.o_proj', 'model.layers.1.mlp')
     """
-    if _HANDLES in core.__dict__:
-        return tuple(core.__dict__[_HANDLES][0])
+    if TOP_BLOCK_HANDLES in core.__dict__:
+        return tuple(core.__dict__[TOP_BLOCK_HANDLES][0])
     try:
         block = read_anatomy(core).stacks[-1].blocks[-1]
     except FreezeError:
@@ -68,28 +67,28 @@ def reduce_top_block(core: nn.Module) -> tuple[str, ...]:
     names = [f"{prefix}.{name}" for name in found]
     places: list[torch.Tensor] = []
     handles = [handle for module in found.values() for handle in _hook(module, places)]
-    core.__dict__[_PLACES] = places
+    core.__dict__[TOP_BLOCK_PLACES] = places
     handles.append(core.register_forward_pre_hook(_set_places, with_kwargs=True))
     handles.append(core.register_forward_hook(_clear_places, always_call=True))
-    core.__dict__[_HANDLES] = (names, handles, top)
+    core.__dict__[TOP_BLOCK_HANDLES] = (names, handles, top)
     return tuple(names)
 
 
 def whole_top_block(core: nn.Module) -> None:
     """Undoes `reduce_top_block`."""
-    if _HANDLES not in core.__dict__:
+    if TOP_BLOCK_HANDLES not in core.__dict__:
         return
-    for handle in core.__dict__.pop(_HANDLES)[1]:
+    for handle in core.__dict__.pop(TOP_BLOCK_HANDLES)[1]:
         handle.remove()
     for module in core.modules():
-        module.__dict__.pop(_PLACES, None)
+        module.__dict__.pop(TOP_BLOCK_PLACES, None)
 
 
 # ---------------------------------------------------------------------------------------------------------- the hooks
 
 
 def _hook(module: nn.Module, places: list[torch.Tensor]) -> list[Any]:
-    module.__dict__[_PLACES] = places
+    module.__dict__[TOP_BLOCK_PLACES] = places
     return [module.register_forward_pre_hook(_gather), module.register_forward_hook(_scatter)]
 
 
@@ -97,13 +96,13 @@ def _set_places(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Before a call of the model: where its labels are predicted. A call that asks for more than the logits runs whole:
     states, attentions, router logits and the loss that balances experts are of all tokens.
     """
-    places: list[torch.Tensor] = module.__dict__[_PLACES]
+    places: list[torch.Tensor] = module.__dict__[TOP_BLOCK_PLACES]
     places.clear()
     mask = kwargs.get("logits_to_keep")
     if not (module.training and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.dim() == 2):
         return
     # A block that is run again in the backward pass would then find no places.
-    checkpointed = getattr(module.__dict__[_HANDLES][2], "gradient_checkpointing", False)
+    checkpointed = getattr(module.__dict__[TOP_BLOCK_HANDLES][2], "gradient_checkpointing", False)
     replicated = module.__dict__.get("_is_replica")  # DataParallel's threads would share the places
     if _asks_for_more(module, args, kwargs) or checkpointed or replicated or torch.compiler.is_compiling():
         return
@@ -126,12 +125,12 @@ def _asks_for_more(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _clear_places(module: nn.Module, *_: Any) -> None:
-    module.__dict__[_PLACES].clear()
+    module.__dict__[TOP_BLOCK_PLACES].clear()
 
 
 def _gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Before a token-wise module: its input at the places only."""
-    places = module.__dict__[_PLACES]
+    places = module.__dict__[TOP_BLOCK_PLACES]
     if not places:
         return None
     states = args[0]
@@ -140,7 +139,7 @@ def _gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 def _scatter(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
     """After it: zeros elsewhere."""
-    places = module.__dict__[_PLACES]
+    places = module.__dict__[TOP_BLOCK_PLACES]
     if not places:
         return None
     rows, tokens = places[1].tolist()
@@ -204,7 +203,7 @@ def _try_out(core: Any, top: nn.Module) -> dict[str, nn.Module]:
             for handle in handles:
                 handle.remove()
             for module in candidates.values():
-                del module.__dict__[_PLACES]
+                del module.__dict__[TOP_BLOCK_PLACES]
         every_called = called == set(candidates.values())  # else its weight is used past its call, and nothing is saved
         return every_called and all(map(torch.equal, random_now, random_after)) and _same(got, wanted)
 

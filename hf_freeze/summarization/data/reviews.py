@@ -15,9 +15,7 @@ import glob
 import hashlib
 import importlib.resources
 import itertools
-import os
 import re
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_freeze.errors import ReviewsError, nearest
+from hf_freeze.files import whole
 from hf_freeze.summarization.data.files import FORMATS, digest_file, tell_missing, word_kind
 from hf_freeze.summarization.data.rows import RowFiles
 
@@ -297,17 +296,12 @@ def _load_table(files: RowFiles, place: Path) -> Dataset:
 
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex[:12]}.tmp")
         schema = pa.schema([(name, pa.string()) for name in files.columns])
         rows = iter(files)
-        try:
-            with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
-                while batch := [list(row.values.values()) for row in itertools.islice(rows, TABLE_BATCH)]:
-                    columns = [pa.array(cells, pa.string()) for cells in zip(*batch, strict=True)]
-                    stream.write_batch(pa.record_batch(columns, schema))
-            os.replace(temporary, place)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole(place) as name, pa.OSFile(str(name), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+            while batch := [list(row.values.values()) for row in itertools.islice(rows, TABLE_BATCH)]:
+                columns = [pa.array(cells, pa.string()) for cells in zip(*batch, strict=True)]
+                stream.write_batch(pa.record_batch(columns, schema))
     return Dataset.from_file(str(place))
 
 

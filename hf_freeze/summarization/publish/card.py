@@ -20,9 +20,10 @@ import yaml
 
 from hf_freeze.embedded import EMBEDDED_NAME
 from hf_freeze.errors import FreezeError
+from hf_freeze.files import write_whole
 from hf_freeze.freezing import FreezeReport
 from hf_freeze.machine import Hardware, library_versions
-from hf_freeze.summarization.publish.results import METRICS, sample_text, score_table, write_whole
+from hf_freeze.summarization.publish.results import METRICS, sample_text, score_table
 from hf_freeze.summarization.rouge import RougeScores
 from hf_freeze.tables import Table
 
@@ -132,6 +133,7 @@ def write_card(
         parts += ["## Data", str(data)]
     parts += ["## Use", *_use(place, report, adapter=adapter), "## Facts", _fact_lines(facts, hardware, seconds)]
     path = place / CARD_FILE
+    place.mkdir(parents=True, exist_ok=True)
     write_whole(path, f"---\n{metadata}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
     return path
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_freeze.errors import FreezeError
-from hf_freeze.files import write_json
+from hf_freeze.files import write_json, write_whole
 from hf_freeze.machine import Hardware, library_versions
 from hf_freeze.summarization.publish.html import html_page, html_table
-from hf_freeze.summarization.publish.results import METRICS, write_whole
+from hf_freeze.summarization.publish.results import METRICS
 from hf_freeze.summarization.publish.svg import Interval, Line, bar_chart, interval_chart, line_chart
 from hf_freeze.summarization.training import loss_table
 from hf_freeze.tables import count_text
@@ -29,7 +29,7 @@ from hf_freeze.tables import count_text
 if TYPE_CHECKING:
     from hf_freeze.forecast import Forecast
     from hf_freeze.freezing import FreezeReport
-    from hf_freeze.prefix.break_even import BreakEven
+    from hf_freeze.prefix import BreakEven
 
 __all__ = ["REPORT_FILE", "RUN_FILE", "save_run", "write_run_report"]
 

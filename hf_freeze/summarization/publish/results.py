@@ -10,12 +10,12 @@ import itertools
 import json
 import os
 import textwrap
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_freeze.errors import FreezeError
+from hf_freeze.files import write_whole
 from hf_freeze.summarization.prompts import SummaryPrompt, read_prompt
 from hf_freeze.summarization.rouge import RougeScores
 from hf_freeze.tables import Table
@@ -28,7 +28,6 @@ __all__ = [
     "save_prompt",
     "score_table",
     "write_jsonl",
-    "write_whole",
 ]
 
 PROMPT_FILE = "summary_prompt.json"
@@ -109,19 +108,9 @@ def sample_text(rows: Sequence[Mapping[str, Any]], count: int = 5, width: int = 
     return "\n\n".join(parts)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it: it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_jsonl(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """One JSON object a line, the file whole or not at all."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(path), "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
 
 
@@ -135,6 +124,7 @@ def save_prompt(
         "max_summary_tokens": prompt.max_summary_tokens,
         "num_beams": num_beams,
     }
+    Path(folder).mkdir(parents=True, exist_ok=True)
     write_whole(Path(folder) / PROMPT_FILE, json.dumps(values, indent=2) + "\n")
 
 
