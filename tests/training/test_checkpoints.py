@@ -1,0 +1,542 @@
+"""Checkpoints are marked when whole, older ones go after that, and a resume takes only what fits the run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import BatchEncoding
+
+from hf_freeze import FreezePlan, freeze
+from hf_freeze.depth.report import rewrite_runs
+from hf_freeze.errors import FreezeError, ResumeError
+from hf_freeze.files import write_json, write_whole
+from hf_freeze.freezing import freeze_record, verify_frozen
+from hf_freeze.locks import LOCK, leave_folder, take_folder
+from hf_freeze.training import checkpoints
+from hf_freeze.training.checkpoints import (
+    MANIFEST,
+    data_digest,
+    guard_checkpoints,
+    last_whole_checkpoint,
+    read_manifest,
+    remove_checkpoints,
+    resume_from,
+)
+from tests.prefix.cases import review_rows
+from tests.training.staged_run import Rows, another_run, make_trainer, pretrained
+
+PLAN = FreezePlan(decoder_blocks=2)
+
+
+def trainer_in(folder: Path, plan: FreezePlan = PLAN, model: nn.Module | None = None, **given: Any) -> Any:
+    trainer = make_trainer(folder, model, **({"max_steps": 8} | given))
+    freeze(trainer.model, plan)
+    guard_checkpoints(trainer)
+    return trainer
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(other).values(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run that was never stopped; its checkpoints of steps 2, 4, 6 and 8 are all kept."""
+    trainer = trainer_in(tmp_path_factory.mktemp("whole"), save_total_limit=None)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("only_trained", [False, True])
+def test_a_resumed_run_has_the_losses_and_weights_of_one_never_stopped(
+    whole: Any, only_trained: bool, tmp_path: Path
+) -> None:
+    class Stop(Exception):
+        pass
+
+    first = trainer_in(tmp_path, save_only_trained=only_trained)
+
+    def stop(*_: Any, **__: Any) -> None:
+        if first.state.global_step == 5:
+            raise Stop
+
+    first.callback_handler.callbacks[-1].on_step_end = stop
+    with pytest.raises(Stop):
+        first.train()
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists() is not only_trained
+    again = trainer_in(tmp_path, save_only_trained=only_trained)
+    checkpoint = resume_from(again, "last")
+    assert checkpoint == str(tmp_path / "checkpoint-4")
+    again.train(resume_from_checkpoint=checkpoint)
+    assert losses(again) == losses(whole)
+    assert_same(again, whole)
+    verify_frozen(again.model)
+
+
+def test_the_best_model_is_loaded_from_checkpoints_of_trained_tensors(tmp_path: Path) -> None:
+    trainer = trainer_in(
+        tmp_path, save_only_trained=True, load_best_model_at_end=True, metric_for_best_model="score",
+        greater_is_better=True, prediction_loss_only=False,
+    )  # fmt: skip
+    scores = iter([0.1, 0.9, 0.3, 0.2])
+    trainer.compute_metrics = lambda _: {"score": next(scores)}
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+    on_save = trainer.callback_handler.callbacks[-1].on_save
+
+    def remember(*args: Any, **named: Any) -> None:
+        seen[trainer.state.global_step] = weights(trainer)
+        on_save(*args, **named)
+
+    trainer.callback_handler.callbacks[-1].on_save = remember
+    trainer.train()
+    assert trainer.state.best_global_step == 4
+    best = seen[4]
+    assert any(not torch.equal(best[name], last) for name, last in seen[8].items()), "the best is not the last"
+    assert all(torch.equal(best[name], now) for name, now in weights(trainer).items())
+
+
+def test_small_checkpoints_of_a_sharded_model_are_refused_before_training(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, save_only_trained=True)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(FreezeError, match=r"under FSDP or DeepSpeed.*call save_delta after training"):
+        trainer.train()
+
+
+def test_a_model_saved_by_hand_is_whole(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path / "run", save_only_trained=True)
+    trainer.save_model(str(tmp_path / "model"))
+    again = type(trainer.model).from_pretrained(tmp_path / "model")
+    assert all(torch.equal(a, b) for a, b in zip(weights(trainer).values(), again.parameters(), strict=True))
+
+
+def test_a_checkpoint_of_trained_tensors_is_much_smaller(whole: Any, tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, FreezePlan(decoder_blocks=3), save_only_trained=True, max_steps=2)
+    trainer.train()
+    small = (tmp_path / "checkpoint-2" / "delta.safetensors").stat().st_size
+    full = (Path(whole.args.output_dir) / "checkpoint-2" / "model.safetensors").stat().st_size
+    parameters = dict(trainer.model.named_parameters())
+    trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
+    assert small / full == pytest.approx(trained / sum(p.numel() for p in parameters.values()), abs=0.05)
+
+
+def test_older_checkpoints_go_only_after_the_new_one_is_marked(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, save_total_limit=1)
+    guard = trainer.callback_handler.callbacks[-1]
+    on_save, whole_before = guard.on_save, []
+
+    def watch(*args: Any, **named: Any) -> None:
+        whole_before.append(last_whole_checkpoint(tmp_path))
+        on_save(*args, **named)
+
+    guard.on_save = watch
+    trainer.train()
+    assert [path and path.name for path in whole_before] == [None, "checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+@pytest.mark.parametrize("only_trained", [False, True])
+def test_a_disk_that_fills_up_while_saving_leaves_the_older_checkpoint_whole(
+    whole: Any, only_trained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_in(tmp_path, save_total_limit=1, save_only_trained=only_trained)
+    save = torch.save
+
+    def full(values: Any, path: Any, *rest: Any, **named: Any) -> None:
+        if "checkpoint-4" in str(path):
+            Path(path).write_bytes(b"cut short")
+            raise OSError(28, "No space left on device")
+        save(values, path, *rest, **named)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    monkeypatch.undo()
+    again = trainer_in(tmp_path, save_only_trained=only_trained)
+    checkpoint = resume_from(again, "last")
+    assert checkpoint == str(tmp_path / "checkpoint-2")
+    again.train(resume_from_checkpoint=checkpoint)
+    assert_same(again, whole)
+
+
+def test_what_was_written_last_is_kept_whatever_its_step(whole: Any, tmp_path: Path) -> None:
+    """After a resume from an earlier checkpoint the abandoned ones have higher steps."""
+    folder = broken(whole, tmp_path)
+    trainer = trainer_in(tmp_path, save_total_limit=1)
+    shutil.copytree(Path(whole.args.output_dir) / "checkpoint-4", folder / "checkpoint-4")
+    trainer.args.max_steps = 6
+    trainer.train(resume_from_checkpoint=resume_from(trainer, folder / "checkpoint-4"))
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert last_whole_checkpoint(folder) == folder / "checkpoint-6"
+
+
+def test_what_the_run_did_not_write_stays_whatever_its_name(whole: Any, tmp_path: Path) -> None:
+    earlier = Path(whole.args.output_dir)
+    for name in ("checkpoint-8", "checkpoint-my-best"):  # of another guarded run, and a copy of one
+        shutil.copytree(earlier / "checkpoint-8", tmp_path / name)
+    for name in ("checkpoint-100", "checkpoint-3", "checkpoint-"):  # a stock run's, a half written one, anything
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"theirs")
+    (tmp_path / "checkpoint-5").symlink_to(earlier / "checkpoint-2")
+    there = {path.name for path in tmp_path.glob("checkpoint-*")}
+    trainer = trainer_in(tmp_path, save_total_limit=1, max_steps=6)
+    trainer.train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == there | {"checkpoint-6"}
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+    assert (earlier / "checkpoint-2" / MANIFEST).exists()
+    again = trainer_in(tmp_path, save_total_limit=1, max_steps=8, save_steps=1)  # the same run, gone on with
+    again.train(resume_from_checkpoint=resume_from(again, "last"))
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == there
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-8", "written over, as Trainer does"
+
+
+def test_a_run_that_goes_on_from_elsewhere_leaves_the_checkpoints_of_the_run_that_was_there(
+    whole: Any, tmp_path: Path
+) -> None:
+    trainer_in(tmp_path, save_total_limit=None, max_steps=4).train()
+    there = {path.name: read_manifest(path)["run_id"] for path in tmp_path.glob("checkpoint-*")}
+    assert set(there) == {"checkpoint-2", "checkpoint-4"}
+    trainer = trainer_in(tmp_path, save_total_limit=1)
+    trainer.train(resume_from_checkpoint=resume_from(trainer, Path(whole.args.output_dir) / "checkpoint-4"))
+    ids = {path.name: read_manifest(path)["run_id"] for path in tmp_path.glob("checkpoint-*")}
+    own = read_manifest(Path(whole.args.output_dir) / "checkpoint-4")["run_id"]
+    assert ids == there | {"checkpoint-8": own}
+
+
+def test_a_checkpoint_that_is_being_written_over_is_not_whole(whole: Any, tmp_path: Path) -> None:
+    shutil.copytree(Path(whole.args.output_dir), tmp_path / "run")
+    trainer = trainer_in(tmp_path / "run", save_total_limit=None)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt  # the weights are new, the optimizer's state is of the run before
+
+    trainer._save_optimizer_and_scheduler = killed
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=resume_from(trainer, tmp_path / "run" / "checkpoint-4"))
+    assert trainer.state.global_step == 6
+    with pytest.raises(ResumeError, match=r"checkpoint-6 was asked for; it is half written"):
+        resume_from(trainer, tmp_path / "run" / "checkpoint-6")
+
+
+# ----------------------------------------------------------------------------------------------- one run in a folder
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    child = another_run(tmp_path)
+    try:
+        trainer = trainer_in(tmp_path, max_steps=2)
+        told = rf"{tmp_path}; process {child} on {socket.gethostname()} \(since \d.*\) is writing there\. Wait for"
+        with pytest.raises(FreezeError, match=told):
+            trainer.train()
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    trainer = trainer_in(tmp_path, max_steps=2)  # a lock of a dead process is no lock
+    trainer.train()
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    child = another_run(tmp_path)  # the run is over
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_a_run_that_was_interrupted_leaves_its_folder_to_the_next_of_its_process_and_to_no_other(
+    tmp_path: Path,
+) -> None:
+    take_folder(tmp_path)
+    take_folder(tmp_path / ".." / tmp_path.name)
+    child = os.fork()
+    if not child:
+        try:
+            take_folder(tmp_path)
+        except FreezeError:
+            os._exit(3)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    leave_folder(tmp_path)
+    leave_folder(tmp_path)
+
+
+def test_a_copy_of_the_folder_and_a_worker_that_outlives_the_run_change_nothing_about_who_has_it(
+    tmp_path: Path,
+) -> None:
+    folder, runs = tmp_path / "run", tmp_path / "ends"
+    parent = os.fork()
+    if not parent:
+        take_folder(folder)
+        shutil.copytree(folder, tmp_path / "backup")  # which opens and closes the file of the lock
+        worker = os.fork()
+        if not worker:
+            time.sleep(30)
+            os._exit(0)
+        runs.with_suffix(".tmp").write_text(str(worker))
+        os.replace(runs.with_suffix(".tmp"), runs)
+        time.sleep(30)
+        os._exit(0)
+    while not runs.exists():
+        time.sleep(0.01)
+    try:
+        with pytest.raises(FreezeError, match=rf"process {parent} on .* is writing there"):
+            take_folder(folder)
+    finally:
+        os.kill(parent, signal.SIGKILL)
+        os.waitpid(parent, 0)
+    try:
+        take_folder(folder)
+        leave_folder(folder)
+    finally:
+        os.kill(int(runs.read_text()), signal.SIGKILL)
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(FreezeError, match=rf"into {folder}; no folder can be made there: .*output_dir\."):
+            take_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_json(path, {}),
+        lambda path: rewrite_runs(path, []),
+        lambda path: write_whole(path, "text"),
+        lambda path: FreezePlan().save_pretrained(path),
+    ],
+    ids=["write_json", "rewrite_runs", "write_whole", "save_pretrained"],
+)
+def test_two_that_write_one_file_do_not_take_each_others_half(
+    write: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    replace = os.replace
+
+    def overtaken(*paths: Any) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        write(tmp_path / "place")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    write(tmp_path / "place")
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_manifest_half_written_by_a_kill_does_no_harm(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, max_steps=2)
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / f"{MANIFEST}.0123456789ab.tmp").write_text("{")
+    trainer.train()
+    assert not any("tmp" in name for name in read_manifest(tmp_path / "checkpoint-2")["files"])
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_a_guard_made_before_freeze_knows_the_plan_of_the_run(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=2)
+    guard_checkpoints(trainer)
+    freeze(trainer.model, PLAN)
+    trainer.train()
+    assert resume_from(trainer_in(tmp_path), "last") == str(tmp_path / "checkpoint-2")
+
+
+def broken(whole: Any, folder: Path) -> Path:
+    """The run's folder with checkpoints 6 and 8, to be damaged."""
+    for step in (6, 8):
+        shutil.copytree(Path(whole.args.output_dir) / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / MANIFEST).unlink(), "half written"),
+        (lambda path: (path / MANIFEST).write_text("{"), "is damaged"),
+        (lambda path: (path / MANIFEST).write_text('{"version": 9, "files": {}}'), "of version 9"),
+        (lambda path: (path / "optimizer.pt").unlink(), "optimizer.pt is missing or cut short"),
+        (lambda path: (path / "model.safetensors").write_bytes(b"x"), "model.safetensors is missing or cut short"),
+        (lambda path: shutil.rmtree(path), "no such folder"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused_and_the_last_whole_one_named(
+    whole: Any, damage: Any, message: str, tmp_path: Path
+) -> None:
+    folder = broken(whole, tmp_path)
+    damage(folder / "checkpoint-8")
+    trainer = trainer_in(tmp_path)
+    with pytest.raises(ResumeError, match=f"{message}.*The newest whole one is .*checkpoint-6"):
+        resume_from(trainer, folder / "checkpoint-8")
+    assert resume_from(trainer, True) == str(folder / "checkpoint-6")
+
+
+WRONG: list[Any] = [None, True, "x", 1.5, [], ["x"], {"x": {}}, {"../x": "y"}]
+
+
+@pytest.mark.parametrize("field", ["version", "step", "written", "files", "run_id", "run", None])
+def test_a_manifest_of_other_types_is_damage_and_no_traceback(whole: Any, field: str | None, tmp_path: Path) -> None:
+    folder = broken(whole, tmp_path)
+    path = folder / "checkpoint-8" / MANIFEST
+    values = json.loads(path.read_text())
+    trainer = trainer_in(tmp_path)
+    for wrong in WRONG:
+        path.write_text(json.dumps(wrong if field is None else values | {field: wrong}))
+        for asked in (folder / "checkpoint-8", True):
+            with contextlib.suppress(ResumeError):
+                assert resume_from(trainer, asked) in (str(folder / "checkpoint-8"), str(folder / "checkpoint-6"))
+        remove_checkpoints(folder, "another run", 0, [])
+    path.write_text("[" * 100_000)
+    with pytest.raises(ResumeError, match="is damaged"):
+        resume_from(trainer, folder / "checkpoint-8")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ResumeError, match="is damaged"):
+        resume_from(trainer, folder / "checkpoint-8")
+
+
+def test_without_any_whole_checkpoint_the_last_one_is_none(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path)
+    assert resume_from(trainer, "last") is None
+    with pytest.raises(ResumeError, match="no whole one beside it"):
+        resume_from(trainer, tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"plan": FreezePlan(decoder_blocks=1)}, r"its plan differs \(decoder_blocks was 2, is 1\)\. Give the plan"),
+        ({"per_device_train_batch_size": 2}, r"its rows a step differ \(4, now 2\)"),
+        ({"gradient_accumulation_steps": 2}, r"its rows a step differ \(4, now 8\)"),
+    ],
+)
+def test_another_plan_or_batch_is_refused(whole: Any, given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    plan = given.pop("plan", PLAN)
+    folder = broken(whole, tmp_path)
+    with pytest.raises(ResumeError, match=message):
+        resume_from(trainer_in(tmp_path, plan, **given), folder / "checkpoint-8")
+
+
+def test_another_model_is_refused(whole: Any, tmp_path: Path) -> None:
+    other = pretrained()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(ResumeError, match=r"its frozen part differs\. Start from the model"):
+        resume_from(trainer_in(tmp_path, model=other), broken(whole, tmp_path) / "checkpoint-8")
+
+
+def test_other_rows_are_refused(whole: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=8)
+    trainer.train_dataset = Rows(reversed(review_rows("llama")))
+    freeze(trainer.model, PLAN)
+    with pytest.raises(ResumeError, match="its training data differs"):
+        resume_from(trainer, broken(whole, tmp_path) / "checkpoint-8")
+
+
+def test_the_same_rows_a_step_in_other_parts_are_resumed(whole: Any, tmp_path: Path) -> None:
+    folder = broken(whole, tmp_path)
+    trainer = trainer_in(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    trainer.train(resume_from_checkpoint=resume_from(trainer, folder / "checkpoint-6"))
+    assert losses(trainer)[:6] == losses(whole)[:6]
+    assert len(losses(trainer)) == 8
+
+
+def test_the_plan_lies_in_the_checkpoint(whole: Any) -> None:
+    folder = Path(whole.args.output_dir) / "checkpoint-2"
+    assert FreezePlan.from_pretrained(folder) == PLAN == freeze_record(whole.model)[1].plan
+    assert json.loads((folder / MANIFEST).read_text())["run"]["processes"] == 1
+
+
+def test_rows_that_can_only_be_iterated_have_no_digest() -> None:
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter([1])
+
+        def __len__(self) -> int:
+            return 1
+
+    assert data_digest(iter([1])) is None
+    assert data_digest(Stream()) is None
+    assert data_digest([{"a": [1]}]) != data_digest([{"a": [2]}])
+
+
+def image(level: int, mode: str = "L") -> Any:
+    return Image.new(mode, (4, 3), level)
+
+
+def test_rows_with_images_are_told_apart_by_their_pixels() -> None:
+    digest = data_digest([{"image": image(3), "label": 1}])
+    assert digest == data_digest([{"image": image(3), "label": 1}])  # other objects, at other addresses
+    others = [image(4), image(3, "P"), image(3, "RGB"), image(3).resize((3, 4))]
+    assert len({digest, *(data_digest([{"image": other, "label": 1}]) for other in others)}) == 5
+    assert data_digest([{"images": [image(3)]}]) != data_digest([{"images": [image(4)]}])
+
+
+@dataclass
+class Pair:
+    first: Any
+    second: Any = None
+
+
+@pytest.mark.parametrize(
+    ("one", "same", "other"),
+    [
+        (BatchEncoding({"ids": torch.arange(5000)}), BatchEncoding({"ids": torch.arange(5000)}),
+         BatchEncoding({"ids": torch.arange(5000).roll(1)})),
+        ({"a": {"x", "y", "z"}}, {"a": {"z", "y", "x"}}, {"a": {"x", "y"}}),
+        (Pair(b"1", date(2020, 1, 2)), Pair(b"1", date(2020, 1, 2)), Pair(b"1", date(2020, 1, 3))),
+        ({"a": np.array([1, "x"], dtype=object)}, {"a": [1, "x"]}, {"a": [1, "y"]}),
+    ],
+)  # fmt: skip
+def test_rows_of_all_kinds_have_a_digest_of_their_content(one: Any, same: Any, other: Any) -> None:
+    assert data_digest([one]) == data_digest([same]) != data_digest([other])
+    assert data_digest([one]) is not None
+
+
+def test_rows_without_content_have_no_digest_and_are_named() -> None:
+    with pytest.warns(
+        UserWarning, match=r"Row 1 of the data holds a builtins\.object in column 'audio', by whose content"
+    ):
+        assert data_digest([{"audio": [1]}, {"audio": [object()], "label": 1}]) is None
+    with pytest.warns(UserWarning, match=r"Row 0 of the data holds .* not supported between .* in column 'a'"):
+        assert data_digest([{"a": {1: 2, "b": 3}}]) is None
+
+    class Augmented(list[Any]):
+        def __getitem__(self, key: Any) -> Any:
+            return {"pixels": torch.rand(4)}
+
+    with pytest.warns(UserWarning, match=r"The first row of the data comes otherwise at each reading"):
+        assert data_digest(Augmented([1, 2])) is None
+
+
+def test_the_callers_arguments_are_left_alone(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    given = trainer.args
+    guard = guard_checkpoints(trainer)
+    assert given.save_total_limit == 1 == guard.limit
+    assert trainer.args.save_total_limit is None
+    assert guard_checkpoints(trainer) is guard
+
+
+def test_ranks_hear_of_each_other_while_the_rows_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(checkpoints, "pulse", lambda: told.append(1))
+    data_digest([{"input_ids": [number]} for number in range(5)])
+    assert len(told) == 5

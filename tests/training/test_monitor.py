@@ -1,0 +1,614 @@
+"""The monitor's figures are those computed by hand, it speaks when the losses say so, and it stops what went wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import integration_utils
+
+from hf_freeze import FreezeError, FreezePlan, FrozenWeightsChanged, PrefixCache, freeze, thaw
+from hf_freeze.errors import TrainingDiverged
+from hf_freeze.processes import leave_group
+from hf_freeze.training.monitor import FreezeMonitor
+from tests.prefix.cases import collator_for, frozen_model, review_rows
+from tests.tiny import tiny_model
+
+ROOT = Path(__file__).parents[2]
+ALONE = SimpleNamespace(world_size=1, device=torch.device("cpu"), output_dir=None, report_to=[])
+
+
+def trainer_for(
+    model: nn.Module, folder: Any, *callbacks: TrainerCallback, kind: str = "llama", **given: Any
+) -> Trainer:
+    """A stock Trainer over 24 reviews, three a step."""
+    rows, evaluated = given.pop("rows", review_rows(kind)), given.pop("eval_rows", None)
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 3,
+        "max_steps": 4, "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant", "logging_steps": 1,
+        "save_strategy": "no", "disable_tqdm": True, "seed": 7,
+    }  # fmt: skip
+    args = TrainingArguments(**(arguments | given))
+    collator = collator_for(kind, model)
+    return Trainer(
+        model=model, args=args, train_dataset=rows, eval_dataset=evaluated, data_collator=collator,
+        callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def training_logs(trainer: Trainer) -> list[dict[str, Any]]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def copies(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+
+def length(tensors: Any) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+
+
+class AtStep(TrainerCallback):
+    """Does something to the model at the end of a step."""
+
+    def __init__(self, step: int, act: Any) -> None:
+        self.step, self.act = step, act
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step == self.step:
+            self.act(given["model"])
+
+
+class Reporter(TrainerCallback):
+    """Stands in for one of report_to's: keeps what it is given to report."""
+
+    def __init__(self) -> None:
+        self.reported: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.reported.append(dict(given["logs"]))
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.01])
+@pytest.mark.parametrize(("kind", "block"), [("llama", "model.layers.3."), ("bart", "model.decoder.layers.3.")])
+def test_gradient_norms_are_those_before_clipping(kind: str, block: str, max_grad_norm: float, tmp_path: Path) -> None:
+    rows = review_rows(kind, count=3)
+    by_hand = frozen_model(kind, dropout=False).train()
+    by_hand(**collator_for(kind, by_hand)(rows)).loss.backward()
+    gradients = {name: p.grad for name, p in by_hand.named_parameters() if p.grad is not None}
+    trainer = trainer_for(
+        frozen_model(kind, dropout=False),
+        tmp_path,
+        FreezeMonitor(),
+        kind=kind,
+        rows=rows,
+        max_steps=1,
+        max_grad_norm=max_grad_norm,
+    )
+    trainer.train()
+    (log,) = training_logs(trainer)
+    assert log["grad_norm"] == pytest.approx(length(gradients.values()), rel=1e-4)
+    of_block = [gradient for name, gradient in gradients.items() if name.startswith(block)]
+    assert log["grad_norm/decoder.3"] == pytest.approx(length(of_block), rel=1e-4)
+    parts = [value for key, value in log.items() if key.startswith("grad_norm/")]
+    assert math.hypot(*parts) == pytest.approx(log["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "block"), [("llama", "model.layers.3."), ("bart", "model.decoder.layers.3.")])
+def test_drift_is_how_far_the_weights_are_from_the_pretrained_ones(kind: str, block: str, tmp_path: Path) -> None:
+    model = frozen_model(kind)
+    before = copies(model)
+    trainer = trainer_for(model, tmp_path, FreezeMonitor(), kind=kind)
+    trainer.train()
+    now = copies(model)
+    names = [name for name in now if name.startswith(block)]
+    wanted = length(now[name] - before[name] for name in names) / length(before[name] for name in names)
+    logs = training_logs(trainer)
+    assert logs[-1]["drift/decoder.3"] == pytest.approx(wanted, rel=1e-4)
+    assert 0 < logs[0]["drift/decoder.3"] < logs[-1]["drift/decoder.3"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan", "blocks", "parts"),
+    [
+        ("llama", FreezePlan(decoder_blocks=2), 2, {"decoder.2", "decoder.3", "final", "head"}),
+        ("llama", FreezePlan(decoder_blocks="all"), 0, {"final", "head"}),
+        ("bart", FreezePlan(encoder_blocks=3, decoder_blocks=3), 2, {"encoder.3", "decoder.3"}),
+        ("bart", FreezePlan(encoder_blocks="all", decoder_blocks=3, tied_head="untie"), 1, {"decoder.3", "head"}),
+        ("bart", FreezePlan(embeddings=False, decoder_blocks=3, encoder_blocks="all"), 1, {"decoder.3", "embeddings"}),
+    ],
+)
+def test_what_trains_has_its_lines_and_what_is_frozen_none(
+    kind: str, plan: FreezePlan, blocks: int, parts: set[str], tmp_path: Path
+) -> None:
+    trainer = trainer_for(frozen_model(kind, plan=plan), tmp_path, FreezeMonitor(), kind=kind, max_steps=1)
+    trainer.train()
+    (log,) = training_logs(trainer)
+    assert log["trained_blocks"] == blocks
+    for figure in ("grad_norm", "drift"):
+        assert {key.partition("/")[2] for key in log if key.startswith(f"{figure}/")} == parts
+
+
+def test_a_part_that_was_all_zero_has_no_relative_drift(tmp_path: Path) -> None:
+    model = frozen_model("llama")
+    nn.init.zeros_(model.model.norm.weight)
+    trainer = trainer_for(model, tmp_path, FreezeMonitor(), max_steps=1)
+    trainer.train()
+    assert "grad_norm/final" in training_logs(trainer)[0]
+    assert "drift/final" not in training_logs(trainer)[0]
+
+
+def test_adapters_are_measured_from_where_they_began(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    freeze(model, FreezePlan(decoder_blocks=3))
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], layers_to_transform=[3]))
+    trainer = trainer_for(adapted, tmp_path, FreezeMonitor(), max_steps=2)
+    trainer.train()
+    log = training_logs(trainer)[-1]
+    assert log["trained_blocks"] == 1
+    assert {key for key in log if "/" in key} == {"grad_norm/decoder.3", "drift/decoder.3"}
+
+
+def test_pieces_held_by_another_library_get_no_line() -> None:
+    model = frozen_model("llama")
+    monitor = FreezeMonitor()
+    monitor.on_init_end(ALONE, None, None, model=model)
+    model.lm_head.weight = nn.Parameter(torch.zeros(0))  # as ZeRO-3 leaves it; its gradients are nowhere to be seen
+    monitor.on_pre_optimizer_step(ALONE, TrainerState(), None, model=model, optimizer=None)
+    logs = {"loss": 1.0, "grad_norm": 2.0}
+    monitor.on_log(ALONE, TrainerState(log_history=[{}]), None, model=model, logs=logs)
+    assert logs == {"loss": 1.0, "grad_norm": 2.0, "trained_blocks": 1, "drift/decoder.3": 0.0, "drift/final": 0.0}
+
+
+def test_a_block_that_someone_unfreezes_in_the_middle_has_no_drift() -> None:
+    model = frozen_model("llama")
+    monitor = FreezeMonitor()
+    monitor.on_init_end(ALONE, None, None, model=model)
+    model.model.layers[2].requires_grad_(True)
+    logs: dict[str, Any] = {"loss": 1.0}
+    monitor.on_log(ALONE, TrainerState(log_history=[{}]), None, model=model, logs=logs)
+    assert logs["trained_blocks"] == 2
+    assert "drift/decoder.3" in logs
+    assert "drift/decoder.2" not in logs
+
+
+@pytest.mark.parametrize("kind", ["llama", "bart"])
+def test_watching_changes_no_loss_cached_or_not(kind: str, tmp_path: Path) -> None:
+    given = {"kind": kind, "save_strategy": "steps", "save_steps": 2}
+    alone = trainer_for(frozen_model(kind), tmp_path / "alone", **given)
+    alone.train()
+    for cached in (False, True):
+        model = frozen_model(kind)
+        trainer = trainer_for(model, tmp_path / f"watched{cached}", **given)
+        if cached:
+            cache = PrefixCache.build(
+                model, review_rows(kind), trainer.data_collator, cache_dir=tmp_path / "cache", progress=False
+            )
+            trainer.data_collator = cache.collator
+            cache.release_prefix()  # the check at each save brings it back
+        FreezeMonitor.watch(trainer)
+        trainer.train()
+        losses, wanted = ([log["loss"] for log in training_logs(each)] for each in (trainer, alone))
+        assert losses == pytest.approx(wanted, rel=1e-5)
+    assert cache.batches_used == 4
+
+
+def test_blocks_that_structure_does_not_tell_may_be_given() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3))
+            self.others = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
+
+    model = Plain()
+    freeze(model, FreezePlan(decoder_blocks=1), blocks="others")
+    monitor = FreezeMonitor(blocks="others")
+    monitor.on_init_end(ALONE, None, None, model=model)
+    logs: dict[str, Any] = {"loss": 1.0}
+    monitor.on_log(ALONE, TrainerState(log_history=[{}]), None, model=model, logs=logs)
+    assert logs["trained_blocks"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"patience": 0}, r"patience=0; it is a number of evaluations, >= 1"),
+        ({"min_gain": -0.1}, r"min_gain=-0\.1; it is a fraction of the loss"),
+        ({"min_gain": 5}, r"min_gain=5; .* Use 0\.005 for half a percent"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(FreezeError, match=told):
+        FreezeMonitor(**settings)
+
+
+# ------------------------------------------------------------------------------------------------------------ reporters
+
+
+@pytest.fixture
+def reporter(monkeypatch: pytest.MonkeyPatch) -> Reporter:
+    made = Reporter()
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "standin", made)
+    return made
+
+
+def test_a_monitor_that_watches_reaches_the_reporters_too(reporter: Reporter, tmp_path: Path) -> None:
+    trainer = trainer_for(frozen_model("llama"), tmp_path, report_to="standin")
+    FreezeMonitor.watch(trainer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.train()
+    logs = training_logs(trainer)
+    reported = [log for log in reporter.reported if "loss" in log]
+    assert len(logs) == len(reported) == 4
+    for log, told in zip(logs, reported, strict=True):
+        assert log == told | {"step": log["step"]}
+        assert log["drift/decoder.3"] > 0
+
+
+def test_a_monitor_behind_the_reporters_says_so_once(reporter: Reporter, tmp_path: Path) -> None:
+    trainer = trainer_for(frozen_model("llama"), tmp_path, FreezeMonitor(), report_to="standin")
+    with pytest.warns(UserWarning, match=r"but not in standin: .* Use FreezeMonitor\.watch\(trainer\)"):
+        trainer.train()
+    assert "trained_blocks" not in reporter.reported[0]
+    assert "trained_blocks" in training_logs(trainer)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.train()
+
+
+def test_a_trainer_has_one_monitor_and_the_last_one_put_first_is_it(tmp_path: Path) -> None:
+    given = FreezeMonitor()
+    trainer = trainer_for(frozen_model("llama"), tmp_path, given)
+    callbacks = trainer.callback_handler.callbacks
+    count = len(callbacks)
+    assert given.put_first(trainer) is callbacks[0]
+    other = FreezeMonitor.watch(trainer)
+    assert callbacks[0] is other
+    assert given not in callbacks
+    assert len(callbacks) == count
+
+
+# --------------------------------------------------------------------------------------------------------------- advice
+
+
+def hear(
+    losses: Sequence[tuple[float | None, float]], model: nn.Module | None = None, **settings: Any
+) -> tuple[list[str], FreezeMonitor]:
+    """What a monitor says over (training, validation) losses; None where nothing was trained in between."""
+    said: list[str] = []
+    monitor = FreezeMonitor(say=said.append, **settings)
+    model = model or frozen_model("llama", plan=FreezePlan(decoder_blocks=3))
+    monitor.on_init_end(ALONE, None, None, model=model)
+    state = TrainerState(epoch=0.0, is_world_process_zero=True)
+    for number, (training, validation) in enumerate(losses):
+        if training is not None:
+            state.log_history += [{"loss": training - 0.1}, {"loss": training + 0.1}]  # their mean is what counts
+        state.epoch = float(number + 1)
+        state.log_history.append({"eval_loss": validation})
+        monitor.on_evaluate(ALONE, state, TrainerControl(), model=model)
+    return said, monitor
+
+
+RISING = [(2.9, 3.113), (2.4, 3.12), (2.1, 3.186)]
+FLAT = [(3.21, 3.3), (3.2, 3.3), (3.2, 3.29)]
+
+
+def test_overfitting_is_said_with_the_evidence() -> None:
+    said, monitor = hear(RISING)
+    assert said == [
+        "overfitting: validation loss has risen for 2 evaluations (3.113 -> 3.12 -> 3.186) while training loss fell "
+        "(2.9 -> 2.4 -> 2.1): freeze more, or stop"
+    ]
+    assert [(advice.kind, advice.epoch, str(advice)) for advice in monitor.advice] == [("overfitting", 3.0, said[0])]
+
+
+def test_underfitting_is_said_with_the_evidence_and_names_the_next_block() -> None:
+    said, monitor = hear(FLAT)
+    assert said == [
+        "underfitting: training loss (3.21 -> 3.2 -> 3.2) and validation loss (3.3 -> 3.3 -> 3.29) both stall at "
+        "3.2 / 3.29: unfreeze the next block (decoder block 2)"
+    ]
+    assert [advice.kind for advice in monitor.advice] == ["underfitting"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan", "way_out"),
+    [
+        ("bart", FreezePlan(encoder_blocks="all", decoder_blocks=1), "unfreeze the next block (decoder block 0)"),
+        ("bart", FreezePlan(encoder_blocks="all", decoder_blocks=0), "unfreeze the next block (encoder block 3)"),
+        ("llama", FreezePlan(decoder_blocks=0), "all 4 blocks train already; use a higher learning rate or a larger"),
+    ],
+)
+def test_the_way_out_of_underfitting_is_the_highest_frozen_block(kind: str, plan: FreezePlan, way_out: str) -> None:
+    said, _ = hear(FLAT, frozen_model(kind, plan=plan))
+    assert way_out in said[0]
+
+
+def test_overfitting_is_said_again_only_when_it_got_worse_or_came_back() -> None:
+    worse = [(2.0, 3.2), (1.9, 3.3)]
+    said, _ = hear([*RISING, *worse])
+    assert [message.partition(" (")[0][-13:] for message in said] == ["2 evaluations", "4 evaluations"]
+    said, _ = hear([*RISING, (2.0, 2.9), (1.9, 3.0), (1.8, 3.1)])
+    assert len(said) == 2
+    assert "risen for 2 evaluations (2.9 -> 3 -> 3.1)" in said[1]
+
+
+def test_underfitting_is_said_once_while_it_lasts() -> None:
+    said, _ = hear([*FLAT, (3.2, 3.29), (3.2, 3.29), (3.2, 3.29)])
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [(2.9, 3.1), (2.4, 3.0), (2.1, 2.9)],  # learning
+        [(2.9, 3.1), (2.4, 3.2), (2.1, 3.1)],  # one evaluation is chance
+        [(2.9, 3.1), (3.0, 3.2), (3.1, 3.3)],  # both rise: the learning rate, not the data
+        [(2.9, 3.1), (2.4, 3.1), (2.1, 3.1)],  # validation alone stalls
+        [(2.9, 3.1), (2.4, 3.2), (None, 3.3)],  # nothing was trained in between: another dataset
+        [(None, 3.0), (None, 3.1), (None, 3.2)],
+        [(math.nan, math.nan)] * 3,
+        [],
+    ],
+)
+def test_nothing_is_said_where_the_losses_show_neither(losses: list[tuple[float | None, float]]) -> None:
+    said, monitor = hear(losses)
+    assert said == []
+    assert monitor.advice == []
+
+
+def test_an_evaluation_without_training_in_between_repeats_nothing() -> None:
+    said, _ = hear([*RISING, (None, 3.186), (None, 3.186)])
+    assert len(said) == 1
+
+
+def test_patience_and_minimum_gain_are_as_asked() -> None:
+    assert hear(RISING, patience=3)[0] == []
+    assert "risen for 1 evaluation (" in hear(RISING[:2], patience=1)[0][0]
+    assert hear(FLAT, min_gain=0.001)[0] == []
+    assert hear(FLAT, min_gain=0)[0] == []
+
+
+def test_only_the_first_process_says_it_and_all_keep_it(capsys: pytest.CaptureFixture[str]) -> None:
+    model = frozen_model("llama")
+    log = [entry for training, validation in RISING for entry in ({"loss": training}, {"eval_loss": validation})]
+    for first in (False, True):
+        monitor = FreezeMonitor()
+        monitor.on_init_end(ALONE, None, None, model=model)
+        monitor.on_evaluate(ALONE, TrainerState(log_history=log, is_world_process_zero=first), None, model=model)
+        assert len(monitor.advice) == 1
+        assert ("overfitting: " in capsys.readouterr().out) is first
+
+
+def test_a_run_that_learns_its_few_rows_by_heart_is_called_overfitting(tmp_path: Path) -> None:
+    said: list[str] = []
+    trainer = trainer_for(
+        frozen_model("llama"), tmp_path, FreezeMonitor(say=said.append), rows=review_rows("llama", count=6),
+        eval_rows=review_rows("llama", seed=1), num_train_epochs=12, max_steps=-1, learning_rate=1e-2,
+        optim="adamw_torch", eval_strategy="epoch",
+    )  # fmt: skip
+    trainer.train()
+    assert said[0].startswith("overfitting: validation loss has risen for 2 evaluations (")
+
+
+def test_a_run_that_cannot_learn_is_called_underfitting(tmp_path: Path) -> None:
+    said: list[str] = []
+    trainer = trainer_for(
+        frozen_model("llama"), tmp_path, FreezeMonitor(say=said.append), eval_rows=review_rows("llama", seed=1),
+        num_train_epochs=4, max_steps=-1, learning_rate=1e-6, eval_strategy="epoch",
+    )  # fmt: skip
+    trainer.train()
+    assert [message.partition(":")[0] for message in said] == ["underfitting"]
+    assert said[0].endswith("unfreeze the next block (decoder block 2)")
+
+
+# ----------------------------------------------------------------------------------------------- what stops a run
+
+
+def test_a_frozen_weight_that_moved_stops_the_run_at_the_save(tmp_path: Path) -> None:
+    def move(model: Any) -> None:
+        model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+
+    trainer = trainer_for(
+        frozen_model("llama"), tmp_path, FreezeMonitor(), AtStep(2, move), save_strategy="steps", save_steps=1
+    )
+    with pytest.raises(FrozenWeightsChanged, match=r"1 moved: model\.layers\.0\.mlp\.up_proj\.weight"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_model_that_was_never_frozen_is_watched_and_saved(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    trainer = trainer_for(model, tmp_path, FreezeMonitor(), max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    (log,) = training_logs(trainer)
+    assert (tmp_path / "checkpoint-1").is_dir()
+    assert log["trained_blocks"] == 4
+    assert {"drift/embeddings", "drift/decoder.0", "grad_norm/head"} <= log.keys()
+
+
+def spoil_the_loss(model: nn.Module, step: int) -> None:
+    """From that step on the loss is NaN."""
+    seen = []
+
+    def spoil(module: nn.Module, _: Any, output: Any) -> Any:
+        seen.append(1)
+        if len(seen) >= step:
+            output["loss"] = output["loss"] * math.nan
+        return output
+
+    model.register_forward_hook(spoil)
+
+
+def test_nan_stops_before_the_optimizer_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
+    model = frozen_model("llama")
+    spoil_the_loss(model, step=3)
+    trainer = trainer_for(model, tmp_path, FreezeMonitor(), save_strategy="steps", save_steps=1)
+    with pytest.raises(TrainingDiverged, match=r"gradient norm is nan at step 3; .*checkpoint-2\. Use a smaller"):
+        trainer.train()
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
+def test_without_the_monitor_nan_is_hidden_and_reaches_the_weights(tmp_path: Path) -> None:
+    model = frozen_model("llama")
+    spoil_the_loss(model, step=3)
+    trainer = trainer_for(model, tmp_path)
+    trainer.train()
+    assert all(math.isfinite(log["loss"]) for log in training_logs(trainer))
+    assert not all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_steps_that_a_gradient_scaler_skips_are_left_to_it() -> None:
+    model = frozen_model("llama")
+    monitor = FreezeMonitor()
+    monitor.on_init_end(ALONE, None, None, model=model)
+    model.lm_head.weight.grad = torch.full_like(model.lm_head.weight, math.inf)
+    scaled = SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))
+    monitor.on_pre_optimizer_step(ALONE, TrainerState(), None, model=model, optimizer=scaled)
+    with pytest.raises(TrainingDiverged, match=r"gradient norm is inf at step 1; .* No checkpoint had been saved yet"):
+        monitor.on_pre_optimizer_step(ALONE, TrainerState(), None, model=model, optimizer=SimpleNamespace(scaler=None))
+
+
+# ----------------------------------------------------------------------------------------------- stages and resume
+
+
+def test_one_monitor_over_two_trainers_measures_from_the_pretrained_weights(tmp_path: Path) -> None:
+    model = frozen_model("llama")
+    before = copies(model)
+    monitor = FreezeMonitor()
+    trainer_for(model, tmp_path, monitor).train()
+    after_one_stage = copies(model)
+    thaw(model)
+    freeze(model, FreezePlan(decoder_blocks=2))
+    second = trainer_for(model, tmp_path, monitor)
+    second.train()
+    now = copies(model)
+    log = training_logs(second)[-1]
+    assert log["trained_blocks"] == 2
+    for block in (2, 3):
+        names = [name for name in now if name.startswith(f"model.layers.{block}.")]
+        wanted = length(now[name] - before[name] for name in names) / length(before[name] for name in names)
+        assert log[f"drift/decoder.{block}"] == pytest.approx(wanted, rel=1e-4)
+    assert any(not torch.equal(after_one_stage[name], before[name]) for name in names)
+
+
+def test_a_resumed_run_logs_and_says_what_an_undisturbed_one_does(tmp_path: Path) -> None:
+    given = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    evaluated = review_rows("llama", seed=1)
+    whole: list[str] = []
+    trainer = trainer_for(
+        frozen_model("llama"), tmp_path, FreezeMonitor(say=whole.append, min_gain=0.9), eval_rows=evaluated, **given
+    )
+    trainer.train()
+    resumed: list[str] = []
+    again = trainer_for(
+        frozen_model("llama"), tmp_path, FreezeMonitor(say=resumed.append, min_gain=0.9), eval_rows=evaluated, **given
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert len(training_logs(again)) == 4
+    for then, now in zip(training_logs(trainer), training_logs(again), strict=True):
+        assert now == pytest.approx(then, rel=1e-5)
+    assert [message.partition(":")[0] for message in whole] == ["underfitting"]  # at step 3
+    assert resumed == whole
+
+
+# ---------------------------------------------------------------------------------------------------- two processes
+
+
+def two_ranks(mode: str, folder: Path) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, __file__, mode, str(folder)], capture_output=True, text=True, env=env, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{mode}{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_ranks_under_ddp_log_what_one_process_does(tmp_path: Path) -> None:
+    alone = trainer_for(frozen_model("llama", dropout=False), tmp_path, FreezeMonitor(), per_device_train_batch_size=4)
+    alone.train()
+    for rank in two_ranks("ddp", tmp_path):
+        assert rank["wrapper"] == "DistributedDataParallel"
+        for log, wanted in zip(rank["logs"], training_logs(alone), strict=True):
+            assert log == pytest.approx(wanted, rel=1e-4)
+
+
+def test_sharded_by_fsdp2_the_figures_are_those_of_the_whole_model(tmp_path: Path) -> None:
+    for rank in two_ranks("fsdp", tmp_path):
+        assert {"drift/decoder.3", "grad_norm/decoder.3", "grad_norm/head"} <= rank["sharded"].keys()
+        assert rank["sharded"] == pytest.approx(rank["whole"], rel=1e-4)
+        assert "gradient norm is nan at step 1" in rank["error"]  # though NaN was planted on one rank only
+
+
+def by_trainer(folder: Path) -> dict[str, Any]:
+    trainer = trainer_for(
+        frozen_model("llama", dropout=False),
+        folder,
+        FreezeMonitor(),
+        per_device_train_batch_size=2,
+        ddp_find_unused_parameters=False,
+    )
+    trainer.train()
+    return {"wrapper": type(trainer.model_wrapped).__name__, "logs": training_logs(trainer)}
+
+
+def by_fsdp() -> dict[str, Any]:
+    """One step of a whole model and of a sharded one, both watched; then one of the shards gets NaN."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    found: dict[str, Any] = {}
+    for name, world_size in (("whole", 1), ("sharded", 2)):
+        model: Any = frozen_model("llama", dropout=False)
+        monitor = FreezeMonitor()
+        args = SimpleNamespace(**(vars(ALONE) | {"world_size": world_size}))
+        monitor.on_init_end(args, None, None, model=model)
+        if world_size > 1:
+            for block in model.model.layers:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh, ignored_params={model.model.norm.weight})  # whole on both
+        monitor.on_train_begin(args, TrainerState(), None, model=model)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        model(**collator_for("llama", model)(review_rows("llama", count=3))).loss.backward()
+        monitor.on_pre_optimizer_step(args, TrainerState(), None, model=model, optimizer=optimizer)
+        optimizer.step()
+        logs: dict[str, Any] = {"loss": 1.0}
+        monitor.on_log(args, TrainerState(log_history=[{}]), None, model=model, logs=logs)
+        found[name] = logs
+    if torch.distributed.get_rank() == 0:
+        model.lm_head.weight.grad.to_local().fill_(math.nan)
+    try:
+        monitor.on_pre_optimizer_step(args, TrainerState(), None, model=model, optimizer=optimizer)
+    except TrainingDiverged as error:
+        found["error"] = str(error)
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    result = by_trainer(Path(sys.argv[2])) if sys.argv[1] == "ddp" else by_fsdp()
+    path = Path(sys.argv[2]) / f"{sys.argv[1]}{torch.distributed.get_rank()}.json"
+    path.write_text(json.dumps(result))
+    leave_group()

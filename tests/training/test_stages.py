@@ -1,0 +1,591 @@
+"""Stages: top down, from the best weights so far, the same after a stop and under two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import hf_freeze.training.stages
+from hf_freeze import FreezePlan, freeze, thaw, verify_frozen
+from hf_freeze.errors import DeltaMismatch, FreezeError, PlanError, ResumeError, StageError
+from hf_freeze.files import write_json
+from hf_freeze.locks import LOCK
+from hf_freeze.summarization import SummaryTrainer
+from hf_freeze.training.monitor import FreezeMonitor
+from hf_freeze.training.stages import Stage, gradual, load_stages, save_stages, train_in_stages
+from tests.prefix.cases import review_rows
+from tests.tiny import tiny_model
+from tests.training.staged_run import LINEAR, ROWS_A_STEP, Rows, another_run, make_trainer, one_plan, pretrained, run
+
+ROOT = Path(__file__).parents[2]
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+def weights(report: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in report.trainer.model.named_parameters()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Sums in another order, no more."""
+    for name, weight in other.items():
+        torch.testing.assert_close(one[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return weights(run(tmp_path_factory.mktemp("undisturbed")))
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def test_a_model_that_the_stages_share_or_load_anew_ends_with_the_same_bits(
+    undisturbed: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    assert_same(weights(run(tmp_path, shared=pretrained())), undisturbed)
+
+
+def test_the_cache_changes_nothing(tmp_path: Path) -> None:
+    plain, cached = (weights(run(tmp_path / str(use), cached=use, **LINEAR)) for use in (False, True))
+    assert_close(cached, plain)
+
+
+def test_every_stage_runs_in_the_precision_asked_for_and_the_forward_is_put_back(tmp_path: Path) -> None:
+    """accelerate wraps the forward of a shared model once, and takes off too much when it is asked to unwrap it."""
+    model = pretrained()
+    seen: list[tuple[bool, bool]] = []
+    handle = model.model.layers[3].register_forward_pre_hook(
+        lambda *_: seen.append((model.training, torch.is_autocast_enabled("cpu")))
+    )
+    said: list[str] = []
+    report = train_in_stages(
+        lambda: make_trainer(tmp_path, model, precision="bf16"), gradual(model, 1, 1, 3, steps=2),
+        cache_dir=tmp_path / "cache", say=said.append,
+    )  # fmt: skip
+    handle.remove()
+    assert sum(autocast for training, autocast in seen if training) >= 6
+    assert not any("no prefix cache" in text for text in said)
+    ids = torch.tensor([[5, 6, 7]])
+    assert report.trainer.model is model
+    assert model(ids, return_dict=False)[0].shape == model(ids).logits.shape, "transformers' own decorators are on"
+
+
+def test_each_stage_trains_what_it_asks_for_and_no_more(tmp_path: Path) -> None:
+    seen: list[tuple[set[str], set[str], int]] = []
+
+    class Look(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(
+            self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+        ) -> None:
+            held = {p for group in optimizer.param_groups for p in group["params"]}
+            trained = {name for name, p in model.named_parameters() if p.requires_grad}
+            seen.append((trained, {n for n, p in model.named_parameters() if p in held}, len(optimizer.state)))
+
+    model = pretrained()
+    model.model.layers[3].mlp.up_proj.weight.requires_grad_(False)  # the user's own freeze
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def make() -> Any:
+        trainer = make_trainer(tmp_path, model)
+        trainer.add_callback(Look())
+        return trainer
+
+    report = train_in_stages(make, gradual(model, 1, 1, 2, steps=2), say=quiet)
+    for step, (trained, held, states) in enumerate(seen):
+        assert trained == held, "the optimizer holds what trains"
+        assert states == len(trained), "and has moved all of it"
+        blocks = {int(name.split(".")[2]) for name in trained if "layers" in name}
+        assert blocks == ({3} if step < 2 else {2, 3})
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
+    assert "model.layers.3.mlp.up_proj.weight" not in moved
+    assert {name.split(".")[2] for name in moved if "layers" in name} == {"2", "3"}
+    assert not any("embed" in name for name in moved)
+    verify_frozen(report.trainer.model)
+    assert [stage.steps for stage in report.stages] == [2, 2]
+
+
+def test_a_stage_ends_with_the_best_weights_that_were_evaluated(tmp_path: Path) -> None:
+    """The rate grows absurdly in the second stage: what it began with is then its best."""
+    stages = [
+        Stage(FreezePlan(decoder_blocks=3), steps=4),
+        Stage(FreezePlan(decoder_blocks=2), steps=4, learning_rate=5.0),
+    ]
+    report = train_in_stages(lambda: make_trainer(tmp_path), stages, say=quiet)
+    first, second = report.stages
+    assert second.start_metric == first.best_metric == second.best_metric
+    evaluated = report.trainer.evaluate()["eval_loss"]
+    assert evaluated == pytest.approx(first.best_metric, rel=1e-6)
+    logged = [entry["eval_loss"] for entry in report.trainer.state.log_history if "eval_loss" in entry]
+    assert min(logged[:-1]) > second.best_metric
+
+
+def test_a_stage_without_evaluation_ends_with_its_last_weights(tmp_path: Path) -> None:
+    given = {"eval_strategy": "no", "save_strategy": "no"}
+    stages = gradual(pretrained(), 1, 1, 2, steps=3)
+    report = train_in_stages(lambda: make_trainer(tmp_path / "stages", **given), stages, say=quiet)
+    assert [stage.best_metric for stage in report.stages] == [None, None]
+    by_hand = pretrained()
+    for plan in (stage.plan for stage in stages):
+        trainer = make_trainer(tmp_path / "hand", by_hand, **given, max_steps=3)
+        thaw(by_hand)
+        freeze(by_hand, plan)
+        trainer.train()
+    theirs = {name: p.detach() for name, p in by_hand.named_parameters()}
+    assert_same(weights(report), theirs)
+
+
+def test_a_stage_stops_where_validation_stalls(tmp_path: Path) -> None:
+    stages = [
+        Stage(FreezePlan(decoder_blocks=3), steps=40, patience=2, min_gain=0.5),
+        Stage(FreezePlan(decoder_blocks=2), steps=2),
+    ]
+    report = train_in_stages(lambda: make_trainer(tmp_path), stages, say=quiet)
+    assert report.stages[0].steps == 6, "the first evaluation sets the mark, two more gain less than half of it"
+    assert report.stages[0].ended == "stalled: no gain in 2 evaluations"
+    assert report.stages[1].ended == "2 steps"
+    assert "stalled" in str(report)
+
+
+def test_a_greater_metric_can_be_the_better_one(tmp_path: Path) -> None:
+    def make() -> Any:
+        trainer = make_trainer(tmp_path, metric_for_best_model="score", greater_is_better=True)
+        evaluate, values = trainer.evaluation_loop, iter([1.0, 3.0, 2.0])
+
+        def scored(*args: Any, **named: Any) -> Any:
+            output = evaluate(*args, **named)
+            output.metrics["eval_score"] = next(values)
+            return output
+
+        trainer.evaluation_loop = scored
+        return trainer
+
+    report = train_in_stages(make, [FreezePlan(decoder_blocks=3)], steps=6, say=quiet)
+    assert report.stages[0].best_metric == 3.0
+    with pytest.raises(StageError, match="ends by eval_bleu; the evaluation gave eval_loss"):
+        train_in_stages(lambda: make_trainer(tmp_path / "2", metric_for_best_model="bleu"), [FreezePlan()], steps=2)
+
+
+def test_rates_fall_from_the_top_block_down(tmp_path: Path) -> None:
+    rates: list[dict[str, float]] = []
+
+    class Look(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(
+            self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+        ) -> None:
+            by_tensor = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+            rates.append({name: by_tensor[p] for name, p in model.named_parameters() if p in by_tensor})
+
+    def make() -> Any:
+        trainer = make_trainer(tmp_path, lr_scheduler_type="constant")
+        trainer.add_callback(Look())
+        return trainer
+
+    plan = FreezePlan(embeddings=False, decoder_blocks=1, tied_head="untie")
+    train_in_stages(make, [Stage(plan, steps=1, learning_rate=0.1, block_decay=0.5)], say=quiet)
+    for name, rate in rates[0].items():
+        depth = 3 - int(name.split(".")[2]) if "layers" in name else 4 if "embed" in name else 0
+        assert rate == pytest.approx(0.1 * 0.5**depth), name
+
+
+def test_stock_trainer_and_two_stacks_train_in_stages(tmp_path: Path) -> None:
+    from tests.prefix.cases import collator_for
+
+    model = tiny_model("bart")
+    rows = review_rows("bart", 8)
+    args = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, eval_strategy="epoch", save_strategy="epoch"
+    )
+
+    def make(stage: Stage) -> Trainer:
+        assert isinstance(stage, Stage)
+        collator = collator_for("bart", model)
+        return Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:4], data_collator=collator)
+
+    stages = gradual(model, start=2, step=3, stages=3, epochs=1)
+    assert [(s.plan.encoder_blocks, s.plan.decoder_blocks) for s in stages] == [(4, 2), (3, 0), (0, 0)]
+    said: list[str] = []
+    report = train_in_stages(make, stages, cache_dir=tmp_path / "cache", say=said.append)
+    assert [stage.trained_blocks for stage in report.stages] == [2, 5, 8]
+    assert sum(text.startswith("Prefix cache") for text in said) == 2
+    assert any(text.startswith("note: no prefix cache in this stage") for text in said)
+    assert args.output_dir == str(tmp_path), "the caller's arguments stay"
+
+
+def test_one_pass_builds_the_states_of_every_stage(tmp_path: Path) -> None:
+    said: list[str] = []
+    train_in_stages(
+        lambda: make_trainer(tmp_path),
+        gradual(pretrained(), 1, 1, 3, steps=2),
+        cache_dir=tmp_path / "c",
+        say=said.append,
+    )
+    told = [text for text in said if text.startswith("Prefix cache")]
+    assert ["all there already" in text for text in told] == [False, True, True]
+
+
+def test_drift_is_measured_from_the_pretrained_weights_in_every_stage(tmp_path: Path) -> None:
+    monitor = FreezeMonitor(say=quiet)
+
+    def make() -> Any:
+        trainer = make_trainer(tmp_path)
+        trainer.add_callback(monitor)
+        return trainer
+
+    report = train_in_stages(make, gradual(pretrained(), 1, 1, 2, steps=4), say=quiet)
+    log = [entry for entry in report.trainer.state.log_history if "drift/decoder.3" in entry]
+    start = dict(pretrained().named_parameters())
+    block = {n: p for n, p in report.trainer.model.named_parameters() if n.startswith("model.layers.3.")}
+    assert log[0]["drift/decoder.3"] > log[0]["drift/decoder.2"] > 0
+    assert all(not torch.equal(p, start[n]) for n, p in block.items())
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+def test_a_run_that_is_done_is_not_trained_again(undisturbed: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    run(tmp_path)
+    ledger = (tmp_path / "stages.json").read_text()
+    report = run(tmp_path, resume=True)
+    assert_same(weights(report), undisturbed)
+    assert (tmp_path / "stages.json").read_text() == ledger
+    verify_frozen(report.trainer.model)
+
+
+@pytest.mark.parametrize("step", [0, pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_that_failed_goes_on_to_the_same_weights(
+    stage: int, step: int, undisturbed: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    class Fail(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if args.output_dir.endswith(f"stage-{stage}") and state.global_step == step:
+                raise KeyboardInterrupt
+
+    def failing() -> Any:
+        trainer = make_trainer(tmp_path)
+        trainer.add_callback(Fail())
+        return trainer
+
+    stages = gradual(pretrained(), start=1, step=1, stages=3, steps=6, block_decay=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        train_in_stages(failing, stages, cache_dir=tmp_path / "cache", say=quiet)
+    assert_same(weights(run(tmp_path, resume=True)), undisturbed)
+
+
+def test_a_stalled_stage_that_was_killed_before_it_was_noted_is_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = [Stage(FreezePlan(decoder_blocks=3), steps=40, patience=2, min_gain=0.5)]
+    whole = train_in_stages(lambda: make_trainer(tmp_path / "whole"), stages, say=quiet)
+
+    def kill(path: Path, values: dict[str, Any]) -> None:
+        if values["done"]:
+            raise KeyboardInterrupt
+        write_json(path, values)
+
+    monkeypatch.setattr(hf_freeze.training.stages, "write_json", kill)
+    with pytest.raises(KeyboardInterrupt):
+        train_in_stages(lambda: make_trainer(tmp_path / "killed"), stages, say=quiet)
+    monkeypatch.undo()
+    monkeypatch.setattr(SummaryTrainer, "train", lambda *_, **__: pytest.fail("it had stalled"))
+    again = train_in_stages(lambda: make_trainer(tmp_path / "killed"), stages, resume=True, say=quiet)
+    assert again.stages[0].steps == whole.stages[0].steps == 6
+    assert_same(weights(again), weights(whole))
+    assert not list((tmp_path / "killed").glob("stage-1/checkpoint-*")), "done: nothing goes on from them"
+
+
+def test_the_steps_after_the_last_evaluation_count(tmp_path: Path) -> None:
+    report = train_in_stages(lambda: make_trainer(tmp_path), gradual(pretrained(), 1, 1, 2, steps=3), say=quiet)
+    evaluated = [entry["step"] for entry in report.trainer.state.log_history if "eval_loss" in entry]
+    assert evaluated == [2, 3]
+    rare = train_in_stages(
+        lambda: make_trainer(tmp_path / "rare", eval_steps=50, save_steps=50), gradual(pretrained(), 1, 1, 2, steps=3),
+        say=quiet,
+    )  # fmt: skip
+    first, second = rare.stages
+    assert second.best_metric < first.best_metric, "a stage is not thrown away unseen"
+
+
+def test_several_validation_sets_are_told_apart(tmp_path: Path) -> None:
+    def make(**given: Any) -> Any:
+        trainer = make_trainer(tmp_path, **given)
+        trainer.eval_dataset = {"a": trainer.eval_dataset, "b": Rows(review_rows("llama")[8:12])}
+        return trainer
+
+    report = train_in_stages(lambda: make(metric_for_best_model="a_loss"), [FreezePlan()], steps=4, say=quiet)
+    log = report.trainer.state.log_history
+    assert report.stages[0].best_metric == min(entry["eval_a_loss"] for entry in log if "eval_a_loss" in entry)
+    with pytest.raises(StageError, match="such as eval_a_loss"):
+        train_in_stages(make, [FreezePlan()], steps=4, output_dir=tmp_path / "2", say=quiet)
+
+
+def test_a_metric_that_is_not_finite_is_no_best(tmp_path: Path) -> None:
+    def make() -> Any:
+        trainer = make_trainer(tmp_path)
+        evaluate, values = trainer.evaluation_loop, iter([float("inf"), float("nan"), 2.0])
+
+        def scored(*args: Any, **named: Any) -> Any:
+            output = evaluate(*args, **named)
+            output.metrics["eval_loss"] = next(values)
+            return output
+
+        trainer.evaluation_loop = scored
+        return trainer
+
+    assert train_in_stages(make, [FreezePlan()], steps=6, say=quiet).stages[0].best_metric == 2.0
+
+
+def test_resume_where_nothing_lies_starts_anew(undisturbed: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    assert_same(weights(run(tmp_path, resume=True)), undisturbed)
+
+
+def test_another_run_in_the_folder_is_not_overwritten(tmp_path: Path) -> None:
+    train_in_stages(lambda: make_trainer(tmp_path), [FreezePlan()], steps=1, say=quiet)
+    with pytest.raises(StageError, match=r"holds another run.*resume=True"):
+        train_in_stages(lambda: make_trainer(tmp_path), [FreezePlan()], steps=1, say=quiet)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 3}, "its stage 1 is"),
+        ({"rows": 20}, "its training data is"),
+        ({"per_device_train_batch_size": 2}, f"its rows a step is {ROWS_A_STEP}, and 2"),
+        ({"metric_for_best_model": "runtime"}, "its metric is eval_loss"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    train_in_stages(lambda: make_trainer(tmp_path), [FreezePlan(), FreezePlan(decoder_blocks=1)], steps=2, say=quiet)
+    steps, count = change.pop("steps", 2), change.pop("rows", None)
+
+    def make() -> Any:
+        trainer = make_trainer(tmp_path, **change)
+        if count:
+            trainer.train_dataset = Rows(review_rows("llama")[:count])
+        return trainer
+
+    with pytest.raises(ResumeError, match=message):
+        train_in_stages(make, [FreezePlan(), FreezePlan(decoder_blocks=1)], steps=steps, resume=True, say=quiet)
+
+
+def test_another_base_model_is_refused_at_a_resume(tmp_path: Path) -> None:
+    train_in_stages(lambda: make_trainer(tmp_path), [FreezePlan(decoder_blocks=3)], steps=2, say=quiet)
+    other = pretrained()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(DeltaMismatch):
+        train_in_stages(
+            lambda: make_trainer(tmp_path, other), [FreezePlan(decoder_blocks=3)], steps=2, resume=True, say=quiet
+        )
+
+
+def test_a_model_that_an_interrupted_first_stage_left_half_trained_is_refused(tmp_path: Path) -> None:
+    class Fail(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+    model = pretrained()
+
+    def failing() -> Any:
+        trainer = make_trainer(tmp_path, model)
+        trainer.add_callback(Fail())
+        return trainer
+
+    stages = gradual(model, 1, 1, 2, steps=4)
+    with pytest.raises(KeyboardInterrupt):
+        train_in_stages(failing, stages, cache_dir=tmp_path / "cache", say=quiet)
+    with pytest.raises(ResumeError, match="Load the model again"):
+        train_in_stages(lambda: make_trainer(tmp_path, model), stages, resume=True, say=quiet)
+    model.load_state_dict(pretrained().state_dict())
+    report = train_in_stages(
+        lambda: make_trainer(tmp_path, model), stages, cache_dir=tmp_path / "cache", resume=True, say=quiet
+    )
+    assert len(report.stages) == 2, "the cache of the interrupted stage was closed"
+
+
+def test_a_damaged_ledger_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "stages.json").write_text("{")
+    with pytest.raises(ResumeError, match="it is damaged"):
+        train_in_stages(lambda: make_trainer(tmp_path), [FreezePlan()], steps=1, resume=True, say=quiet)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epochs": "1"}, "it is a number"),
+        ({"learning_rate": "1e-4"}, r"learning_rate='1e-4'; it is a number\. In YAML, write 1\.0e-4"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"epochs": float("inf")}, "A stage must end"),
+        ({"epochs": float("nan")}, "epochs=nan"),
+        ({"epochs": 1, "steps": 2}, "give one of them"),
+        ({"steps": 0}, "steps=0"),
+        ({"patience": 0}, "patience=0"),
+        ({"min_gain": 1.0}, "min_gain=1.0"),
+        ({"block_decay": 1.5}, "block_decay=1.5"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0"),
+    ],
+)
+def test_a_stage_that_cannot_be_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(StageError, match=message):
+        Stage(FreezePlan(), **given)
+
+
+def test_a_stage_without_a_plan_is_refused() -> None:
+    with pytest.raises(StageError, match="takes a FreezePlan"):
+        Stage({"decoder_blocks": 1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("stages", "given", "message"),
+    [
+        ([], {}, "was given no plan"),
+        ([FreezePlan(decoder_blocks=2), FreezePlan(decoder_blocks=3)], {}, "Stage 2 trains less than stage 1"),
+        ([FreezePlan(), FreezePlan(decoder_blocks=1, tied_head="untie")], {}, "cannot change that"),
+        ([Stage(FreezePlan(), patience=1)], {"eval_strategy": "no", "save_strategy": "no"}, "evaluate nothing"),
+        ([FreezePlan()], {"num_train_epochs": float("inf")}, "Stage 1 never ends"),
+    ],
+)
+def test_stages_that_cannot_be_are_refused_before_anything_trains(
+    stages: list[Any], given: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = pretrained()
+    with pytest.raises(StageError, match=message):
+        train_in_stages(lambda: make_trainer(tmp_path, model, **given), stages, say=quiet)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not (tmp_path / "stages.json").exists()
+
+
+def test_a_plan_that_does_not_fit_the_model_is_refused_before_anything_trains(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="has 4"):
+        train_in_stages(
+            lambda: make_trainer(tmp_path), [FreezePlan(), FreezePlan(decoder_blocks=9)], steps=1, say=quiet
+        )
+    assert not (tmp_path / "stages.json").exists()
+
+
+def test_a_trainer_given_twice_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(StageError, match="gave the trainer of the stage before again"):
+        train_in_stages(lambda: trainer, gradual(pretrained(), 1, 1, 2, steps=1), say=quiet)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((3, 1, 4), "has 4. Use stages <= 2"),
+        ((5, 1, 1), "has 4. Use start <= 4"),
+        ((0, 1, 1), "start=0"),
+        ((1, -1, 2), "step=-1"),
+        ((1, 1, 0), "stages=0"),
+    ],
+)
+def test_gradual_refuses_what_the_model_has_not(given: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(StageError, match=message):
+        gradual(pretrained(), *given)
+
+
+def test_stages_are_edited_as_yaml(tmp_path: Path) -> None:
+    stages = gradual(pretrained(), 1, 2, 2, epochs=1.5, patience=2, learning_rate=1e-3)
+    save_stages(stages, tmp_path / "stages.yaml")
+    assert load_stages(tmp_path / "stages.yaml") == stages
+    (tmp_path / "stages.yaml").write_text("stages:\n- plan: {decoder_blocks: -2}\n  epochs: 1\n")
+    assert load_stages(tmp_path / "stages.yaml") == [Stage(FreezePlan(decoder_blocks=-2), epochs=1)]
+    report = train_in_stages(lambda: make_trainer(tmp_path / "run"), tmp_path / "stages.yaml", say=quiet)
+    assert report.stages[0].trained_blocks == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stages: [", "cannot be read"),
+        ("plans: []", "no list named 'stages'"),
+        ("stages: []", "or an empty one"),
+        ("stages: [{plan: -4}]", "-4 as plan; it is a mapping"),
+        ("stages: [{plan: {}, epoch: 1}]", "'epoch'; the nearest: 'epochs'"),
+        ("stages: [{epochs: 1}]", "with the key 'plan'"),
+        ("stages: ['a']", "with the key 'plan'"),
+    ],
+)
+def test_yaml_that_holds_no_stages_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "stages.yaml").write_text(text)
+    with pytest.raises(StageError, match=message):
+        load_stages(tmp_path / "stages.yaml")
+    with pytest.raises(StageError, match="cannot be read"):
+        load_stages(tmp_path / "missing.yaml")
+
+
+# ------------------------------------------------------------------------------------------------------- two processes
+
+
+def two_processes(folder: Path, mode: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "tests/training/staged_run.py", str(folder), mode], capture_output=True, text=True, env=env,
+        timeout=300, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("mode", [pytest.param("plain", marks=pytest.mark.slow), "cached"])
+def test_two_ranks_end_with_the_weights_of_one_process(mode: str, tmp_path: Path) -> None:
+    """Without dropout, whose random numbers follow the shape of a batch."""
+    one, other = two_processes(tmp_path, mode)
+    assert one["world"] == other["world"] == 2
+    assert one["wrapper"] == "DistributedDataParallel"
+    assert one["weights"] == other["weights"], "to the bit"
+    alone = run(tmp_path / "alone", cached=mode == "cached", shared=tiny_model("llama"), **LINEAR)
+    theirs = {name: torch.tensor(values).float() for name, values in one["weights"].items()}
+    assert_close(theirs, {name: weight.flatten() for name, weight in weights(alone).items()})
+    losses = [entry["loss"] for entry in alone.trainer.state.log_history if "loss" in entry]
+    assert one["losses"] == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_run_moved_to_two_processes_goes_on_as_in_one(tmp_path: Path) -> None:
+    alone = one_plan(tmp_path / "alone", tiny_model("llama"), save_total_limit=None)
+    shutil.copytree(tmp_path / "alone" / "checkpoint-4", tmp_path / "moved" / "checkpoint-4")
+    ranks = two_processes(tmp_path / "moved", "moved")
+    assert [rank["world"] for rank in ranks] == [2, 2]
+    losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
+    assert ranks[0]["losses"] == pytest.approx(losses, rel=1e-5)
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+
+
+def test_thawing_under_a_living_trainer_lets_the_ranks_drift_apart(tmp_path: Path) -> None:
+    """The naive way, so that the test above can fail."""
+    one, other = two_processes(tmp_path, "naive")
+    apart = {name for name, values in one["weights"].items() if values != other["weights"][name]}
+    assert any(name.startswith("model.layers.2.") for name in apart), "the block thawed late is not in the reducer"
+
+
+def test_stages_that_another_process_trains_are_refused(tmp_path: Path) -> None:
+    child = another_run(tmp_path)
+    try:
+        with pytest.raises(FreezeError, match=rf"write into {tmp_path}; process {child} on .* is writing there"):
+            run(tmp_path, resume=True)
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
