@@ -1,8 +1,6 @@
-"""Which device is there, what a figure was measured on (cores, versions, power), and the greatest memory of some work.
+"""Which device is there, what a figure was measured on (cores, memory, versions), and the greatest memory of some work.
 
 No other file asks torch for accelerators: what it names first is what its build is for, there or not.
-Energy is power times seconds. The power is the limit that the machine tells; a CPU that tells none, as in most virtual
-machines, is given an assumed power by its cores, and the estimate says so. A GPU's is never guessed from its name.
 """
 
 from __future__ import annotations
@@ -11,10 +9,10 @@ import ctypes
 import gc
 import os
 import platform
-import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,8 +38,6 @@ __all__ = [
 ]
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
-POWERCAP = Path("/sys/class/powercap")  # the Linux kernel's interface to RAPL
-WATTS_A_CORE = 12.0  # Green Algorithms (Lannelongue et al. 2021) for a CPU that is not in its list
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers")
 
 
@@ -54,27 +50,16 @@ class Hardware:
         devices: How many of them worked.
         cores: CPU cores that the run might use.
         memory_bytes: Memory of one accelerator, or of the machine; None where it is not told.
-        watts: Power of all of them together, as a limit or as assumed; None where neither is known.
-        watts_source: Who told it, or what is assumed; "" where it is not known.
-        watts_assumed: Whether it is assumed, and so no limit.
 
     Example:
-        >>> hardware = Hardware("GPU", devices=2, cores=16, memory_bytes=80_000_000_000, watts=1400.0,
-        ...     watts_source="power limit that the driver reports")
-        >>> print(hardware)
+        >>> print(Hardware("GPU", devices=2, cores=16, memory_bytes=80_000_000_000))
         2 x GPU (80.0 GB each), 16 CPU cores
-        >>> hardware.energy_text(180.0)
-        'at most 70 Wh: 1,400 W (power limit that the driver reports) x 180 s. The devices are taken to run at their \
-limit; the rest of the machine is not counted.'
     """
 
     device: str
     devices: int
     cores: int
     memory_bytes: int | None = None
-    watts: float | None = None
-    watts_source: str = ""
-    watts_assumed: bool = False
 
     def __str__(self) -> str:
         many = self.devices > 1
@@ -82,31 +67,14 @@ limit; the rest of the machine is not counted.'
         count = f"{self.devices} x " if many else ""
         return f"{count}{self.device}{size}, {self.cores} CPU core{'s' * (self.cores > 1)}"
 
-    def energy_wh(self, seconds: float) -> float | None:
-        """Watt-hours of the devices at that power for so long; None where the power is not known.
-
-        >>> Hardware("CPU", 1, 2, watts=50.0).energy_wh(720.0), Hardware("CPU", 1, 2).energy_wh(720.0)
-        (10.0, None)
-        """
-        return None if self.watts is None else self.watts * seconds / 3600
-
-    def energy_text(self, seconds: float) -> str:
-        """The estimate in words, with what it assumes; "" where the power is not known."""
-        energy = self.energy_wh(seconds)
-        if energy is None:
-            return ""
-        sum_text = (
-            f"{energy:,.{0 if energy >= 10 else 2}f} Wh: {self.watts:,.0f} W ({self.watts_source}) x {seconds:,.0f} s."
-        )
-        if self.watts_assumed:
-            return f"about {sum_text} Not measured; the rest of the machine is not counted."
-        return (
-            f"at most {sum_text} The devices are taken to run at their limit; the rest of the machine is not counted."
-        )
-
     def to_dict(self) -> dict[str, Any]:
         """The values, JSON-ready."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Hardware:
+        """What `to_dict` gave; what an earlier version wrote beside it, an assumed power, is left out."""
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
 def find_accelerators() -> list[torch.device]:
@@ -137,8 +105,8 @@ def find_device(asked: str | None = None) -> torch.device:
         >>> print(find_device("cpu"))
         cpu
     """
-    there = find_accelerators()
-    names = [*{device.type: None for device in there}, "cpu", *map(str, there)]
+    accelerators = find_accelerators()
+    names = [*{device.type: None for device in accelerators}, "cpu", *map(str, accelerators)]
     if asked and asked not in names:
         missing = missing_accelerator()
         reason = f" ({missing})" if missing else ""
@@ -164,42 +132,18 @@ def read_hardware(device: torch.device | str | None = None, processes: int = 1) 
         device: Where the model runs; None is the accelerator if there is one, else the CPU.
         processes: Of the run, each with an accelerator of its own; taken to be on machines like this one.
 
-    Returns:
-        The hardware. Its power is the limit that nvidia-smi reports for a GPU, else None; for a CPU the long-term limit
-        of every package, from RAPL, or 12 W a core where there is none, as inside most virtual machines.
-
     Example:
         >>> hardware = read_hardware("cpu")
         >>> hardware.devices, hardware.cores >= 1
         (1, True)
     """
     device = torch.device(device) if device else find_device()
-    cores = cpu_cores()
     if device.type == "cuda":
-        told = torch.cuda.get_device_properties(device)
-        watts = _gpu_watts(str(getattr(told, "uuid", "")))
-        return Hardware(
-            device=device_name(device),
-            devices=processes,
-            cores=cores,
-            memory_bytes=told.total_memory,
-            watts=None if watts is None else watts * processes,
-            watts_source="" if watts is None else "power limit that the driver reports",
-        )
+        memory_bytes = torch.cuda.get_device_properties(device).total_memory
+        return Hardware(device_name(device), processes, cpu_cores(), memory_bytes)
     if device.type != "cpu":
-        return Hardware(device=device.type, devices=processes, cores=cores)
-    watts = _cpu_watts(POWERCAP)
-    limit = "long-term power limit of the CPU packages, from RAPL"
-    assumed = f"assumed: {WATTS_A_CORE:.0f} W a core, since this machine tells no limit"
-    return Hardware(
-        device=device_name(device),
-        devices=1,
-        cores=cores,
-        memory_bytes=_machine_bytes(),
-        watts=cores * WATTS_A_CORE if watts is None else watts,
-        watts_source=assumed if watts is None else limit,
-        watts_assumed=watts is None,
-    )
+        return Hardware(device.type, processes, cpu_cores())
+    return Hardware(device_name(device), 1, cpu_cores(), _machine_bytes())
 
 
 def cpu_cores() -> int:
@@ -230,13 +174,11 @@ def library_versions() -> dict[str, str]:
     >>> list(library_versions())[:2]
     ['python', 'hf_freeze']
     """
-    found = {"python": platform.python_version(), "hf_freeze": __version__}
+    versions = {"python": platform.python_version(), "hf_freeze": __version__}
     for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def reset_peak(device: torch.device) -> bool:
@@ -280,29 +222,6 @@ def status_bytes(field: str) -> int:
     """A field of /proc/self/status, such as VmRSS, in bytes; 0 where there is none."""
     lines = Path("/proc/self/status").read_text().splitlines() if sys.platform == "linux" else []
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-def _gpu_watts(uuid: str) -> float | None:
-    """The power limit of one NVIDIA GPU; None where nvidia-smi is missing or does not know (MIG slices)."""
-    which = [f"--id=GPU-{uuid.removeprefix('GPU-')}"] if uuid else []
-    command = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits", *which]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        return float(told.split()[0])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
-
-
-def _cpu_watts(powercap: Path) -> float | None:
-    """The long-term limits of all CPU packages, added up; None where the kernel tells none."""
-    total = 0.0
-    for zone in sorted(powercap.glob("intel-rapl:*")):  # AMD's zones carry the name too; those with a second colon
-        try:  # are parts of a package
-            if (zone / "name").read_text().startswith("package"):
-                total += int((zone / "constraint_0_power_limit_uw").read_text()) / 1e6
-        except (OSError, ValueError):
-            return None
-    return total or None
 
 
 def _machine_bytes() -> int | None:

@@ -396,7 +396,6 @@ def run(model_args, data_args, args) -> None:
             data=data,
             log_history=trainer.state.log_history,
             hardware=hardware,
-            seconds=train_seconds + cache_seconds,
         )
         built = cache.report if cache else None
         save_run(
@@ -420,7 +419,7 @@ def run(model_args, data_args, args) -> None:
             notes=(
                 *prompt.notes,
                 *encoded["train"].notes,
-                *([f"Seconds and energy of training are those{since}."] if since else []),
+                *([f"Seconds of training are those{since}."] if since else []),
             ),
         )
         write_run_report(args.output_dir)

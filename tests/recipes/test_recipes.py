@@ -247,7 +247,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path: Path) -> 
     assert "Going on from" in done.stdout
     told = [json.loads((folder / "run.json").read_text()) for folder in (whole, output)]
     assert ["batch_seconds" in each["measured"] for each in told] == [True, False], "some batches ran before"
-    assert told[1]["notes"][-1] == "Seconds and energy of training are those since it was resumed."
+    assert told[1]["notes"][-1] == "Seconds of training are those since it was resumed."
     states = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (whole, output)]
     losses = [[row["loss"] for row in state if "loss" in row] for state in states]
     assert losses[0] == losses[1]

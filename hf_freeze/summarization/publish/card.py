@@ -1,7 +1,7 @@
 """The model card: README.md of a run's output folder, with metadata that the Hugging Face hub reads.
 
 It words what it is given and reads the folder for what kind of model lies there. What is not known (a base that is no
-hub id, a language, a license, the energy) is left out, never guessed. `keep_card` lets the card stand when Trainer or
+hub id, a language, a license) is left out, never guessed. `keep_card` lets the card stand when Trainer or
 PEFT would write over it.
 """
 
@@ -75,7 +75,6 @@ def write_card(
     data: DataFacts | None = None,
     log_history: Sequence[Mapping[str, Any]] = (),
     hardware: Hardware | None = None,
-    seconds: float | None = None,
     license: str | None = None,
 ) -> Path:
     """Writes README.md, the model card: metadata, what was frozen, losses, ROUGE, samples, how to load it.
@@ -94,7 +93,6 @@ def write_card(
         data: What it was trained on; None leaves that out, with the scores in the metadata, which need its name.
         log_history: Trainer's log, for the loss curve.
         hardware: What it ran on; None leaves that out.
-        seconds: What the energy is estimated for; None leaves the estimate out.
         license: Of the model; None takes the base's where the card in its folder tells, and else leaves it out.
 
     Returns:
@@ -131,7 +129,7 @@ def write_card(
     ]
     if data is not None:
         parts += ["## Data", str(data)]
-    parts += ["## Use", *_use(place, report, adapter=adapter), "## Facts", _fact_lines(facts, hardware, seconds)]
+    parts += ["## Use", *_use(place, report, adapter=adapter), "## Facts", _fact_lines(facts, hardware)]
     path = place / CARD_FILE
     place.mkdir(parents=True, exist_ok=True)
     write_whole(path, f"---\n{metadata}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
@@ -263,12 +261,10 @@ print(generate_summaries(model, tokenizer, reviews, prompt=prompt, num_beams=num
     ]
 
 
-def _fact_lines(facts: Mapping[str, Any], hardware: Hardware | None, seconds: float | None) -> str:
+def _fact_lines(facts: Mapping[str, Any], hardware: Hardware | None) -> str:
     shown = {name: f"{value:,.1f}" if isinstance(value, float) else str(value) for name, value in facts.items()}
     if hardware is not None:
         shown["hardware"] = str(hardware)
-        if seconds is not None and (energy := hardware.energy_text(seconds)):
-            shown["energy"] = energy
     shown["versions"] = ", ".join(f"{name} {version}" for name, version in library_versions().items())
     return "\n".join(f"- {name}: {value}" for name, value in shown.items())
 

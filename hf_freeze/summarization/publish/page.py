@@ -355,11 +355,7 @@ def _predictions(rows: Sequence[Mapping[str, Any]]) -> str:
 def _run(run: Mapping[str, Any], results: Mapping[str, Any], missing: Sequence[str]) -> str:
     facts = [(f"data: {split}", text) for split, text in (run.get("data") or {}).items()]
     if run.get("hardware"):
-        hardware = Hardware(**run["hardware"])
-        facts.append(("hardware", str(hardware)))
-        seconds = float(results.get("train_seconds") or 0.0) + float(results.get("cache_seconds") or 0.0)
-        if energy := hardware.energy_text(seconds):
-            facts.append(("energy of training and cache", energy))
+        facts.append(("hardware", str(Hardware.from_dict(run["hardware"]))))
     facts += [(name, str(results[name])) for name in ("precision", "world_size") if name in results]
     facts += [(name, version) for name, version in (run.get("versions") or {}).items()]
     notes = "".join(f"<p>{escape(note)}</p>" for note in run.get("notes") or ())
