@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from hf_freeze.training.adapters import adapt_upper
     from hf_freeze.training.checkpoints import DeltaCheckpoints, guard_checkpoints, resume_from
     from hf_freeze.training.monitor import FreezeMonitor
-    from hf_freeze.training.stages import Stage, gradual, load_stages, save_stages, train_in_stages
+    from hf_freeze.training.schedule import Stage, gradual, load_stages, save_stages
+    from hf_freeze.training.stages import train_in_stages
     from hf_freeze.training.supervised import SupervisedLogits, all_logits, supervised_logits_only
 
 __all__ = [
@@ -93,10 +94,10 @@ _LATER = {  # heavier rooms, imported when they are asked for
     "save_delta": "hf_freeze.delta",
     "sweep_depths": "hf_freeze.depth",
     "FreezeMonitor": "hf_freeze.training.monitor",
-    "Stage": "hf_freeze.training.stages",
-    "gradual": "hf_freeze.training.stages",
-    "load_stages": "hf_freeze.training.stages",
-    "save_stages": "hf_freeze.training.stages",
+    "Stage": "hf_freeze.training.schedule",
+    "gradual": "hf_freeze.training.schedule",
+    "load_stages": "hf_freeze.training.schedule",
+    "save_stages": "hf_freeze.training.schedule",
     "train_in_stages": "hf_freeze.training.stages",
     "generate_summaries": "hf_freeze.summarization.generation",
     "compute_rouge": "hf_freeze.summarization.rouge",

@@ -20,8 +20,8 @@ from hf_freeze.freezing.report import FreezeRecord, FreezeReport, earlier_freeze
 from hf_freeze.given import check_kind, check_model
 from hf_freeze.marks import RECORD, UNTIED
 from hf_freeze.plan import FreezePlan, given_plan
-from hf_freeze.prepared import is_being_trained, take_off_autocast
 from hf_freeze.tensors import unwrap
+from hf_freeze.trial import is_being_trained, take_off_autocast
 
 __all__ = ["freeze", "thaw", "untie"]
 

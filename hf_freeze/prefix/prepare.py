@@ -27,8 +27,8 @@ from hf_freeze.prefix.crossing import find_prefix
 from hf_freeze.prefix.dataset import Collator, Rows, progress_bar, read_dataset
 from hf_freeze.prefix.proof import check_states, check_training
 from hf_freeze.prefix.replay import AUTOCAST, Prefix
-from hf_freeze.prepared import autocast_left, is_being_trained, take_off_autocast
 from hf_freeze.tensors import unwrap
+from hf_freeze.trial import autocast_left, is_being_trained, take_off_autocast
 
 __all__ = ["Prepared", "prepare", "refuse_moving_positions", "two_sided", "wider_sample"]
 

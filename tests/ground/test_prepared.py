@@ -18,7 +18,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_freeze import FreezePlan, PrefixCache, forecast, freeze, supervised_logits_only, thaw
-from hf_freeze.prepared import autocast_left, take_off_autocast
+from hf_freeze.trial import autocast_left, take_off_autocast
 
 GENERATOR = torch.Generator().manual_seed(0)
 IDS = [torch.randint(3, 60, (8,), generator=GENERATOR) for _ in range(8)]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import hf_freeze.training.checkpoints
+import hf_freeze.training.ledger
 import hf_freeze.training.stages
 from hf_freeze import gradual, train_in_stages
 from tests.training.staged_run import STEPS, make_trainer, pretrained, run
@@ -60,7 +61,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
         (hf_freeze.training.checkpoints, "remove_checkpoints"),
         (hf_freeze.training.checkpoints.os, "replace"),  # the manifest is written under its temporary name
         (hf_freeze.training.stages, "save_delta"),  # the best weights are about to be written
-        (hf_freeze.training.stages, "write_json"),  # a stage is done and not noted
+        (hf_freeze.training.ledger, "write_json"),  # a stage is done and not noted
     ],
 )
 def test_a_run_killed_at_a_chosen_place_ends_so_too(

@@ -37,6 +37,7 @@ import hf_freeze.prefix.prepare
 import hf_freeze.summarization.generation
 import hf_freeze.summarization.training
 import hf_freeze.training.checkpoints
+import hf_freeze.training.ledger
 import hf_freeze.training.stages
 from hf_freeze import PrefixCache, errors, generate_summaries, processes, save_delta
 from hf_freeze.errors import CacheDamaged, CannotCache, FreezeError, FrozenWeightsChanged
@@ -123,7 +124,7 @@ def stages(case: Case) -> None:
     """Two stages of one step from a cache, without it where it fails."""
     report = hf_freeze.training.stages.train_in_stages(
         lambda: make_trainer(case.folder / "stages", case.model, max_steps=1, eval_strategy="no", save_strategy="no"),
-        hf_freeze.training.stages.gradual(case.model, start=1, step=1, stages=2, steps=1),
+        hf_freeze.gradual(case.model, start=1, step=1, stages=2, steps=1),
         cache_dir=case.folder / "cache",
         say=case.said.append,
     )
@@ -387,7 +388,7 @@ FAULTS = [
           r"mark .*checkpoint-1 as whole: OSError: .*No space left", mark, ranks=(0,)),
     # stages
     Fault("a stage's cache that fails", raising(hf_freeze.prefix.files, "save_file", FULL), None, stages),
-    Fault("a ledger that cannot be written", raising(hf_freeze.training.stages, "write_json", FULL),
+    Fault("a ledger that cannot be written", raising(hf_freeze.training.ledger, "write_json", FULL),
           r"begin the stages: OSError: .*No space left", stages, ranks=(0,)),
     Fault("best weights that cannot be read",
           raising(hf_freeze.training.stages, "load_delta", FreezeError("it is damaged.")),

@@ -22,7 +22,8 @@ from hf_freeze.plan import FreezePlan
 from hf_freeze.processes import leave_group
 from hf_freeze.summarization import SummaryTrainer, SummaryTrainingArguments
 from hf_freeze.training.checkpoints import guard_checkpoints, resume_from
-from hf_freeze.training.stages import StagesReport, gradual, train_in_stages
+from hf_freeze.training.schedule import gradual
+from hf_freeze.training.stages import StagesReport, train_in_stages
 from tests.prefix.cases import collator_for, review_rows
 from tests.tiny import tiny_model
 

@@ -15,14 +15,15 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-import hf_freeze.training.stages
+import hf_freeze.training.ledger
 from hf_freeze import FreezePlan, freeze, thaw, verify_frozen
 from hf_freeze.errors import DeltaMismatch, FreezeError, PlanError, ResumeError, StageError
 from hf_freeze.files import write_json
 from hf_freeze.locks import LOCK
 from hf_freeze.summarization import SummaryTrainer
 from hf_freeze.training.monitor import FreezeMonitor
-from hf_freeze.training.stages import Stage, gradual, load_stages, save_stages, train_in_stages
+from hf_freeze.training.schedule import Stage, gradual, load_stages, save_stages
+from hf_freeze.training.stages import train_in_stages
 from tests.prefix.cases import review_rows
 from tests.tiny import tiny_model
 from tests.training.staged_run import LINEAR, ROWS_A_STEP, Rows, another_run, make_trainer, one_plan, pretrained, run
@@ -301,7 +302,7 @@ def test_a_stalled_stage_that_was_killed_before_it_was_noted_is_not_trained_on(
             raise KeyboardInterrupt
         write_json(path, values)
 
-    monkeypatch.setattr(hf_freeze.training.stages, "write_json", kill)
+    monkeypatch.setattr(hf_freeze.training.ledger, "write_json", kill)
     with pytest.raises(KeyboardInterrupt):
         train_in_stages(lambda: make_trainer(tmp_path / "killed"), stages, say=quiet)
     monkeypatch.undo()
