@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 from hf_freeze.errors import ModelError, ReviewsError, TokenizerMismatch
+from hf_freeze.inputs import IGNORED_LABEL
 from hf_freeze.inputs.tokenizer import role_id, underlying_model
 
 __all__ = ["SummaryCollator"]
-
-IGNORED_LABEL = -100  # what torch's cross entropy and every transformers loss skip
 
 
 class SummaryCollator:

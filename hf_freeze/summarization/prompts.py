@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_freeze.errors import FreezeError, ReviewsError, TokenizerMismatch
+from hf_freeze.inputs import IGNORED_LABEL
 from hf_freeze.inputs.tokenizer import longest_input, longest_target, role_id, text_ids
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EncodedReviews", "SummaryPrompt", "encode_reviews", "read_prompt"]
 
-IGNORED_LABEL = -100  # what torch's cross entropy and every transformers loss skip
 PLAIN_TEMPLATE = "Review: {review}\nSummary:"
 REQUEST = "Summarize this customer review in one sentence.\n\n{review}"
 SHORTEST_CONTROL_TOKEN = 3  # shorter special tokens ("!", "\n") are ordinary text too
@@ -80,6 +80,12 @@ class SummaryPrompt:
     @property
     def is_encoder_decoder(self) -> bool:
         return self.kind == "encoder-decoder"
+
+    @property
+    def identity(self) -> list[Any]:
+        """All but the tokenizer that decides about ids, as JSON values."""
+        wording = [self.kind, self.head, self.tail, self.joint, self.end_ids, self.stop_ids, self.control_tokens]
+        return [*wording, self.source_specials, self.target_specials, self.max_source_tokens, self.max_summary_tokens]
 
     def encode(self, review: str, summary: str | None = None) -> dict[str, list[int]]:
         """One review (and its summary) as unpadded ids.
@@ -446,9 +452,7 @@ def encode_reviews(
     columns = {"input_ids": "int32", "attention_mask": "int8"} | ({"labels": "int32"} if labelled else {})
     flags = {"review_cut": datasets.Value("bool"), "summary_cut": datasets.Value("bool")}
     lists = {name: datasets.List(datasets.Value(dtype)) for name, dtype in columns.items()}
-    wording = [prompt.kind, prompt.head, prompt.tail, prompt.joint, prompt.end_ids, prompt.source_specials]
-    limits = [prompt.target_specials, prompt.max_source_tokens, prompt.max_summary_tokens]
-    identity = [dataset._fingerprint, review_column, summary_column, *wording, *limits, prompt.tokenizer.get_vocab()]
+    identity = [dataset._fingerprint, review_column, summary_column, prompt.identity, prompt.tokenizer.get_vocab()]
     encoded = dataset.map(
         encode,
         remove_columns=dataset.column_names,

@@ -1,30 +1,30 @@
 """A file that is written over a long time and gone on with after a kill, to the bytes of an undisturbed run.
 
-What is appended lies in OUTPUT.partial and is on disk before OUTPUT.partial.json says so; what was written and not
-noted, a torn row included, is cut off when the next run goes on. That run must be the same one: its facts, the input
-that was consumed and the bytes that were written are compared first. It knows nothing of rows, columns or models.
+Each piece is a shard, a file of its own in OUTPUT.partial/, written whole or not at all; at the end the shards are
+joined, and the whole takes the output's name. The run that goes on must be the same one: its facts, the input that was
+consumed and the bytes of the shards are compared first. It knows nothing of rows, columns or models.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import itertools
 import json
 import os
-import sys
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from hf_freeze.errors import FreezeError, ResumeError
-from hf_freeze.files import write_json
+from hf_freeze.files import whole, write_json, write_whole
+from hf_freeze.locks import alone_in
 
 __all__ = ["ResumableFile", "check_free", "facts_before"]
 
-VERSION = 1
-CHUNK_BYTES = 1 << 20
+VERSION = 2
+RUN = "run.json"
 
 
 def check_free(output: Path) -> None:
@@ -44,25 +44,26 @@ def facts_before(output: Path) -> dict[str, Any]:
     {}
     """
     try:
-        return dict(json.loads(_side(output).read_text(encoding="utf-8"))["facts"])
+        return dict(json.loads((_folder(output) / RUN).read_text(encoding="utf-8"))["facts"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # `begin` words what is wrong
 
 
-def _side(output: Path) -> Path:
-    return output.with_name(f"{output.name}.partial.json")
+def _folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
 
 
 class ResumableFile:
     """An output that appears under its name when it is whole, and until then goes on where it stopped.
 
-    A context manager: it takes the unfinished file for this process, and lets it go again. In this order: `begin`,
+    A context manager: it takes the unfinished output for this process, and lets it go again. In this order: `begin`,
     `skip`, `append` as often as needed, `finish`.
 
     Args:
         output: The file to make. Its folder is made where it is missing.
 
     Attributes:
+        folder: Where the shards lie; what else is put there goes with it.
         notes: What differs from the run before and may.
 
     Raises:
@@ -86,52 +87,43 @@ class ResumableFile:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self.path = output.with_name(f"{output.name}.partial")
-        self.side = _side(output)
+        self.folder = _folder(output)
         self.notes: list[str] = []
+        self._lock = contextlib.ExitStack()
         self._run: dict[str, Any] = {}
-        self._bytes = 0
-        self._begun = False  # something of this output is worth keeping
-        self._written = hashlib.blake2b(digest_size=16)
+        self._noted = False
+        self._shards_done = 0
         self._consumed = hashlib.blake2b(digest_size=16)
         self._consumed_before = ""
-        self._file: IO[bytes]
 
     def __enter__(self) -> Self:
         check_free(self.output)
+        if self.folder.is_file():
+            raise ResumeError(f"{self.folder} is a file, and no folder of an unfinished run. Remove it.")
         with self._worded():
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab", buffering=0)  # nothing is left to write when a full disk has closed it
-        if not _lock(self._file) or not self._is_ours():
-            self._file.close()
-            raise FreezeError(f"Another process is writing {self.path}. Wait for it, or choose another output.")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                before = self.folder.stat()
+                self._lock.enter_context(alone_in(self.folder))
+                ours = os.path.samestat(before, self.folder.stat())  # not one that another run has removed meanwhile
+            except (BlockingIOError, FileNotFoundError):
+                ours = False
+        if not ours:
+            self._lock.close()
+            raise FreezeError(f"Another process is writing {self.folder}. Wait for it, or choose another output.")
         try:
-            check_free(self.output)  # again: another run may have finished it before the file was opened
+            check_free(self.output)  # again: another run may have finished it before the lock was ours
         except FreezeError:
-            if not self.path.stat().st_size:  # what was opened is new then, and nobody else's
-                with contextlib.suppress(PermissionError):  # Windows removes no open file
-                    self.path.unlink()
-            self._file.close()
+            self.__exit__()
             raise
-        for torn in self.side.parent.glob(f"{glob.escape(self.side.name)}.*.tmp"):  # of a run that was killed
+        for torn in self.folder.glob("*.tmp"):  # of a run that was killed
             torn.unlink(missing_ok=True)
-        self._begun = self.side.exists() or self.path.stat().st_size > 0
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if sys.platform == "win32":  # which renames and removes no open file
-            self._file.close()
-        if kind is not None and not self._begun:
-            self.path.unlink(missing_ok=True)
-            self.side.unlink(missing_ok=True)
-        self._file.close()  # and with it the lock
-
-    def _is_ours(self) -> bool:
-        """Whether the file that was opened still has this name: another run may have finished it before the lock."""
-        try:
-            return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
-        except FileNotFoundError:
-            return False
+    def __exit__(self, *_: object) -> None:
+        if not self._shards():  # nothing is worth keeping
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
 
     def begin(self, facts: Mapping[str, Any], circumstances: Mapping[str, Any]) -> dict[str, Any]:
         """Finds out where to go on, and notes what this run is.
@@ -141,63 +133,52 @@ class ResumableFile:
             circumstances: JSON values by name whose change goes into `notes`.
 
         Returns:
-            The state that was noted last; {} for a new run.
+            The state of the last shard; {} for a new run.
 
         Raises:
             ResumeError: What lies there is of another run, or is not what it wrote.
         """
         self._run = json.loads(json.dumps({"version": VERSION, "facts": facts, "circumstances": circumstances}))
-        size = self.path.stat().st_size
-        if not self.side.exists():
-            if size:
+        shards, state = self._shards(), {}
+        if shards:
+            self._compare(self._run)
+        for number, path in enumerate(shards):
+            head, content = self._read(path)
+            if path != self._shard(number) or head.get("written") != _digest(content):
                 raise ResumeError(
-                    f"{self.path} is there without {self.side.name}, so that nobody can tell of which run it is. "
-                    f"Remove it, or choose another output."
+                    f"{path} does not hold what was written there: somebody changed the folder, or its disk lost it. "
+                    f"{self._anew}"
                 )
-            self._note({})
-            return {}
-        state, written = self._read_side()
-        self._check_written(written, size)
-        return state
+            self._consumed_before, state = head["consumed"], head["state"]
+        self._shards_done = len(shards)
+        return dict(state)
 
-    def _read_side(self) -> tuple[dict[str, Any], str]:
-        """The state that was noted, and the digest of what was written."""
-        try:
-            values = json.loads(self.side.read_text(encoding="utf-8"))
-            version, then, made_with = values["version"], dict(values["facts"]), dict(values["circumstances"])
-            self._bytes, self._consumed_before = int(values["bytes"]), str(values["consumed"])
-            written, state = str(values["written"]), dict(values["state"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ResumeError(f"{self.side} cannot be read ({error!r}). {self._anew}") from error
-        if version != VERSION:
-            raise ResumeError(f"{self.side} is of version {version}; this one reads version {VERSION}. {self._anew}")
-        facts, circumstances = self._run["facts"], self._run["circumstances"]
-        for name in {**facts, **then}:
-            if facts.get(name) != then.get(name):
-                raise ResumeError(
-                    f"{self.path} was begun by another run: its {name} was {then.get(name)!r}, and "
-                    f"{facts.get(name)!r} was asked for. Give what it was begun with, or start anew. {self._anew}"
-                )
-        for name in {**circumstances, **made_with}:
-            if circumstances.get(name) != made_with.get(name):
-                self.notes.append(f"{name} was {made_with.get(name)}, and is {circumstances.get(name)} from here on")
-        return state, written
-
-    def _check_written(self, written: str, size: int) -> None:
-        """Compares what was written with what was noted, and cuts off the rest."""
-        if size >= self._bytes:
-            with self.path.open("rb") as file:
-                left = self._bytes
-                while left and (chunk := file.read(min(left, CHUNK_BYTES))):
-                    self._written.update(chunk)
-                    left -= len(chunk)
-        if self._written.hexdigest() != written:
+    def _compare(self, run: Mapping[str, Any]) -> None:
+        """Refuses the shards of another run, and notes what may differ."""
+        path = self.folder / RUN
+        if not path.exists():
             raise ResumeError(
-                f"{self.path} does not hold what was written there: somebody changed it, or its disk lost it. "
-                f"{self._anew}"
+                f"{self.folder} is there without its {RUN}, so that nobody can tell of which run it is. Remove it, or "
+                f"choose another output."
             )
-        with self._worded():
-            self._file.truncate(self._bytes)
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            version, facts, circumstances = before["version"], dict(before["facts"]), dict(before["circumstances"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ResumeError(f"{path} cannot be read ({error!r}). {self._anew}") from error
+        if version != VERSION:
+            raise ResumeError(f"{path} is of version {version}; this one reads version {VERSION}. {self._anew}")
+        for name in {**run["facts"], **facts}:
+            asked, noted = run["facts"].get(name), facts.get(name)
+            if asked != noted:
+                raise ResumeError(
+                    f"{self.folder} was begun by another run: its {name} was {noted!r}, and {asked!r} was asked for. "
+                    f"Give what it was begun with, or start anew. {self._anew}"
+                )
+        for name in {**run["circumstances"], **circumstances}:
+            now, noted = run["circumstances"].get(name), circumstances.get(name)
+            if now != noted:
+                self.notes.append(f"{name} was {noted}, and is {now} from here on")
 
     def skip(self, marks: Iterator[bytes], count: int) -> None:
         """Consumes the marks of the input that the run before has dealt with.
@@ -209,13 +190,13 @@ class ResumableFile:
         Raises:
             ResumeError: They are not those of that run.
         """
-        found = 0
+        consumed = 0
         for mark in itertools.islice(marks, count):
             self._consumed.update(mark)
-            found += 1
-        if count and (found < count or self._consumed.hexdigest() != self._consumed_before):
+            consumed += 1
+        if count and (consumed < count or self._consumed.hexdigest() != self._consumed_before):
             raise ResumeError(
-                f"{self.path} was begun with another input: its first {count:,} rows are not those that were dealt "
+                f"{self.folder} was begun with another input: its first {count:,} rows are not those that were dealt "
                 f"with. Give that input, or start anew. {self._anew}"
             )
 
@@ -228,38 +209,45 @@ class ResumableFile:
             state: JSON values for the next run.
 
         Raises:
-            FreezeError: The disk is full or gone; what was noted before stays.
+            FreezeError: The disk is full or gone; the shards before stay.
         """
-        encoded = content.encode()
-        with self._worded():
-            left = memoryview(encoded)
-            while left:
-                left = left[self._file.write(left) :]
-            os.fsync(self._file.fileno())
-        self._begun = True
-        self._bytes += len(encoded)
-        self._written.update(encoded)
         for mark in marks:
             self._consumed.update(mark)
-        self._note(state)
-
-    def _note(self, state: Mapping[str, Any]) -> None:
-        digests = {"written": self._written.hexdigest(), "consumed": self._consumed.hexdigest()}
+        encoded = content.encode()
+        head = {"written": _digest(encoded), "consumed": self._consumed.hexdigest(), "state": state}
         with self._worded():
-            write_json(self.side, {**self._run, "bytes": self._bytes, **digests, "state": state})
+            if not self._noted:
+                write_json(self.folder / RUN, self._run)
+                self._noted = True
+            write_whole(self._shard(self._shards_done), json.dumps(head).encode() + b"\n" + encoded)
+        self._shards_done += 1
 
     def finish(self) -> None:
-        """Gives the file its name. Killed at any moment, it is whole under one of its two names."""
-        if sys.platform == "win32":
-            self._file.close()
+        """Joins the shards under the output's name. Killed at any moment, it is whole under that name or not there."""
         with self._worded():
-            os.replace(self.path, self.output)
-            self.side.unlink()
-        self._file.close()  # and with it the lock: nobody else may begin before the name is there
+            with whole(self.folder / "joined") as joined, joined.open("wb") as file:
+                for path in self._shards():
+                    file.write(self._read(path)[1])
+            os.replace(self.folder / "joined", self.output)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _shards(self) -> list[Path]:
+        return sorted(self.folder.glob("*.shard"))
+
+    def _shard(self, number: int) -> Path:
+        return self.folder / f"{number:08}.shard"
+
+    def _read(self, path: Path) -> tuple[dict[str, Any], bytes]:
+        """What a shard says of itself, {} where it is damaged, and its content."""
+        head, _, content = path.read_bytes().partition(b"\n")
+        try:
+            return dict(json.loads(head)), content
+        except (ValueError, TypeError):
+            return {}, content
 
     @property
     def _anew(self) -> str:
-        return f"To start anew, remove {self.path.name} and {self.side.name}."
+        return f"To start anew, remove {self.folder.name}."
 
     @contextlib.contextmanager
     def _worded(self) -> Iterator[None]:
@@ -267,21 +255,10 @@ class ResumableFile:
             yield
         except OSError as error:
             raise FreezeError(
-                f"{self.path} could not be written: {error.strerror or error}. What was noted stays: mend that, start "
-                f"the same again, and it goes on."
+                f"{self.folder} could not be written: {error.strerror or error}. What was noted stays: mend that, "
+                f"start the same again, and it goes on."
             ) from error
 
 
-def _lock(file: IO[bytes]) -> bool:
-    """Takes the file for this process until it ends; False where another one has it. Without locks here: True."""
-    if sys.platform == "win32":
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # some network disks have no locks
-        return True
-    return True
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

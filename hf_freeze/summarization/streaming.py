@@ -1,19 +1,17 @@
 """Summaries of files of any size, in bounded memory: window by window, resumed after a kill to the same bytes.
 
-Rows are taken in windows. What a window gives is appended to OUTPUT.partial and flushed to disk, and only then noted in
-OUTPUT.partial.json; a torn end that was not noted is cut off again. The finished file is renamed. Of several processes
-the first reads and writes, and each generates its share of each window. Nothing here loads a model.
+Rows are taken in windows, and what a window gives is a shard of the output (`resumable`). Of several processes the
+first reads and writes, and each generates its share of each window. Nothing here loads a model.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,18 +29,18 @@ from hf_freeze.summarization.data.grouping import (
     group_key,
     merge_summaries,
     summarize_groups,
+    summarized,
 )
 from hf_freeze.summarization.data.reviews import choose_columns
 from hf_freeze.summarization.data.rows import GivenRows, Row, RowFiles, RowLines, row_text
 from hf_freeze.summarization.generation import generate_summaries
 from hf_freeze.summarization.prompts import SummaryPrompt, read_prompt
 from hf_freeze.summarization.resumable import ResumableFile, check_free
+from hf_freeze.summarization.windows import WINDOW_ROWS, Entry, cut_windows
 from hf_freeze.tensors import named_tensors, tensor_digest, unwrap
 
 __all__ = ["WINDOW_ROWS", "FileReport", "check_places", "stream_summaries", "summarize_file"]
 
-WINDOW_ROWS = 512  # 32 batches of 16: sorted by length little of them is padding, and a kill costs a minute or so
-WINDOW_CHARACTERS = 4_000_000  # of all texts of a window, for rows that are books
 COUNT_COLUMN = "review_count"  # of a group, in the output
 BAR_ROWS = 4096  # between two moves of the bar while a file is only read
 
@@ -72,15 +70,15 @@ class FileReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        done = self.rows - self.rows_before
         by_row = self.lines == self.rows
         what = f"{self.lines - self.blank:,} summaries" if by_row else f"{self.lines:,} groups from {self.rows:,} rows"
-        told = [f"{what} in {self.output}: {done / max(self.seconds, 1e-9):,.1f} rows a second"]
+        speed = (self.rows - self.rows_before) / max(self.seconds, 1e-9)
+        lines = [f"{what} in {self.output}: {speed:,.1f} rows a second"]
         if self.rows_before:
-            told.append(f"  went on after row {self.rows_before:,}")
+            lines.append(f"  went on after row {self.rows_before:,}")
         if self.blank:
-            told.append(f"  {self.blank:,} {'more ' * by_row}without a summary: there was no review")
-        return "\n".join([*told, *(f"  note: {note}" for note in self.notes)])
+            lines.append(f"  {self.blank:,} {'more ' * by_row}without a summary: there was no review")
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
@@ -114,23 +112,11 @@ def summarize_file(
     processes every one of them must call. Changes neither model nor tokenizer.
 
     Args:
-        model: As in `generate_summaries`.
-        tokenizer: Its tokenizer.
-        source: As in `stream_summaries`.
-        output: As in `stream_summaries`.
+        model, tokenizer, batch_size, num_beams, precision, **generate_kwargs: As in `generate_summaries`.
+        source, output, text_column, group_by, summary_column, window_rows, total_rows, progress, say: As in
+            `stream_summaries`.
         prompt: What the model was trained with (`load_prompt`); `read_prompt(tokenizer, model.config)` by default.
-        text_column: The column with the review; guessed from its name by default.
-        group_by: One summary for all reviews with the same value in this column.
-        summary_column: The column that is added.
-        batch_size: Reviews at once.
         max_new_tokens: The longest summary; the prompt's `max_summary_tokens` by default.
-        num_beams: 1 is greedy.
-        precision: As in `generate_summaries`.
-        window_rows: As in `stream_summaries`.
-        total_rows: As in `stream_summaries`.
-        progress: A bar with the time left.
-        say: As in `stream_summaries`.
-        **generate_kwargs: For `model.generate`.
 
     Returns:
         The report, in every process.
@@ -154,41 +140,27 @@ def summarize_file(
     check_path("summarize_file", "output", output)
     kinds = (str, os.PathLike, Iterable)
     check_kind("summarize_file", "source", source, kinds, "a file's path or rows", "source='reviews.csv'")
+    core = unwrap(model)
     if prompt is None:
-        prompt = read_prompt(tokenizer, unwrap(model).config, max_summary_tokens=max_new_tokens or 64)
-    new_tokens = max_new_tokens or prompt.max_summary_tokens
+        prompt = read_prompt(tokenizer, core.config, max_summary_tokens=max_new_tokens or 64)
+    decoding: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens or prompt.max_summary_tokens,
+        "num_beams": num_beams,
+        "precision": precision,
+    }
 
     def summarize(texts: Sequence[str]) -> list[str]:
         return generate_summaries(
-            model,
-            tokenizer,
-            texts,
-            prompt=prompt,
-            batch_size=batch_size,
-            max_new_tokens=new_tokens,
-            num_beams=num_beams,
-            precision=precision,
-            progress=False,
-            **generate_kwargs,
+            model, tokenizer, texts, prompt=prompt, batch_size=batch_size, progress=False, **decoding, **generate_kwargs
         )
 
     facts: dict[str, Any] = {}
     if rank_and_world()[0] == 0:
-        core = unwrap(model)
-        wording = [
-            prompt.kind,
-            prompt.head,
-            prompt.tail,
-            prompt.source_specials,
-            prompt.stop_ids,
-            prompt.control_tokens,
-        ]
         facts = {
             "model": json_digest(sorted((name, tensor_digest(tensor)) for name, tensor in named_tensors(core))),
-            "prompt": json_digest([*wording, prompt.max_source_tokens]),
+            "prompt": json_digest(prompt.identity),
             "tokenizer": json_digest(sorted(tokenizer.get_vocab().items())),
-            "max_new_tokens": new_tokens,
-            "num_beams": num_beams,
+            **decoding,
             "precision": precision or str(core.dtype).removeprefix("torch."),
             "options of generate": {name: str(value) for name, value in sorted(generate_kwargs.items())},
         }
@@ -203,7 +175,7 @@ def summarize_file(
         window_rows=window_rows,
         total_rows=total_rows,
         facts=facts,
-        circumstances={"batch_size": batch_size, "device": unwrap(model).device.type, "torch": torch.__version__},
+        circumstances={"batch_size": batch_size, "device": core.device.type, "torch": torch.__version__},
         progress=progress,
         say=say,
     )
@@ -229,7 +201,8 @@ def stream_summaries(
 
     Files are read through once before anything is summarised, so that a broken row in the last line stops a run at its
     beginning. With `group_by` that pass copies the texts to a store on disk beside the output, as large as they are
-    (`GroupStore`), since the rows of a group may lie anywhere; a group larger than a window is summarised in parts.
+    (`GroupStore`), since the rows of a group may lie anywhere; a group larger than a window is summarised in parts. At
+    the end, while the shards of the output are joined, they take twice its room.
 
     Args:
         summarize: From texts that are not blank to their summaries, in order; always the same for the same texts.
@@ -275,11 +248,12 @@ def stream_summaries(
     try:
         if isinstance(window_rows, bool) or not isinstance(window_rows, int) or window_rows < 1:
             raise FreezeError(f"window_rows={window_rows!r} was asked for; it is a whole number, 1 or more.")
-        told = {"processes": world, **(circumstances or {})}
-        job = _Job(lead, fits, text_column, group_by, summary_column, window_rows, progress, say or _be_quiet)
         if total_rows is None and isinstance(source, Sized) and not isinstance(source, str):
             total_rows = len(source)
-        report = _run(job, source, Path(output).expanduser(), total_rows, dict(facts or {}), told)
+        say = say or (lambda message: None)
+        job = _Job(lead, fits, text_column, group_by, summary_column, window_rows, total_rows, progress, say)
+        circumstances = {"processes": world, **(circumstances or {})}
+        report = _run(job, source, Path(output).expanduser(), facts or {}, circumstances)
     except Exception as error:
         lead.end(error)
         raise
@@ -297,27 +271,16 @@ def check_places(
 ) -> None:
     """Looks at files and columns without reading rows, so that a mistake need not wait for a model to load.
 
-    Args:
-        source, output, text_column, group_by, summary_column: As in `stream_summaries`.
+    The arguments are those of `stream_summaries`.
 
     Raises:
         FreezeError: What `stream_summaries` would raise before its first row.
     """
     path = Path(output).expanduser()
     rows = _open_source(source, path)
-    job = _Job(_nothing, None, text_column, group_by, summary_column, 1, False, _be_quiet)
-    _text_column(job, rows)
-    _lines_of(job, rows, path)
+    _text_column(rows, text_column, group_by)
+    _lines_of(rows, path, group_by, summary_column)
     check_free(path)
-
-
-def _nothing(texts: Sequence[str]) -> Sequence[str]:
-    """Summarises nothing."""
-    return []
-
-
-def _be_quiet(message: str) -> None:
-    """Says nothing."""
 
 
 class _Job(NamedTuple):
@@ -329,96 +292,57 @@ class _Job(NamedTuple):
     group_by: str | None
     summary_column: str
     window_rows: int
+    total_rows: int | None
     progress: bool
     say: Callable[[str], object]
 
 
-class _Entry(NamedTuple):
-    """A text on its way, with its group ("" without groups) or, without groups, its row."""
-
-    group: str
-    text: str
-    row: Row | None = None
-
-    @property
-    def mark(self) -> bytes:
-        """What must be the same when a run goes on."""
-        if self.row is None:
-            return json.dumps([self.group, self.text]).encode()
-        return (self.row.text or json.dumps(dict(self.row.values), default=str)).encode()
-
-    @property
-    def characters(self) -> int:
-        if self.row is None or self.row.text:
-            return len(self.row.text if self.row else self.text)
-        return sum(len(cell) for cell in self.row.values.values() if isinstance(cell, str))
-
-
-@dataclass(frozen=True)
-class _OpenGroup:
-    """The group of which a window held a part only: the summaries of its parts, and how many reviews they are of."""
-
-    parts: list[str] = field(default_factory=list)
-    reviews: int = 0
-
-
-class _Step(NamedTuple):
-    """What one window gave."""
-
-    entries: list[_Entry]
-    lines: list[str]
-    blank: int
-    open_group: _OpenGroup
-
-
 @dataclass(frozen=True)
 class _Done:
-    """How far a run is."""
+    """How far a run is. Of a group that the last window held a part of: the summaries of its parts, and its reviews."""
 
     rows: int = 0
     lines: int = 0
     blank: int = 0
-    open_group: _OpenGroup = field(default_factory=_OpenGroup)
-
-    @classmethod
-    def read(cls, state: Mapping[str, Any]) -> _Done:
-        return cls(**{**state, "open_group": _OpenGroup(**state["open_group"])}) if state else cls()
-
-    def after(self, step: _Step) -> _Done:
-        rows, lines = self.rows + len(step.entries), self.lines + len(step.lines)
-        return _Done(rows, lines, self.blank + step.blank, step.open_group)
+    parts: Sequence[str] = ()
+    reviews: int = 0
 
 
 def _run(
-    job: _Job, source: Any, output: Path, total: int | None, facts: dict[str, Any], circumstances: dict[str, Any]
+    job: _Job, source: Any, output: Path, facts: Mapping[str, Any], circumstances: Mapping[str, Any]
 ) -> FileReport:
     started = time.perf_counter()
     rows = _open_source(source, output)
-    text_column = _text_column(job, rows)
+    text_column = _text_column(rows, job.text_column, job.group_by)
+    how = "guessed from its name" if job.text_column is None else "as asked"
+    job.say(f"{rows.name}: reviews in column {text_column!r} ({how})")
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(ResumableFile(output))
         if job.group_by is None:
-            total = _count(rows, text_column, job.progress) if isinstance(rows, RowFiles) else total
-            entries = (_Entry("", row_text(row, text_column), row) for row in rows)
+            total = _count(rows, text_column, job.progress) if isinstance(rows, RowFiles) else job.total_rows
+            entries = (Entry("", row_text(row, text_column), row) for row in rows)
         else:
-            store = stack.enter_context(GroupStore(output.with_name(f".{output.name}.groups.tmp")))
+            store = stack.enter_context(GroupStore(file.folder / "groups.tmp"))
             _fill(store, rows, text_column, job.group_by, job.progress)
-            total, entries = store.rows, (_Entry(group, text) for group, text in store)
+            total, entries = store.rows, (Entry(group, text) for group, text in store)
             job.say(f"{store.rows:,} rows of {store.groups:,} groups by {job.group_by!r}")
         choose_columns(rows.name, list(rows.columns), text_column, None, False)  # JSON lines may name more by now
-        lines = _lines_of(job, rows, output)
+        lines = _lines_of(rows, output, job.group_by, job.summary_column)
         asked = {"text_column": text_column, "window_rows": job.window_rows, "group_by": job.group_by}
         asked |= {"summary_column": job.summary_column, "header": lines.header}
-        done = before = _Done.read(file.begin({**facts, **asked}, circumstances))
+        done = before = _Done(**file.begin({**facts, **asked}, circumstances))
         if before.rows:
-            job.say(f"{file.path} goes on after row {before.rows:,}")
+            job.say(f"{file.folder} goes on after row {before.rows:,}")
         file.skip((entry.mark for entry in entries), before.rows)
         with _bar("summaries", "row", total, job.progress, initial=before.rows) as bar:
-            for step in _steps(job, entries, lines, before.open_group):
-                header = "" if done.rows else lines.header
-                done = done.after(step)
-                file.append(header + "".join(step.lines), (entry.mark for entry in step.entries), asdict(done))
-                bar.update(len(step.entries))
+            for window, closed in cut_windows(entries, job.window_rows):
+                content = "" if done.rows else lines.header
+                if job.group_by is None:
+                    written, done = _summarize_rows(job, window, lines, done)
+                else:
+                    written, done = _summarize_groups(job, window, closed, lines, done)
+                file.append(content + written, (entry.mark for entry in window), asdict(done))
+                bar.update(len(window))
         if not done.rows:
             raise ReviewsError(f"{rows.name} has no rows. Give at least one review.")
         file.finish()
@@ -444,39 +368,32 @@ def _open_source(source: Any, output: Path) -> RowFiles | GivenRows:
     return RowFiles(path)
 
 
-def _text_column(job: _Job, rows: RowFiles | GivenRows) -> str:
+def _text_column(rows: RowFiles | GivenRows, asked: str | None, group_by: str | None) -> str:
     """The column of the reviews. Of JSON lines only the first is known here: one may lack the column that is asked."""
     columns = list(rows.columns)
-    if job.group_by is not None and job.group_by not in columns:
+    if group_by is not None and group_by not in columns:
         raise ReviewsError(
-            f"group_by={job.group_by!r} was asked for, but {rows.name} has no such column. It has "
-            f"{', '.join(map(repr, columns))}; nearest: {nearest(job.group_by, columns)}."
+            f"group_by={group_by!r} was asked for, but {rows.name} has no such column. It has "
+            f"{', '.join(map(repr, columns))}; nearest: {nearest(group_by, columns)}."
         )
-    if job.group_by == COUNT_COLUMN:
+    if group_by == COUNT_COLUMN:
         raise ReviewsError(
             f"group_by={COUNT_COLUMN!r} was asked for; the output has a column of that name for the number of reviews. "
             f"Rename the input's."
         )
-    later = isinstance(rows, RowFiles) and rows.kind == "JSON lines" and job.text_column is not None
-    text_column = str(job.text_column) if later else choose_columns(rows.name, columns, job.text_column, None, False)[0]
-    how = "guessed from its name" if job.text_column is None else "as asked"
-    job.say(f"{rows.name}: reviews in column {text_column!r} ({how})")
-    return text_column
+    if asked is not None and isinstance(rows, RowFiles) and rows.kind == "JSON lines":
+        return asked
+    return choose_columns(rows.name, columns, asked, None, False)[0]
 
 
-def _lines_of(job: _Job, rows: RowFiles | GivenRows, output: Path) -> RowLines:
-    if job.group_by is None:
-        return RowLines(output, list(rows.columns), job.summary_column, rows.separator, rows.header)
-    return RowLines(output, [job.group_by, COUNT_COLUMN], job.summary_column, rows.separator)
+def _lines_of(rows: RowFiles | GivenRows, output: Path, group_by: str | None, summary_column: str) -> RowLines:
+    columns, header = (list(rows.columns), rows.header) if group_by is None else ([group_by, COUNT_COLUMN], None)
+    return RowLines(output, columns, summary_column, rows.separator, header)
 
 
 def _count(rows: RowFiles, text_column: str, progress: bool) -> int:
     """Reads all rows, so that a broken one is known before anything is summarised; how many there are."""
-    count = 0
-    for row in _under_bar(rows, "checking", progress):
-        row_text(row, text_column)
-        count += 1
-    return count
+    return sum(row_text(row, text_column) is not None for row in _under_bar(rows, "checking", progress))
 
 
 def _fill(store: GroupStore, rows: RowFiles | GivenRows, text_column: str, group_by: str, progress: bool) -> None:
@@ -504,88 +421,41 @@ def _bar(label: str, unit: str, total: int | None, progress: bool, initial: int 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Windows
+# One window
 
 
-def _steps(job: _Job, entries: Iterator[_Entry], lines: RowLines, open_group: _OpenGroup) -> Iterator[_Step]:
-    if job.group_by is None:
-        for window in _windows(entries, job.window_rows):
-            summaries = _each_summarized(job, [entry.text for entry in window])
-            written = [
-                lines.line(entry.row, summary)
-                for entry, summary in zip(window, summaries, strict=True)
-                if entry.row is not None
-            ]
-            yield _Step(window, written, sum(not entry.text.strip() for entry in window), _OpenGroup())
-        return
-    for window, closed in _group_windows(entries, job.window_rows):
-        step = _group_step(job, window, closed, lines, open_group)
-        open_group = step.open_group
-        yield step
-
-
-def _each_summarized(job: _Job, texts: list[str]) -> list[str]:
-    wanted = [text for text in texts if text.strip()]
-    made = list(job.summarize(wanted)) if wanted else []
-    if len(made) != len(wanted):
-        raise FreezeError(
-            f"summarize was given {len(wanted)} texts and returned {len(made)} summaries. Return one each."
-        )
-    rest = iter(made)
-    return [next(rest) if text.strip() else "" for text in texts]
-
-
-def _windows(entries: Iterator[_Entry], window_rows: int) -> Iterator[list[_Entry]]:
-    window: list[_Entry] = []
-    characters = 0
-    for entry in entries:
-        window.append(entry)
-        characters += entry.characters
-        if len(window) >= window_rows or characters >= WINDOW_CHARACTERS:
-            yield window
-            window, characters = [], 0
-    if window:
-        yield window
-
-
-def _group_windows(entries: Iterator[_Entry], window_rows: int) -> Iterator[tuple[list[_Entry], bool]]:
-    """Windows that end where a group ends, but for a group that is larger than one; and whether it does end there.
-
-    Where a window begins depends on its beginning only, so that a resumed run has the same ones.
-    """
-    window: list[_Entry] = []
-    characters, border = 0, 0  # border: where the last group of the window begins
-    for entry in entries:
-        if window and entry.group != window[-1].group:
-            border = len(window)
-        # Again for what is kept: alone it may be too much, and a run that begins with it would yield it here, too.
-        while window and (len(window) >= window_rows or characters >= WINDOW_CHARACTERS):
-            yield window[: border or len(window)], border > 0
-            window = window[border:] if border else []
-            characters, border = sum(kept.characters for kept in window), 0
-        window.append(entry)
-        characters += entry.characters
-    if window:
-        yield window, True
-
-
-def _group_step(job: _Job, window: list[_Entry], closed: bool, lines: RowLines, open_group: _OpenGroup) -> _Step:
-    """The groups of a window; the first may go on from the window before, the last into the next."""
-    groups = [
-        (name, [e.text for e in of if e.text.strip()]) for name, of in itertools.groupby(window, lambda e: e.group)
+def _summarize_rows(job: _Job, window: list[Entry], lines: RowLines, done: _Done) -> tuple[str, _Done]:
+    """The lines of a window of rows, and how far the run is then."""
+    texts = [entry.text for entry in window if entry.text.strip()]
+    summaries = iter(summarized(texts, job.summarize))
+    written = [
+        lines.line(entry.row, next(summaries) if entry.text.strip() else "")
+        for entry in window
+        if entry.row is not None
     ]
-    summaries = summarize_groups([texts for _, texts in groups], job.summarize, job.fits)
-    counts = [len(texts) for _, texts in groups]
-    counts[0] += open_group.reviews
-    parts = [*open_group.parts, *([summaries[0]] if summaries[0] else [])]
+    rows = len(window)
+    return "".join(written), _Done(done.rows + rows, done.lines + rows, done.blank + rows - len(texts))
+
+
+def _summarize_groups(job: _Job, window: list[Entry], closed: bool, lines: RowLines, done: _Done) -> tuple[str, _Done]:
+    """The same for groups; the first may go on from the window before, the last into the next."""
+    names, groups = [], []
+    for name, entries in itertools.groupby(window, lambda entry: entry.group):
+        names.append(name)
+        groups.append([entry.text for entry in entries if entry.text.strip()])
+    summaries = summarize_groups(groups, job.summarize, job.fits)
+    counts = [len(group) for group in groups]
+    counts[0] += done.reviews
+    parts = [*done.parts, *([summaries[0]] if summaries[0] else [])]
+    rows = done.rows + len(window)
     if not closed:  # one group and no end of it
-        return _Step(window, [], 0, _OpenGroup(parts, counts[0]))
+        return "", _Done(rows, done.lines, done.blank, parts, counts[0])
     summaries[0] = merge_summaries([parts], job.summarize, job.fits)[0]
     written = [
         lines.line(Row({str(job.group_by): name, COUNT_COLUMN: count}, f"group {name!r}"), summary)
-        for (name, _), count, summary in zip(groups, counts, summaries, strict=True)
+        for name, count, summary in zip(names, counts, summaries, strict=True)
     ]
-    return _Step(window, written, counts.count(0), _OpenGroup())
+    return "".join(written), _Done(rows, done.lines + len(written), done.blank + counts.count(0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -611,18 +481,18 @@ class _Lead:
     def end(self, outcome: FileReport | Exception) -> None:
         """Lets the others return or raise the same."""
         if self.together:
-            told = isinstance(outcome, FreezeError | FileReport)
-            from_first(outcome if told else FreezeError(f"{type(outcome).__name__}: {outcome}"))
+            ours = isinstance(outcome, FreezeError | FileReport)
+            from_first(outcome if ours else FreezeError(f"{type(outcome).__name__}: {outcome}"))
 
 
 def _follow(summarize: Summarize) -> FileReport:
     """The other processes: summarise what the first one hands out, until it tells how it ended."""
     while True:
-        told: Any = from_first(None)
-        if isinstance(told, list):
+        message: Any = from_first(None)
+        if isinstance(message, list):
             with agreed("summarise the reviews"):
-                summarize(told)
-        elif isinstance(told, FileReport):
-            return told
+                summarize(message)
+        elif isinstance(message, FileReport):
+            return message
         else:
-            raise told
+            raise message

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
 from hf_freeze.errors import FreezeError
-from hf_freeze.inputs.collation import IGNORED_LABEL
+from hf_freeze.inputs import IGNORED_LABEL
 from hf_freeze.machine import cpu_cores, find_accelerators
 from hf_freeze.processes import agreed, from_first, rank_and_world
 from hf_freeze.tables import Table

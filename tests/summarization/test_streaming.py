@@ -6,7 +6,6 @@ import csv
 import errno
 import json
 import os
-import re
 import signal
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from hf_freeze.summarization import streaming
 from hf_freeze.summarization.data.rows import RowFiles
 from hf_freeze.summarization.resumable import ResumableFile, check_free, facts_before
 from hf_freeze.summarization.streaming import FileReport, check_places, stream_summaries, summarize_file
+from hf_freeze.summarization.windows import Entry, cut_windows
 from tests.tokenizer_makers import byte_level, llama_config
 
 ROWS = [{"id": str(n), "product": f"p{n % 3}", "review": f"text {n}" if n % 4 else " "} for n in range(11)]
@@ -76,24 +76,18 @@ def test_every_row_keeps_its_columns_and_its_place(ending: str, tmp_path: Path) 
     assert left(tmp_path) == sorted(["in.csv", output.name])
 
 
-def test_texts_are_handed_out_a_window_at_a_time_without_blank_ones() -> None:
+def test_texts_are_handed_out_a_window_at_a_time_without_blank_ones(tmp_path: Path) -> None:
     calls: list[list[str]] = []
-
-    def summarize(texts: Sequence[str]) -> list[str]:
-        calls.append(list(texts))
-        return list(texts)
-
-    job = streaming._Job(summarize, None, "review", None, "summary", 3, False, print)
-    entries = [streaming._Entry("", row["review"]) for row in ROWS]
-    assert [len(window) for window in streaming._windows(iter(entries), 3)] == [3, 3, 3, 2]
-    assert streaming._each_summarized(job, ["a", " ", "b"]) == ["a", "", "b"]
-    assert calls == [["a", "b"]]
+    stream(ROWS, tmp_path / "out.csv", lambda texts: calls.append(list(texts)) or list(texts))
+    assert calls == [["text 1", "text 2"], ["text 3", "text 5"], ["text 6", "text 7"], ["text 9", "text 10"]]
 
 
-def test_a_window_of_books_ends_before_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "WINDOW_CHARACTERS", 100)
-    entries = [streaming._Entry("g", "x" * size) for size in (60, 60, 10, 300, 10)]
-    assert [len(window) for window in streaming._windows(iter(entries), 512)] == [2, 2, 1]
+def test_a_window_of_books_ends_before_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("hf_freeze.summarization.windows.WINDOW_CHARACTERS", 100)
+    sizes: list[int] = []
+    rows = [{"review": "x" * size} for size in (60, 60, 10, 300, 10)]
+    stream(rows, tmp_path / "out.csv", lambda texts: sizes.append(len(texts)) or list(texts), window_rows=512)
+    assert sizes == [2, 2, 1]
 
 
 def test_eight_times_the_rows_take_no_more_memory(tmp_path: Path) -> None:
@@ -240,14 +234,14 @@ def test_a_group_larger_than_a_window_loses_no_review(window_rows: int, tmp_path
 
 
 def test_windows_of_groups_begin_at_the_same_places_wherever_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "WINDOW_CHARACTERS", 100)
+    monkeypatch.setattr("hf_freeze.summarization.windows.WINDOW_CHARACTERS", 100)
     sizes = [("a", 10), ("b", 150), ("b", 10), ("b", 60), ("b", 60), ("c", 10), ("c", 99), ("d", 1), ("e", 1), ("f", 1)]
-    entries = [streaming._Entry(group, "x" * size) for group, size in sizes]
-    windows = list(streaming._group_windows(iter(entries), 3))
+    entries = [Entry(group, "x" * size) for group, size in sizes]
+    windows = list(cut_windows(entries, 3))
     assert [entry for window, _ in windows for entry in window] == entries
     begin = 0
     for number, (window, _) in enumerate(windows):
-        assert list(streaming._group_windows(iter(entries[begin:]), 3)) == windows[number:]
+        assert list(cut_windows(entries[begin:], 3)) == windows[number:]
         begin += len(window)
 
 
@@ -271,19 +265,19 @@ def killed_at(step: int, run: Callable[[], object]) -> bool:
     """Runs in a process that kills itself, without any clean-up, before its n-th step to disk; whether it did."""
 
     def dying(function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any) -> Any:
+        def wrapped(*args: Any, **options: Any) -> Any:
             nonlocal step
             step -= 1
             if step < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args)
+            return function(*args, **options)
 
         return wrapped
 
     child = os.fork()
     if child == 0:
         try:
-            for name in ("fsync", "replace", "unlink"):
+            for name in ("mkdir", "fsync", "replace", "unlink", "rmdir"):
                 setattr(os, name, dying(getattr(os, name)))
             run()
             os._exit(0)
@@ -317,7 +311,7 @@ def test_a_run_killed_at_any_step_ends_with_the_bytes_of_an_undisturbed_one(
             assert output.read_bytes() == whole
             assert left(folder) == ["out.csv"]
         step += 1
-    assert step > 10
+    assert step > 15
 
 
 def test_a_run_killed_again_and_again_goes_on(tmp_path: Path) -> None:
@@ -333,14 +327,14 @@ def test_a_run_killed_again_and_again_goes_on(tmp_path: Path) -> None:
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
-def test_a_torn_end_that_was_not_noted_is_cut_off(tmp_path: Path) -> None:
+def test_a_shard_that_a_kill_has_torn_is_written_again(tmp_path: Path) -> None:
     stream(ROWS, tmp_path / "whole.csv")
     with pytest.raises(Stopped):
         stream(ROWS, tmp_path / "out.csv", stopping_after(2))
-    with (tmp_path / "out.csv.partial").open("a") as file:
-        file.write('6,p0,"half a ro')
+    (tmp_path / "out.csv.partial" / "00000002.shard.0f.tmp").write_text('6,p0,"half a ro')
     stream(ROWS, tmp_path / "out.csv")
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert left(tmp_path) == ["out.csv", "whole.csv"]
 
 
 def half(folder: Path, rows: Sequence[dict[str, str]] = ROWS, **options: Any) -> Path:
@@ -365,10 +359,11 @@ def test_another_run_does_not_go_on_from_this_one(
     rows: list[dict[str, str]], options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     output = half(tmp_path)
-    before = (tmp_path / "out.csv.partial").read_bytes()
+    folder = tmp_path / "out.csv.partial"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ResumeError, match=message):
         stream(rows, output, **options)
-    assert (tmp_path / "out.csv.partial").read_bytes() == before
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert stream(ROWS, output, facts={"model": "a"}).rows_before == 6, "the right one still does"
 
 
@@ -386,24 +381,44 @@ def test_what_may_change_is_noted(tmp_path: Path) -> None:
     assert "note: batch_size was 16, and is 8 from here on: summaries may differ" in str(report)
 
 
+def changed(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda partial, side: partial.write_bytes(b"x" + partial.read_bytes()[1:]), "does not hold what was written"),
-        (lambda partial, side: partial.write_bytes(partial.read_bytes()[:-1]), "does not hold what was written"),
-        (lambda partial, side: partial.unlink(), "does not hold what was written"),
-        (lambda partial, side: side.unlink(), "is there without out.csv.partial.json"),
-        (lambda partial, side: side.write_text("{"), "cannot be read"),
-        (lambda partial, side: side.write_text("{}"), "cannot be read"),
-        (lambda partial, side: side.write_text(re.sub('"version": 1', '"version": 9', side.read_text())), "version 9"),
+        (lambda shards, run: changed(shards[0], lambda old: old[:-2] + b"xx"), "does not hold what was written"),
+        (lambda shards, run: changed(shards[1], lambda old: old[:-1]), "does not hold what was written"),
+        (lambda shards, run: changed(shards[1], lambda old: b""), "does not hold what was written"),
+        (lambda shards, run: shards[0].unlink(), "does not hold what was written"),
+        (lambda shards, run: run.unlink(), r"is there without its run\.json"),
+        (lambda shards, run: run.write_text("{"), "cannot be read"),
+        (lambda shards, run: run.write_text("{}"), "cannot be read"),
+        (lambda shards, run: changed(run, lambda old: old.replace(b'"version": 2', b'"version": 9')), "version 9"),
     ],
 )
 def test_a_damaged_half_is_refused_with_what_to_remove(damage: Any, message: str, tmp_path: Path) -> None:
     output = half(tmp_path)
-    damage(tmp_path / "out.csv.partial", tmp_path / "out.csv.partial.json")
-    with pytest.raises(ResumeError, match=message) as told:
+    folder = tmp_path / "out.csv.partial"
+    damage(sorted(folder.glob("*.shard")), folder / "run.json")
+    with pytest.raises(ResumeError, match=message) as refusal:
         stream(ROWS, output, facts={"model": "a"})
-    assert "emove" in str(told.value)
+    assert "emove" in str(refusal.value)
+
+
+def test_a_last_shard_that_is_gone_is_made_again(tmp_path: Path) -> None:
+    output = half(tmp_path)
+    (tmp_path / "out.csv.partial" / "00000001.shard").unlink()
+    assert stream(ROWS, output, facts={"model": "a"}).rows_before == 3
+    stream(ROWS, tmp_path / "whole.csv")
+    assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_a_file_in_the_place_of_the_shards_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out.csv.partial").write_text("of an earlier version")
+    with pytest.raises(ResumeError, match=r"out\.csv\.partial is a file.*Remove it"):
+        stream(ROWS, tmp_path / "out.csv")
 
 
 def test_two_runs_never_write_one_output(tmp_path: Path) -> None:
@@ -423,7 +438,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_it_is_mended(
     def full(descriptor: int) -> None:
         nonlocal calls
         calls += 1
-        if calls == 6:
+        if calls == 4:
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
@@ -432,27 +447,6 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_it_is_mended(
         stream(ROWS, tmp_path / "out.csv")
     monkeypatch.setattr(os, "fsync", fsync)
     assert stream(ROWS, tmp_path / "out.csv").rows_before == 6
-    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
-
-
-def test_a_write_that_takes_only_a_part_is_gone_on_with(tmp_path: Path) -> None:
-    stream(ROWS, tmp_path / "whole.csv")
-    with ResumableFile(tmp_path / "out.csv") as file:
-        raw = file._file
-
-        class Slow:
-            """A file that takes three bytes at a time."""
-
-            def write(self, content: memoryview) -> int:
-                return raw.write(content[:3])
-
-            def __getattr__(self, name: str) -> Any:
-                return getattr(raw, name)
-
-        file._file = Slow()  # type: ignore[assignment]
-        file.begin({}, {})
-        file.append((tmp_path / "whole.csv").read_text(), [], {})
-        file.finish()
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
@@ -497,7 +491,7 @@ def test_a_file_that_was_finished_while_it_was_waited_for_stays(
 def test_the_facts_of_an_unfinished_run_can_be_asked_for(tmp_path: Path) -> None:
     output = half(tmp_path)
     assert facts_before(output)["model"] == "a"
-    (tmp_path / "out.csv.partial.json").write_text("[]")
+    (tmp_path / "out.csv.partial" / "run.json").write_text("[]")
     assert facts_before(output) == {}
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "join_reviews",
     "merge_summaries",
     "summarize_groups",
+    "summarized",
 ]
 
 Summarize = Callable[[Sequence[str]], Sequence[str]]
@@ -88,7 +89,7 @@ def summarize_groups(groups: Sequence[Sequence[str]], summarize: Summarize, fits
     ['A C', '']
     """
     packs = [list(_packs([text for text in group if text.strip()], fits, at_least=1)) for group in groups]
-    return merge_summaries(_summarized(packs, summarize), summarize, fits)
+    return merge_summaries(_summarize_packs(packs, summarize), summarize, fits)
 
 
 def merge_summaries(groups: Sequence[Sequence[str]], summarize: Summarize, fits: Fits | None = None) -> list[str]:
@@ -101,7 +102,7 @@ def merge_summaries(groups: Sequence[Sequence[str]], summarize: Summarize, fits:
     while any(len(group) > 1 for group in summaries):
         # At least two of them in a pack, whether they fit or not: otherwise their number might never fall.
         packs = [list(_packs(group, fits, at_least=2)) if len(group) > 1 else [] for group in summaries]
-        merged = _summarized(packs, summarize, lone_stays=True)
+        merged = _summarize_packs(packs, summarize, lone_stays=True)
         summaries = [
             [text for text in new if text.strip()] if new else old for new, old in zip(merged, summaries, strict=True)
         ]
@@ -120,18 +121,27 @@ def _packs(texts: Iterable[str], fits: Fits | None, at_least: int) -> Iterator[l
         yield pack
 
 
-def _summarized(
+def _summarize_packs(
     packs: Sequence[Sequence[Sequence[str]]], summarize: Summarize, *, lone_stays: bool = False
 ) -> list[list[str]]:
     """The summary of each pack, by group; a pack of one text may be its own."""
     texts = [join_reviews(pack) for group in packs for pack in group if not (lone_stays and len(pack) == 1)]
-    made = summarize(texts) if texts else []
-    if len(made) != len(texts):
+    summaries = iter(summarized(texts, summarize))
+    return [[pack[0] if lone_stays and len(pack) == 1 else next(summaries) for pack in group] for group in packs]
+
+
+def summarized(texts: Sequence[str], summarize: Summarize) -> Sequence[str]:
+    """A summary for each text; nothing is run where there is none.
+
+    Raises:
+        FreezeError: `summarize` returned another number of summaries than it was given texts.
+    """
+    summaries = summarize(texts) if texts else []
+    if len(summaries) != len(texts):
         raise FreezeError(
-            f"summarize was given {len(texts)} texts and returned {len(made)} summaries. Return one each."
+            f"summarize was given {len(texts)} texts and returned {len(summaries)} summaries. Return one each."
         )
-    rest = iter(made)
-    return [[pack[0] if lone_stays and len(pack) == 1 else next(rest) for pack in group] for group in packs]
+    return summaries
 
 
 def group_key(value: Any, column: str, place: str) -> str:
