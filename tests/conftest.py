@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # and every process that a test starts: their threads would wait for each other
+
 import hypothesis
 import torch
 
