@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from hf_freeze.errors import FreezeError
 
-__all__ = ["check_callable", "check_kind", "check_model", "check_path", "check_trainer"]
+__all__ = ["check_callable", "check_kind", "check_model", "check_path", "check_trainer", "read_numbers"]
+
+Number = TypeVar("Number", int, float)
 
 
 def check_model(what: str, model: object) -> None:
@@ -79,6 +81,18 @@ def check_kind(
     """
     if not isinstance(value, kinds):
         raise error(f"{what} was given {_words(value)} as {argument}; it takes {takes}. Use {fix}.")
+
+
+def read_numbers(text: str, kind: type[Number]) -> list[Number]:
+    """Numbers with commas between them, as they are given on a command line; "" is none.
+
+    >>> read_numbers("0,15,22", int), read_numbers("", float)
+    ([0, 15, 22], [])
+    """
+    try:
+        return [kind(piece) for piece in text.split(",") if piece.strip()]
+    except ValueError:
+        raise FreezeError(f"{text!r} was given; use numbers with commas between them, such as 0,15,22.") from None
 
 
 def _words(value: Any) -> str:

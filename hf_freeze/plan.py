@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast
@@ -23,7 +24,7 @@ from hf_freeze.given import check_kind
 
 __all__ = ["FreezePlan", "ResolvedPlan", "given_plan", "plan_at_depth"]
 
-BlockCount = int | float | Literal["all"]
+BlockCount = int | float | str  # "all", or a number as text
 PLAN_FILE = "freeze_plan.json"
 DEFAULT_BLOCKS = 0.5
 
@@ -85,7 +86,8 @@ class FreezePlan:
             (a vision encoder) that feed the text stack. True, because with trainable embeddings the backward pass
             must reach the bottom and most of the saving is lost.
         encoder_blocks: The lowest n (int), all but the top n (negative int), that fraction rounded down (float;
-            1 is one block, 1.0 all of them) or "all". None means 0.5, the classic "freeze the early half".
+            1 is one block, 1.0 all of them) or "all", as text too: "3", "-4", "0.5". None means 0.5, the classic
+            "freeze the early half".
         decoder_blocks: The same for the decoder. A model with one stack takes either name.
         tied_head: Where the head shares its weight with frozen embeddings: "freeze" both, "train" both (then nothing
             can be cached) or "untie", which clones the head's weight and trains the clone. "freeze", because it
@@ -100,7 +102,7 @@ class FreezePlan:
         PlanError: A value of the wrong kind, or a pattern that is no regular expression.
 
     Example:
-        >>> FreezePlan(decoder_blocks=-4).to_dict()["decoder_blocks"]
+        >>> FreezePlan(decoder_blocks="-4").decoder_blocks
         -4
         >>> FreezePlan(decoder_blocks=1.5)
         Traceback (most recent call last):
@@ -120,7 +122,7 @@ Use an int for a number of blocks, or "all".
         if not isinstance(self.embeddings, bool):
             raise PlanError(f"FreezePlan asks for embeddings={self.embeddings!r}; it is True or False.")
         for name in ("encoder_blocks", "decoder_blocks"):
-            _check_count(name, getattr(self, name))
+            object.__setattr__(self, name, _read_count(name, getattr(self, name)))
         for name, choices in (("tied_head", ("freeze", "train", "untie")), ("frozen_mode", ("eval", "train"))):
             if (value := getattr(self, name)) not in choices:
                 raise PlanError(f"FreezePlan asks for {name}={value!r}; it is one of {', '.join(map(repr, choices))}.")
@@ -411,9 +413,16 @@ def plan_at_depth(anatomy: Anatomy, depth: int, plan: FreezePlan | None = None) 
     return replace(plan or FreezePlan(), **frozen)
 
 
-def _check_count(name: str, value: object) -> None:
+def _read_count(name: str, asked: Any) -> BlockCount | None:
+    """A count of blocks as it is asked for, out of text too: "3" is three blocks, "0.5" half of them."""
+    value: BlockCount | None = asked
+    if isinstance(asked, str) and asked != "all":
+        for kind in (int, float):  # what is neither stays text, and is refused below
+            with suppress(ValueError):
+                value = kind(asked)
+                break
     if value is None or value == "all":
-        return
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise PlanError(
             f'FreezePlan asks for {name}={value!r}; it is an int, a fraction between 0.0 and 1.0, or "all".'
@@ -423,6 +432,7 @@ def _check_count(name: str, value: object) -> None:
             f"FreezePlan asks for {name}={value!r}; a fraction lies between 0.0 and 1.0. "
             'Use an int for a number of blocks, or "all".'
         )
+    return value
 
 
 def _count(name: str, value: BlockCount, stack: Stack, anatomy: Anatomy) -> int:
@@ -431,7 +441,7 @@ def _count(name: str, value: BlockCount, stack: Stack, anatomy: Anatomy) -> int:
         return depth
     if isinstance(value, float):
         return int(depth * value + 1e-9)  # 1/49 of 49 blocks is one, whatever the last bit says
-    value = int(value)  # _check_count has refused everything but an int here
+    value = int(value)  # _read_count has refused everything but an int here
     if abs(value) > depth:
         raise PlanError(
             f"FreezePlan asks for {value} {name} blocks; {anatomy.model_class} has {depth}. "

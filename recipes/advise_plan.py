@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
-from hf_freeze import FreezeError, advise
+from hf_freeze import advise
 from hf_freeze.cli import exit_code, worded_arguments
 from hf_freeze.embedded import EMBEDDED_NAME
 from hf_freeze.files import write_json
+from hf_freeze.given import read_numbers
 from hf_freeze.loading import load_generator
 from hf_freeze.machine import find_device
 from hf_freeze.summarization import SummaryCollator, read_splits, shipped_reviews
@@ -57,7 +58,7 @@ class AdviceArguments:
 def main() -> None:
     with worded_arguments():
         (asked,) = HfArgumentParser(AdviceArguments, allow_abbrev=False).parse_args_into_dataclasses()
-    depths, rates = numbers(asked.depths, int), numbers(asked.learning_rates, float)
+    depths, rates = read_numbers(asked.depths, int), read_numbers(asked.learning_rates, float)
     device = find_device(asked.device)
     if asked.output_dir is not None:  # that nothing can be written there is told now, not after minutes
         Path(asked.output_dir).mkdir(parents=True, exist_ok=True)
@@ -106,14 +107,6 @@ def main() -> None:
         print(f"\nThe plan and the advice: {asked.output_dir}. To train by it:")
         load = f"freeze(model, FreezePlan.from_pretrained({asked.output_dir!r}))"
         print(f"  {load}, and learning_rate={advice.learning_rate:.2g}")
-
-
-def numbers(text: str, kind: type) -> list:
-    """ "0,15,22" as numbers."""
-    try:
-        return [kind(piece) for piece in text.split(",") if piece.strip()]
-    except ValueError:
-        raise FreezeError(f"{text!r} was given; use numbers with commas between them, such as 0,15,22.") from None
 
 
 if __name__ == "__main__":

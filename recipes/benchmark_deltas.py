@@ -39,7 +39,7 @@ def main() -> None:
     model = load_base(source, torch.float32)
     report = freeze(
         model,
-        FreezePlan(encoder_blocks=count(args.freeze_encoder_blocks), decoder_blocks=count(args.freeze_decoder_blocks)),
+        FreezePlan(encoder_blocks=args.freeze_encoder_blocks, decoder_blocks=args.freeze_decoder_blocks),
     )
 
     seconds = {"full": ([], []), "delta": ([], [])}
@@ -57,14 +57,6 @@ def main() -> None:
         rows.append((kind, count_text(sizes[kind], "B"), f"{sizes[kind] / sizes['full']:.1%}", save, load))
     line = f"{report.trainable_parameters / report.total_parameters:.1%} of the parameters train; optimizer aside."
     print(Table("Checkpoints", ("kind", "size", "of full", "save", "load"), tuple(rows), (line,)))
-
-
-def count(text: str | None) -> int | float | str | None:
-    """ "3" is three blocks, "0.5" half of them."""
-    try:
-        return text if text in (None, "all") else float(text) if "." in text else int(text)
-    except ValueError:
-        return text  # FreezePlan words the error
 
 
 def timed(work) -> float:

@@ -48,6 +48,7 @@ from hf_freeze.cli import exit_code
 from hf_freeze.embedded import embedded_model
 from hf_freeze.errors import nearest
 from hf_freeze.exactness import ROUNDING, compare, exchange_rows, relative_gaps, sketch, step_tensors
+from hf_freeze.given import read_numbers
 from hf_freeze.machine import device_name, find_device, peak_bytes, reset_peak, status_bytes
 from hf_freeze.tables import Table, count_text
 
@@ -137,10 +138,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.modes = args.modes.split(",")
-    try:
-        args.depths = [int(depth) for depth in args.depths.split(",") if depth]
-    except ValueError:
-        raise FreezeError(f"--depths {args.depths} was asked for; use numbers with commas between them.") from None
+    args.depths = read_numbers(args.depths, int)
     args.train_rows = args.batch_size * (WARM_UP + args.steps)
     args.is_bart = args.model == "bart-base"
     args.is_embedded = args.model == "smollm2" and not args.blocks and not args.toy
@@ -296,14 +294,8 @@ def make_model(args: argparse.Namespace, device: str | torch.device):
 
 
 def make_plan(args: argparse.Namespace) -> FreezePlan:
-    def count(text: str) -> int | float | str:
-        try:
-            return text if text == "all" else float(text) if "." in text else int(text)
-        except ValueError:
-            return text  # FreezePlan words the error
-
-    encoder = count(args.freeze_encoder_blocks) if args.is_bart else None
-    return FreezePlan(encoder_blocks=encoder, decoder_blocks=count(args.freeze_decoder_blocks))
+    encoder = args.freeze_encoder_blocks if args.is_bart else None
+    return FreezePlan(encoder_blocks=encoder, decoder_blocks=args.freeze_decoder_blocks)
 
 
 def make_rows(args: argparse.Namespace, count: int) -> list[dict[str, torch.Tensor]]:

@@ -121,8 +121,8 @@ class ModelArguments:
     )
 
     def plan(self) -> FreezePlan:
-        counts = [_count(value) for value in (self.freeze_encoder_blocks, self.freeze_decoder_blocks)]
-        return FreezePlan(self.freeze_embeddings, *counts, tied_head=self.tied_head)
+        blocks = self.freeze_encoder_blocks, self.freeze_decoder_blocks
+        return FreezePlan(self.freeze_embeddings, *blocks, tied_head=self.tied_head)
 
 
 @dataclass
@@ -470,16 +470,6 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, RunArguments]:
             )
         args.output_dir = str(Path(args.resume_from_checkpoint).parent)
     return parsed
-
-
-def _count(value: str | int | float | None) -> int | float | str | None:
-    """ "3" is three blocks, "0.5" half of them; "all" and None stay."""
-    if not isinstance(value, str) or value == "all":
-        return value
-    try:
-        return float(value) if "." in value else int(value)
-    except ValueError:
-        return value  # FreezePlan words the error
 
 
 def read_stages(model_args: ModelArguments, model, epochs: float) -> list:

@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config_only", action="store_true", help="do not load weights")
     plan = parser.add_argument_group("plan", "half of each stack and the embeddings, where nothing is given")
     plan.add_argument("--freeze_embeddings", choices=("true", "false"), help="all input embeddings (default: true)")
-    plan.add_argument("--freeze_encoder_blocks", type=_blocks, help="lowest n, -n for all but the top n, 0.5, or all")
-    plan.add_argument("--freeze_decoder_blocks", type=_blocks, help="the same for the decoder, or the only stack")
+    plan.add_argument("--freeze_encoder_blocks", help="lowest n, -n for all but the top n, 0.5, or all")
+    plan.add_argument("--freeze_decoder_blocks", help="the same for the decoder, or the only stack")
     plan.add_argument("--tied_head", choices=("freeze", "train", "untie"), help="a head tied to the embeddings")
     cost = parser.add_argument_group("forecast")
     cost.add_argument("--batch_size", type=int, default=8, help="rows a step (default: 8)")
@@ -39,16 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cost.add_argument("--epochs", type=int, default=3, help="passes over the rows (default: 3)")
     cost.add_argument("--rows", type=int, default=1000, help="training rows (default: 1000)")
     cost.add_argument("--dtype", default="bfloat16", help="of frozen weights and activations (default: bfloat16)")
-
-
-def _blocks(text: str) -> int | float | str:
-    """ "3" is three blocks, "0.5" half of them; FreezePlan words what is neither."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def run(args: argparse.Namespace, say: Say) -> Told:

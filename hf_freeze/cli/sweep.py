@@ -12,6 +12,7 @@ from hf_freeze.cli import Say, Told, worded_arguments
 from hf_freeze.embedded import EMBEDDED_NAME
 from hf_freeze.errors import FreezeError
 from hf_freeze.files import write_whole
+from hf_freeze.given import read_numbers
 
 __all__ = ["HELP", "SweepArguments", "add_arguments", "parents", "run"]
 
@@ -128,8 +129,8 @@ def run(args: argparse.Namespace, say: Say) -> Told:
 def _sweep(asked: SweepArguments, args: Any, folder: Path, say: Say) -> None:
     from hf_freeze.summarization.sweeping import sweep_reviews
 
-    depths, seeds, sizes = (_numbers(text, int) for text in (asked.depths, asked.seeds, asked.train_rows))
-    rates = _numbers(asked.learning_rates, float)
+    depths, seeds, sizes = (read_numbers(text, int) for text in (asked.depths, asked.seeds, asked.train_rows))
+    rates = read_numbers(asked.learning_rates, float)
     splits = {}
     for name, reviews in _reviews(asked).items():  # a wrong column waits for no model
         say(f"{name}: {reviews}")
@@ -158,14 +159,6 @@ def _sweep(asked: SweepArguments, args: Any, folder: Path, say: Say) -> None:
         say=say,
         progress=not args.disable_tqdm,
     )
-
-
-def _numbers(text: str, kind: type) -> list[Any]:
-    """ "0,15,22" as numbers."""
-    try:
-        return [kind(piece) for piece in text.split(",") if piece.strip()]
-    except ValueError:
-        raise FreezeError(f"{text!r} was given; use numbers with commas between them, such as 0,15,22.") from None
 
 
 def _reviews(asked: SweepArguments) -> dict[str, Any]:

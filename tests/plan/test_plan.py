@@ -68,22 +68,24 @@ def test_counts_negatives_fractions_and_all(asked: Any, frozen: int) -> None:
     assert blocks == set(range(frozen))
 
 
+@pytest.mark.parametrize("count", [3, -4, 0.5, 1.0, 1, "all"])
+def test_a_count_may_be_text_as_a_command_line_gives_it(count: Any) -> None:
+    plan = FreezePlan(decoder_blocks=str(count))
+    assert plan == FreezePlan(decoder_blocks=count)
+    assert type(plan.decoder_blocks) is type(count)
+
+
 @given(depth=st.integers(1, 200), data=st.data())
 def test_a_fraction_of_whole_blocks_is_these_blocks_whatever_the_last_bit(depth: int, data: st.DataObject) -> None:
-    from hf_freeze.plan import _count
-
-    count = data.draw(st.integers(0, depth))
-    anatomy = deep_of(depth)
-    assert _count("decoder", count / depth, anatomy.stacks[0], anatomy) == count
-
-
-def deep_of(depth: int) -> Anatomy:
-    class Two(nn.Module):
+    class Deep(nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            self.project = nn.Linear(1, 1)
             self.layers = nn.ModuleList(nn.Sequential(nn.Linear(1, 1)) for _ in range(depth))
+            self.score = nn.Linear(1, 1)
 
-    return read_anatomy(Two())
+    count = data.draw(st.integers(0, depth))
+    assert FreezePlan(decoder_blocks=count / depth).resolve(read_anatomy(Deep())).blocks == {"decoder": count}
 
 
 def test_a_derived_count_says_what_it_is(llama: Anatomy) -> None:
@@ -125,6 +127,7 @@ def test_a_count_beyond_the_depth_is_an_error_that_says_the_depth(t5: Anatomy) -
         ({"decoder_blocks": float("nan")}, r"decoder_blocks=nan; a fraction lies between"),
         ({"encoder_blocks": True}, r'encoder_blocks=True; it is an int, a fraction between 0\.0 and 1\.0, or "all"'),
         ({"encoder_blocks": "half"}, r"encoder_blocks='half'; it is an int"),
+        ({"encoder_blocks": "1.5"}, r"encoder_blocks=1\.5; a fraction lies between"),
         ({"embeddings": "yes"}, r"embeddings='yes'; it is True or False"),
         ({"tied_head": "clone"}, r"tied_head='clone'; it is one of 'freeze', 'train', 'untie'"),
         ({"frozen_mode": True}, r"frozen_mode=True; it is one of 'eval', 'train'"),
