@@ -5,22 +5,31 @@ What is drawn, and from which numbers, is the business of the rooms that call it
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from hf_freeze.errors import FreezeError
-from hf_freeze.files import whole
+from hf_freeze.files import write_whole
 
-__all__ = ["GREYS", "MARKS", "plain_style", "save_figure"]
+__all__ = ["GREYS", "MARKS", "NOT_DRAWN", "can_draw", "plain_style", "save_figure", "svg_of"]
+
+NOT_DRAWN = "matplotlib, which draws them, is not installed (pip install 'hf_freeze[plots]')"
 
 # Told apart by dash, mark and lightness; the colours (Okabe and Ito's) are for those who see them.
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREYS = "Greys"  # for heat maps: light is little
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed; a picture that is an extra to something else is left out where it is not."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 @contextmanager
@@ -86,16 +95,22 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> tuple[Path, Path]:
         >>> png.name, svg.name
         ('empty.png', 'empty.svg')
     """
-    from matplotlib import pyplot
-
     path = Path(path)
     stem = path.with_suffix("") if path.suffix in (".png", ".svg") else path
     stem.parent.mkdir(parents=True, exist_ok=True)
-    written = []
-    for kind in ("png", "svg"):
-        target = stem.with_name(f"{stem.name}.{kind}")
-        with whole(target) as temporary:
-            figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
-        written.append(target)
+    png, svg = (stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg"))
+    content = BytesIO()
+    figure.savefig(content, format="png")
+    write_whole(png, content.getvalue())
+    write_whole(svg, svg_of(figure))
+    return png, svg
+
+
+def svg_of(figure: Any) -> bytes:
+    """A figure as an SVG file, the same bytes for the same figure; closes it."""
+    from matplotlib import pyplot
+
+    content = BytesIO()
+    figure.savefig(content, format="svg", metadata={"Date": None})
     pyplot.close(figure)
-    return written[0], written[1]
+    return content.getvalue()

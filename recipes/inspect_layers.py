@@ -17,12 +17,10 @@ with the reason. From the JSON a picture is drawn again without the model:
     draw_drift(WeightDrift.from_dict(json.load(open("out/layers/drift.json"))), "drift")
 """
 
-import base64
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from hf_freeze import FreezeError, read_anatomy
 from hf_freeze.cli import exit_code, worded_arguments
 from hf_freeze.embedded import EMBEDDED_NAME
 from hf_freeze.errors import TokenizerMismatch
-from hf_freeze.files import write_json, write_whole
+from hf_freeze.files import write_json
 from hf_freeze.lens import (
     activation_map,
     attention_map,
@@ -54,6 +52,7 @@ from hf_freeze.lens.plots import (
 )
 from hf_freeze.loading import load_any, load_generator
 from hf_freeze.machine import find_device
+from hf_freeze.pages import data_uri, write_page
 from hf_freeze.plots import plain_style
 from hf_freeze.summarization import (
     SummaryCollator,
@@ -201,22 +200,25 @@ def main() -> None:
         )
         pictures.insert(0, compared)
 
-    sections = []
+    shown = []
     for picture in pictures:
         print(f"\n{picture.title}")
+        values = {"name": picture.name, "title": picture.title, "reading": picture.reading}
+        shown.append(values)
         try:
             numbers = picture.measure()
         except FreezeError as reason:  # a model without attention or head still has the other pictures
             print(f"declined: {reason}")
-            sections.append((picture, None, str(reason)))
+            values["reason"] = str(reason)
             continue
         write_json(folder / f"{picture.name}.json", numbers.to_dict())
         png, _ = picture.draw(numbers, folder / picture.name)
+        values["source"] = data_uri(png.read_bytes(), "png")
         if hasattr(numbers, "table"):
             print(numbers)
-        sections.append((picture, png, ""))
     models = f"{args.model_name_or_path} beside {args.compare_to}" if args.compare_to else args.model_name_or_path
-    write_page(folder / "index.html", models, f"{len(texts)} texts", sections)
+    title = f"What each layer of {models} has learnt"
+    write_page(folder / "index.html", "layers.html", title=title, texts=f"{len(texts)} texts", pictures=shown)
     print(f"\nOpen {folder / 'index.html'}")
 
 
@@ -245,35 +247,6 @@ def attention_pictures(model, tokenizer, anatomy, text: str, target: str | None,
 def on_device(model: Any) -> Any:
     """In fp32, a delta's weights too."""
     return model.float().to(find_device())
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>
-body {{ max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 sans-serif; color: #111 }}
-img {{ max-width: 100%; height: auto }} section {{ margin-top: 3rem }}
-.declined {{ border-left: 4px solid; padding-left: 1rem }}
-</style></head><body><h1>What each layer has learnt</h1><p>{title}, {texts}. Layers are counted from the bottom; "in" is
-what enters block 0.</p>
-{sections}
-</body></html>
-"""
-
-
-def write_page(path: Path, title: str, texts: str, sections: list[tuple[Picture, Path | None, str]]) -> None:
-    """One HTML file with the pictures in it, written whole or not at all."""
-    parts = []
-    for picture, png, reason in sections:
-        parts.append(f"<section id='{picture.name}'><h2>{escape(picture.title)}</h2>")
-        if png is None:
-            parts.append(f"<p class='declined'>Not to be had: {escape(reason)}</p></section>")
-            continue
-        data = base64.b64encode(png.read_bytes()).decode()
-        parts.append(f"<p>{escape(picture.reading)}</p>")
-        parts.append(f"<img alt='{escape(picture.title)}' src='data:image/png;base64,{data}'>")
-        links = ", ".join(f"<a href='{picture.name}.{kind}'>{kind.upper()}</a>" for kind in ("svg", "json"))
-        parts.append(f"<p>The same as {links}.</p></section>")
-    write_whole(path, PAGE.format(title=escape(title), texts=texts, sections="\n".join(parts)))
 
 
 if __name__ == "__main__":

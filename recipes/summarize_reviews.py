@@ -68,7 +68,6 @@ from hf_freeze.summarization import (
     encode_reviews,
     first_sentence,
     group_baselines,
-    keep_card,
     loss_table,
     new_output_folder,
     read_group_splits,
@@ -377,7 +376,7 @@ def run(model_args, data_args, args) -> None:
         write_jsonl(Path(args.output_dir) / "predictions.jsonl", samples)
         since = " since it was resumed" if checkpoint else ""  # Trainer's clock starts anew
         data, hardware = describe_data(data_args, rows, scored), read_hardware(args.device, args.world_size)
-        write_card(
+        card = write_card(
             args.output_dir,
             base=model_args.model_name_or_path,
             report=report,
@@ -397,6 +396,7 @@ def run(model_args, data_args, args) -> None:
             log_history=trainer.state.log_history,
             hardware=hardware,
         )
+        trainer.model_card = card.read_text(encoding="utf-8")  # what a push takes in the place of Trainer's draft
         built = cache.report if cache else None
         save_run(
             args.output_dir,
@@ -424,8 +424,6 @@ def run(model_args, data_args, args) -> None:
         )
         write_run_report(args.output_dir)
     if args.push_to_hub:  # again, with the card and the report: save_model has pushed before there were any
-        if chief:
-            keep_card(trainer)
         trainer.push_to_hub(commit_message="Card, scores and report")
     say(
         f"\nModel, scores and predictions: {args.output_dir}\n"

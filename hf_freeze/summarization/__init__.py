@@ -8,7 +8,7 @@ from hf_freeze.summarization.data.groups import group_baselines, group_reviews, 
 from hf_freeze.summarization.data.reviews import Reviews, overlap, read_reviews, read_splits, shipped_reviews
 from hf_freeze.summarization.generation import generate_summaries
 from hf_freeze.summarization.prompts import SummaryPrompt, encode_reviews, read_prompt
-from hf_freeze.summarization.publish.card import DataFacts, keep_card, write_card
+from hf_freeze.summarization.publish.card import DataFacts, write_card
 from hf_freeze.summarization.publish.page import save_run, write_run_report
 from hf_freeze.summarization.publish.results import (
     load_prompt,
@@ -42,7 +42,6 @@ __all__ = [
     "generate_summaries",
     "group_baselines",
     "group_reviews",
-    "keep_card",
     "load_prompt",
     "loss_table",
     "new_output_folder",

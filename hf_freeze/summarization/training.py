@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
 from hf_freeze.errors import FreezeError
+from hf_freeze.files import write_whole
 from hf_freeze.inputs import IGNORED_LABEL
 from hf_freeze.machine import cpu_cores, find_accelerators
 from hf_freeze.processes import agreed, from_first, rank_and_world
@@ -247,7 +249,8 @@ class SummaryTrainer(DeltaCheckpoints, Seq2SeqTrainer):
 
     Where the model can (`supervised_logits_reason` says), logits are computed at the supervised positions only.
     Activation checkpointing recomputes the trained blocks only, where `freeze` has frozen the model. Checkpoints hold
-    the trained tensors only where `save_only_trained` says so.
+    the trained tensors only where `save_only_trained` says so. A push takes `model_card`, the text
+    of a README.md, in the place of Trainer's draft, where that was set.
 
     Takes the arguments of Seq2SeqTrainer. The collator must supply `decoder_input_ids` to encoder-decoder models, since
     labels are taken out of the batch before the forward (`SummaryCollator` does).
@@ -273,6 +276,7 @@ class SummaryTrainer(DeltaCheckpoints, Seq2SeqTrainer):
             self.supervised_logits_reason += f"; of the top block too: {', '.join(names)}"
         # Keys and values of past tokens are kept for generation only; models keep them in training too unless told.
         self.extra_inputs: dict[str, Any] = {}
+        self.model_card: str | None = None
         self.batch_seconds = 0.0  # of forward and backward, over all training batches of this process
         if "use_cache" in inspect.signature(unwrap(model).forward).parameters:
             self.extra_inputs["use_cache"] = False
@@ -282,6 +286,13 @@ class SummaryTrainer(DeltaCheckpoints, Seq2SeqTrainer):
         if self.supervised_logits and "labels" in inputs:
             inputs = {**inputs, "logits_to_keep": rounded_positions(inputs["labels"])}
         return super().compute_loss(model, inputs, *rest, **named)
+
+    def create_model_card(self, *rest: Any, **named: Any) -> None:
+        """What `push_to_hub` calls between saving, when PEFT edits the README.md that lies there, and uploading."""
+        if self.model_card is None:
+            super().create_model_card(*rest, **named)
+        elif self.is_world_process_zero():
+            write_whole(Path(str(self.args.output_dir)) / "README.md", self.model_card)
 
     def create_optimizer(self, *rest: Any, **named: Any) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(*rest, **named)

@@ -44,7 +44,7 @@ def written(output: Path) -> set[str]:
     assert names == {path.stem for path in output.glob("*.json")} == {path.stem for path in output.glob("*.svg")}
     page = (output / "index.html").read_text()
     assert page.count("data:image/png;base64,") == len(names)
-    assert all(f"<section id='{name}'>" in page for name in names)
+    assert all(f'<section id="{name}">' in page for name in names)
     assert not [path for path in output.iterdir() if "tmp" in path.name]
     return names
 

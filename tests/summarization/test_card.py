@@ -20,14 +20,15 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_freeze import FreezeError, FreezePlan, FreezeReport, freeze
 from hf_freeze.machine import Hardware
 from hf_freeze.summarization import (
     DataFacts,
     RougeScores,
-    keep_card,
+    SummaryTrainer,
+    SummaryTrainingArguments,
     read_prompt,
     save_prompt,
     write_card,
@@ -201,11 +202,6 @@ class FakeApi:
         return done
 
 
-def trainer_of(model: Any, output: Path) -> Trainer:
-    args = TrainingArguments(str(output), use_cpu=True, report_to="none", hub_model_id="me/mugs")
-    return Trainer(model=model, args=args)
-
-
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
 def test_a_push_takes_the_card_that_was_written(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     api = FakeApi(tmp_path / "hub")
@@ -214,25 +210,21 @@ def test_a_push_takes_the_card_that_was_written(kind: str, monkeypatch: pytest.M
     model: Any = tiny_model("llama")
     if kind == "adapter":
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-    trainer = trainer_of(model, tmp_path / "out")
+    args = SummaryTrainingArguments(
+        str(tmp_path / "out"), use_cpu=True, eval_strategy="no", precision="fp32", hub_model_id="me/mugs"
+    )
+    trainer = SummaryTrainer(model=model, args=args)
     trainer.save_model()
     ours = write(tmp_path / "out").content
     trainer.push_to_hub()
     pushed = tmp_path / "hub" / "me" / "mugs" / CARD_FILE
-    assert pushed.read_text() != ours, "Trainer's draft goes over a card by default: what keep_card is for"
+    assert pushed.read_text() != ours, "Trainer's draft goes over a card by default: what model_card is for"
 
-    write(tmp_path / "out")
-    keep_card(trainer)
+    trainer.model_card = write(tmp_path / "out").content
     trainer.push_to_hub()
     assert pushed.read_text() == ours
     assert (tmp_path / "out" / CARD_FILE).read_text() == ours
     assert ModelCard.load(pushed).data.base_model == "some/model"
-
-
-def test_a_card_that_is_not_there_cannot_be_kept(tmp_path: Path) -> None:
-    trainer = trainer_of(tiny_model("llama"), tmp_path / "out")
-    with pytest.raises(FreezeError, match=r"README\.md, which does not exist\. Call write_card first"):
-        keep_card(trainer)
 
 
 PUSHING = """

@@ -1,13 +1,11 @@
 """The model card: README.md of a run's output folder, with metadata that the Hugging Face hub reads.
 
-It words what it is given and reads the folder for what kind of model lies there. What is not known (a base that is no
-hub id, a language, a license) is left out, never guessed. `keep_card` lets the card stand when Trainer or
-PEFT would write over it.
+It gathers what templates/card.md words, and reads the folder for what kind of model lies there. What is not known (a
+base that is no hub id, a language, a license) is left out, never guessed.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -23,11 +21,14 @@ from hf_freeze.errors import FreezeError
 from hf_freeze.files import write_whole
 from hf_freeze.freezing import FreezeReport
 from hf_freeze.machine import Hardware, library_versions
+from hf_freeze.pages import TEMPLATES
+from hf_freeze.plots import can_draw, plain_style, save_figure
+from hf_freeze.summarization.publish.pictures import draw_lines, read_curve
 from hf_freeze.summarization.publish.results import METRICS, sample_text, score_table
 from hf_freeze.summarization.rouge import RougeScores
 from hf_freeze.tables import Table
 
-__all__ = ["CARD_FILE", "DataFacts", "base_facts", "keep_card", "write_card"]
+__all__ = ["CARD_FILE", "DataFacts", "base_facts", "write_card"]
 
 CARD_FILE = "README.md"
 EMBEDDED_BASE = ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")  # the id of its weights before quantisation
@@ -103,36 +104,37 @@ def write_card(
     """
     if not scores:
         raise FreezeError("write_card was given no scores; give at least those of the trained model.")
+    from huggingface_hub import ModelCard
+
     place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
     adapter = (place / "adapter_config.json").exists()
     hub_id, known_license = base_facts(base)
-    name = base if hub_id or base == EMBEDDED_NAME else Path(base).name
     metadata = _metadata(place, hub_id, license or known_license, scores, data, adapter=adapter)
-    trained = list(scores.values())[-1]
-    parts = [
-        f"# Review summaries from {name}, partly frozen",
-        "Fine-tuned with hf_freeze: the lower part of the base model holds the same bits as before.",
-        "## What was frozen",
-        report.to_markdown(),
-        f"Plan: `{json.dumps(report.plan.to_dict())}`",
-        "## Results",
-        losses.to_markdown(),
-    ]
-    if picture := _loss_picture(place, log_history):
-        parts.append(f"![Loss per token in training and validation]({picture.name})")
-    parts += [
-        score_table(scores, data.scored if data else "test").to_markdown(),
-        f"ROUGE counts words that {trained.count:,} summaries share with their references; it does not tell whether a "
-        "summary is true. Read some before you trust it.",
-        "## Samples",
-        _fenced(sample_text(samples)),
-    ]
-    if data is not None:
-        parts += ["## Data", str(data)]
-    parts += ["## Use", *_use(place, report, adapter=adapter), "## Facts", _fact_lines(facts, hardware)]
+    text = sample_text(samples)
+    shown_folder = place.name if place.is_absolute() else place.as_posix()
+    kind = "Seq2SeqLM" if {"encoder", "decoder"} <= report.resolved.blocks.keys() else "CausalLM"
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATES / "card.md"),
+        base_name=base if hub_id or base == EMBEDDED_NAME else Path(base).name,
+        frozen=report.to_markdown(),
+        plan=json.dumps(report.plan.to_dict()),
+        losses=losses.to_markdown(),
+        picture=_draw_losses(place, log_history),
+        rouge=score_table(scores, data.scored if data else "test").to_markdown(),
+        summaries=f"{list(scores.values())[-1].count:,}",
+        samples=text,
+        fence=_fence(text),
+        data=data and str(data),
+        adapter=adapter,
+        auto=f"{'AutoPeftModel' if adapter else 'AutoModel'}For{kind}",
+        folder=repr(shown_folder),
+        shown_folder=shown_folder,
+        facts=_facts(facts, hardware),
+    )
     path = place / CARD_FILE
-    place.mkdir(parents=True, exist_ok=True)
-    write_whole(path, f"---\n{metadata}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
+    write_whole(path, f"{str(card).rstrip()}\n")
     return path
 
 
@@ -154,28 +156,6 @@ def base_facts(base: str) -> tuple[str | None, str | None]:
     return (base if re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+", base) else None), None
 
 
-def keep_card(trainer: Any) -> None:
-    """Lets the card in the trainer's output folder stand whenever it pushes. Mutates the trainer.
-
-    `Trainer.push_to_hub` writes a draft of its own over README.md, and saving a PEFT model before that edits it. Call
-    this after `write_card`; the card that lies there now is put back each time before anything is uploaded.
-
-    Raises:
-        FreezeError: There is no README.md yet.
-    """
-    path = Path(trainer.args.output_dir) / CARD_FILE
-    if not trainer.is_world_process_zero():
-        return
-    if not path.is_file():
-        raise FreezeError(f"keep_card was asked for {path}, which does not exist. Call write_card first.")
-    text = path.read_text(encoding="utf-8")
-
-    def create_model_card(*_: Any, **__: Any) -> None:
-        write_whole(path, text)
-
-    trainer.create_model_card = create_model_card
-
-
 def _metadata(
     place: Path,
     hub_id: str | None,
@@ -184,8 +164,8 @@ def _metadata(
     data: DataFacts | None,
     *,
     adapter: bool,
-) -> str:
-    """The YAML on top, made by the hub's own class."""
+) -> Any:
+    """What stands on top as YAML, a ModelCardData."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = None
@@ -204,7 +184,7 @@ def _metadata(
             )
             for metric, label in METRICS.items()
         ]
-    made = ModelCardData(
+    return ModelCardData(
         language=data.language if data else None,
         license=license,
         library_name="peft" if adapter else "transformers",
@@ -216,61 +196,26 @@ def _metadata(
         model_name=place.absolute().name if results else None,
         eval_results=results,
     )
-    return made.to_yaml()
 
 
-def _loss_picture(place: Path, log_history: Sequence[Mapping[str, Any]]) -> Path | None:
-    """loss.png, where there is a curve and matplotlib to draw it."""
-    curves = {
-        name: [(entry["step"], entry[key]) for entry in log_history if key in entry and "step" in entry]
-        for name, key in (("training", "loss"), ("validation", "eval_loss"))
-    }
-    if max(map(len, curves.values())) < LEAST_POINTS or importlib.util.find_spec("matplotlib") is None:
+def _draw_losses(place: Path, log_history: Sequence[Mapping[str, Any]]) -> str | None:
+    """The name of loss.png, where there is a curve and matplotlib to draw it."""
+    curves = {"training": read_curve(log_history, "loss"), "validation": read_curve(log_history, "eval_loss")}
+    if max(map(len, curves.values())) < LEAST_POINTS or not can_draw():
         return None
-    from hf_freeze.plots import plain_style, save_figure
-
     with plain_style() as pyplot:
-        figure, axes = pyplot.subplots(figsize=(6.4, 3.2))
-        for name, points in curves.items():
-            if points:
-                axes.plot(*zip(*points, strict=True), label=name, markersize=4)
-        axes.set(xlabel="step", ylabel="loss per token")
-        axes.legend()
-        return save_figure(figure, place / "loss")[0]
+        figure = draw_lines(pyplot, curves, y_label="loss per token")
+        return save_figure(figure, place / "loss")[0].name if figure else None
 
 
-def _use(place: Path, report: FreezeReport, *, adapter: bool) -> list[str]:
-    kind = "Seq2SeqLM" if {"encoder", "decoder"} <= report.resolved.blocks.keys() else "CausalLM"
-    auto = f"{'AutoPeftModel' if adapter else 'AutoModel'}For{kind}"
-    imports = f"from transformers import {auto}, AutoTokenizer"
-    if adapter:
-        imports = f"from peft import {auto}\nfrom transformers import AutoTokenizer"
-    shown = place.name if place.is_absolute() else place.as_posix()
-    code = f"""{imports}
-from hf_freeze.summarization import generate_summaries, load_prompt
-
-folder = {shown!r}  # where this model lies on your disk
-model, tokenizer = {auto}.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-prompt, num_beams = load_prompt(tokenizer, model.config, folder)  # the text around a review in training
-reviews = ["Good mug, weak handle: it came off in the second week."]
-print(generate_summaries(model, tokenizer, reviews, prompt=prompt, num_beams=num_beams))"""
-    return [
-        f"```python\n{code}\n```",
-        "A whole file, of any size:",
-        f"    hf-freeze summarize {shown} reviews.csv -o summaries.csv",
-    ]
-
-
-def _fact_lines(facts: Mapping[str, Any], hardware: Hardware | None) -> str:
+def _facts(facts: Mapping[str, Any], hardware: Hardware | None) -> list[tuple[str, str]]:
     shown = {name: f"{value:,.1f}" if isinstance(value, float) else str(value) for name, value in facts.items()}
     if hardware is not None:
         shown["hardware"] = str(hardware)
     shown["versions"] = ", ".join(f"{name} {version}" for name, version in library_versions().items())
-    return "\n".join(f"- {name}: {value}" for name, value in shown.items())
+    return list(shown.items())
 
 
-def _fenced(text: str) -> str:
-    """Text in a fence that is longer than any run of backticks in it, so that no review ends it."""
-    runs = [len(run) for run in re.findall(r"`+", text)]
-    fence = "`" * max(3, max(runs, default=0) + 1)
-    return f"{fence}text\n{text}\n{fence}"
+def _fence(text: str) -> str:
+    """A fence that is longer than any run of backticks in a text, so that no review ends it."""
+    return "`" * max([3, *(len(run) + 1 for run in re.findall(r"`+", text))])

@@ -2,8 +2,8 @@
 
 `save_run` keeps what no other file there holds (the plan as a table, the forecast, what was measured, the hardware) as
 run.json; `write_run_report` reads that, all_results.json, freeze_plan.json, trainer_state.json and predictions.jsonl,
-and may be called again at any time. What is not there is left out and named. Nothing is computed here but layout; what
-the page looks like is `page`'s business, its charts are `svg`'s.
+and may be called again at any time. What is not there is left out and named. Nothing is computed here but what is said;
+how it is laid out stands in templates/run.html, how its curves are drawn in `pictures`.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
-from html import escape
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_freeze.errors import FreezeError
-from hf_freeze.files import write_json, write_whole
+from hf_freeze.files import write_json
 from hf_freeze.machine import Hardware, library_versions
-from hf_freeze.summarization.publish.html import html_page, html_table
+from hf_freeze.pages import data_uri, write_page
+from hf_freeze.plots import NOT_DRAWN, can_draw, plain_style, svg_of
+from hf_freeze.summarization.publish.pictures import Interval, draw_bars, draw_intervals, draw_lines, read_curve
 from hf_freeze.summarization.publish.results import METRICS
-from hf_freeze.summarization.publish.svg import Interval, Line, bar_chart, interval_chart, line_chart
 from hf_freeze.summarization.training import loss_table
-from hf_freeze.tables import count_text
+from hf_freeze.tables import Table, count_text
 
 if TYPE_CHECKING:
     from hf_freeze.forecast import Forecast
@@ -98,6 +100,8 @@ def write_run_report(folder: str | os.PathLike[str]) -> Path:
         folder: The output folder of summarize_reviews.py, or any with an all_results.json of its keys. Of a long
             predictions.jsonl the page holds the first 2,000 rows, and says so.
 
+    Without matplotlib it has no curves and says so; their numbers stand in its tables.
+
     Returns:
         The page: open it with any browser. `#q=strap` behind its address searches the predictions at once.
 
@@ -118,27 +122,36 @@ def write_run_report(folder: str | os.PathLike[str]) -> Path:
             f"write_run_report was asked for {place}; it holds no all_results.json, so no run has ended there. Give "
             "the --output_dir of a run of summarize_reviews.py."
         )
-    found = {name: _read(place / name) for name in FILES}
-    results, run = found["all_results.json"], found[RUN_FILE] or {}
+    files = {name: _read(place / name) for name in FILES}
+    results, run = files["all_results.json"], files[RUN_FILE] or {}
     if run and run.get("version") != VERSION:
         raise FreezeError(
             f"{place / RUN_FILE} is of version {run.get('version')}, not {VERSION}: another hf_freeze wrote it. Remove "
             "it to draw the rest."
         )
-    log = (found["trainer_state.json"] or {}).get("log_history", [])
-    rows = found["predictions.jsonl"] or []
-    sections = [
-        ("Plan", _plan(run, found["freeze_plan.json"])),
-        ("Forecast and measured", _forecast(run, results)),
-        ("Loss", _loss(log)),
-        ("ROUGE", _rouge(results, log)),
-        ("Drift", _drift(log, run)),
-        ("Samples", _samples(rows)),
-        ("Predictions", _predictions(rows)),
-        ("Run", _run(run, results, [name for name, value in found.items() if value is None])),
-    ]
-    title = f"{run['base']}, partly frozen: a run" if run.get("base") else "A partly frozen run"
-    write_whole(place / REPORT_FILE, html_page(title, _tiles(results), sections))
+    log = (files["trainer_state.json"] or {}).get("log_history", [])
+    rows = files["predictions.jsonl"] or []
+    plan = files["freeze_plan.json"]
+    missing = [name for name, content in files.items() if content is None]
+    with plain_style() if can_draw() else nullcontext() as pyplot:
+        loss, rouge, drift = _loss(log, pyplot), _rouge(results, log, pyplot), _drift(log, run, pyplot)
+    write_page(
+        place / REPORT_FILE,
+        "run.html",
+        title=f"{run['base']}, partly frozen: a run" if run.get("base") else "A partly frozen run",
+        tiles=_tiles(results),
+        plan={"table": run.get("plan"), "asked": plan and json.dumps(plan)},
+        forecast=_forecast(run, results),
+        loss=loss,
+        rouge=rouge,
+        drift=drift,
+        samples=_samples(rows),
+        predictions=_predictions(rows),
+        notes=run.get("notes") or [],
+        facts=_facts(run, results),
+        missing=f"Not in the folder: {', '.join(missing)}." if missing else "",
+        not_drawn="" if can_draw() else f"The curves are missing: {NOT_DRAWN}.",
+    )
     return place / REPORT_FILE
 
 
@@ -160,8 +173,8 @@ def _read(path: Path) -> Any:
 # ------------------------------------------------------------------------------------------------------------ sections
 
 
-def _tiles(results: Mapping[str, Any]) -> str:
-    """The four figures that a reader wants first."""
+def _tiles(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The four figures that a reader wants first, each after its name."""
     tiles = []
     if "test_rougeL" in results:
         before = f"{results['zero_shot_test_rougeL']:.1f} → " if "zero_shot_test_rougeL" in results else ""
@@ -176,211 +189,170 @@ def _tiles(results: Mapping[str, Any]) -> str:
     if results.get("frozen_unchanged"):
         count = f"{results['frozen_tensors']:,} " if "frozen_tensors" in results else ""
         tiles.append((f"{count}frozen tensors, to the bit", "unchanged"))
-    cells = [f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in tiles]
-    return f"<div class='tiles'>{''.join(cells)}</div>"
+    return tiles
 
 
-def _plan(run: Mapping[str, Any], plan: Mapping[str, Any] | None) -> str:
-    asked = f"<p class='small'>Plan: <code>{escape(json.dumps(plan))}</code></p>" if plan is not None else ""
-    return (_kept_table(run["plan"]) if run.get("plan") else "") + asked
-
-
-def _forecast(run: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+def _forecast(run: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+    """What was said before the run beside what was measured."""
     costs, prediction, measured = run.get("forecast"), run.get("prediction"), run.get("measured") or {}
     rows: list[tuple[str, ...]] = []
     cached = bool(results.get("prefix_cached"))
     mode = costs["modes"]["cached" if cached else "frozen"] if costs else {}
 
-    def compare(name: str, said: float | None, was: float | None, words: Any) -> None:
+    def compare(name: str, said: float | None, was: float | None, words: Callable[[float], str]) -> None:
         ratio = f"{was / said:.2f}" if said and was else ""
         if said or was:
             rows.append((name, words(said) if said else "", words(was) if was else "", ratio))
 
     compare("trained parameters", mode.get("trainable_parameters"), results.get("trainable_parameters"), count_text)
+    seconds: dict[str, float] = {}
     if prediction:
-        said = prediction["steps"] * prediction["cached_step_seconds" if cached else "plain_step_seconds"]
-        compare("forward and backward of all batches", said, measured.get("batch_seconds"), _seconds)
-        if cached:
-            compare("building the cache", prediction["build_seconds"], measured.get("build_seconds"), _seconds)
-            compare("the cache on disk", prediction["cache_bytes"], measured.get("cache_bytes"), _bytes)
-    elif measured.get("batch_seconds"):
-        compare("forward and backward of all batches", None, measured["batch_seconds"], _seconds)
+        seconds = {kind: prediction["steps"] * prediction[f"{kind}_step_seconds"] for kind in ("plain", "cached")}
+    in_batches = seconds.get("cached" if cached else "plain")
+    compare("forward and backward of all batches", in_batches, measured.get("batch_seconds"), _seconds)
+    if prediction and cached:
+        compare("building the cache", prediction["build_seconds"], measured.get("build_seconds"), _seconds)
+        compare("the cache on disk", prediction["cache_bytes"], measured.get("cache_bytes"), _bytes)
     peak = measured.get("peak_bytes")
     if mode or peak:  # not of the same thing: no ratio
         sizes = [_bytes(count) if count else "" for count in (mode.get("memory_bytes"), peak)]
         rows.append(("memory: forecast of a step, peak of the process", *sizes, ""))
-    parts = [html_table(("what", "forecast", "measured", "measured / forecast"), rows)] if rows else []
-    if peak:
-        parts.append(
-            "<p class='small'>The peak of the process holds what the forecast leaves out: imports, generation, buffers "
-            "and what the allocator keeps.</p>"
-        )
+    lines = (
+        "The peak of the process holds what the forecast leaves out: imports, generation, buffers and what the "
+        "allocator keeps.",
+    )
+    predicted = ""
     if prediction:
-        plain, cached_run = (prediction["steps"] * prediction[f"{kind}_step_seconds"] for kind in ("plain", "cached"))
-        cached_run += prediction["build_seconds"] + prediction["steps"] * prediction["reading_seconds"]
-        parts.append(
-            f"<p>Predicted for the whole training: {_seconds(plain)} without a prefix cache, {_seconds(cached_run)} "
-            "with it.</p>"
+        with_cache = (
+            seconds["cached"] + prediction["build_seconds"] + prediction["steps"] * prediction["reading_seconds"]
         )
-    if costs:
-        parts.append(f"<details><summary>The whole forecast</summary>{_kept_table(costs['table'])}</details>")
-    return "".join(parts)
+        predicted = (
+            f"Predicted for the whole training: {_seconds(seconds['plain'])} without a prefix cache, "
+            f"{_seconds(with_cache)} with it."
+        )
+    columns = ("what", "forecast", "measured", "measured / forecast")
+    return {
+        "compared": _table(columns, rows, lines if peak else ()),
+        "prediction": predicted,
+        "whole": costs and costs["table"],
+    }
 
 
-def _loss(log: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        Line(name, [(entry["step"], entry[key]) for entry in log if key in entry and "step" in entry])
-        for name, key in (("training", "loss"), ("validation", "eval_loss"))
-    ]
-    lines = [line for line in lines if line.points]
-    chart = line_chart("Loss per token", lines, x_label="step", y_label="loss per token")
-    table = _kept_table(loss_table([dict(entry) for entry in log]).to_dict())  # empty where nothing was evaluated
-    return f"<div class='charts'>{chart}<div>{table}</div></div>" if chart else ""
+def _loss(log: Sequence[Mapping[str, Any]], pyplot: Any) -> dict[str, Any] | None:
+    curves = {"training": read_curve(log, "loss"), "validation": read_curve(log, "eval_loss")}
+    if not any(curves.values()):
+        return None
+    return {
+        "charts": _charts(pyplot, {"Loss per token": partial(draw_lines, curves=curves, y_label="loss per token")}),
+        "table": loss_table([dict(entry) for entry in log]).to_dict(),  # without a row where nothing was evaluated
+    }
 
 
-def _rouge(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
-    groups, rows = [], []
+def _rouge(results: Mapping[str, Any], log: Sequence[Mapping[str, Any]], pyplot: Any) -> dict[str, Any] | None:
+    groups: dict[str, dict[str, Interval]] = {}
     for metric, name in METRICS.items():
-        intervals = []
         for prefix, system in SYSTEMS.items():
-            key = f"{prefix}{metric}"
-            if key in results:
-                intervals.append(Interval(system, results[key], results.get(f"{key}_low"), results.get(f"{key}_high")))
-        if intervals:
-            groups.append((name, intervals))
-    for system in SYSTEMS.values():
-        found = {name: next((i for i in intervals if i.name == system), None) for name, intervals in groups}
-        if any(found.values()):
-            rows.append((system, *(_interval_text(interval) for interval in found.values())))
+            if (key := f"{prefix}{metric}") in results:
+                ends = results.get(f"{key}_low"), results.get(f"{key}_high")
+                groups.setdefault(name, {})[system] = (results[key], *ends)
     if not groups:
-        return ""
-    parts = [interval_chart("ROUGE", groups, x_label="F1 x 100")]
-    curves = [
-        Line(name, [(e["step"], e[f"eval_{metric}"]) for e in log if f"eval_{metric}" in e and "step" in e])
-        for metric, name in METRICS.items()
-    ]
-    curves = [curve for curve in curves if curve.points]
-    parts.append(line_chart("ROUGE on the validation rows", curves, x_label="step", y_label="validation F1 x 100"))
+        return None
+    shown = [system for system in SYSTEMS.values() if any(system in group for group in groups.values())]
+    cells = [(system, *(_interval_text(group.get(system)) for group in groups.values())) for system in shown]
     split = results.get("scored_split", "test")
     count = f" on {results['test_rows']:,} {split} rows" if "test_rows" in results else ""
-    table = html_table(("summaries", *(name for name, _ in groups)), rows)
     low = "; bootstrap intervals in brackets" if "test_rouge1_low" in results else ""
-    words = f"<p class='small'>F1 x 100{count}, stemmed{low}. ROUGE does not tell whether a summary is true.</p>"
-    return f"<div class='charts'>{''.join(parts)}</div>{table}{words}"
+    curves = {name: read_curve(log, f"eval_{metric}") for metric, name in METRICS.items()}
+    title = "ROUGE on the validation rows"
+    drawn = {
+        "ROUGE": partial(draw_intervals, groups=groups, x_label="F1 x 100"),
+        title: partial(draw_lines, curves=curves, y_label="validation F1 x 100"),
+    }
+    line = f"F1 x 100{count}, stemmed{low}. ROUGE does not tell whether a summary is true."
+    return {
+        "charts": _charts(pyplot, drawn),
+        "table": _table(("summaries", *groups), cells, (line,)),
+    }
 
 
-def _drift(log: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> str:
+def _drift(log: Sequence[Mapping[str, Any]], run: Mapping[str, Any], pyplot: Any) -> dict[str, Any] | None:
     """How far each trained block is from its pretrained weights: `FreezeMonitor` has it in the log."""
-    entries = [entry for entry in log if any(key.startswith("drift/") for key in entry)]
-    if not entries:
-        return ""
-    last = {key.removeprefix("drift/"): float(value) for key, value in entries[-1].items() if key.startswith("drift/")}
-    stacks: dict[str, list[tuple[int, float]]] = {}
-    others = []
-    for label, value in last.items():
+    last = next((entry for entry in reversed(log) if any(key.startswith("drift/") for key in entry)), None)
+    if last is None:
+        return None
+    drift = {key.removeprefix("drift/"): float(value) for key, value in last.items() if key.startswith("drift/")}
+    stacks: dict[str, dict[int, float]] = {}
+    for label, value in drift.items():
         stack, _, number = label.rpartition(".")
         if number.isdigit():
-            stacks.setdefault(stack, []).append((int(number), value))
-        else:
-            others.append((label, f"{value:.4g}"))
-    parts = []
+            stacks.setdefault(stack, {})[int(number)] = value
+    drawn = {}
+    rows = []
     for stack, bars in stacks.items():
-        parts.append(
-            bar_chart(
-                f"Drift of the {stack} blocks",
-                sorted(bars),
-                first=0,
-                x_label=f"{stack} block",
-                y_label="||w - w0|| / ||w0||",
-                below="frozen: 0" if (run.get("frozen_blocks") or {}).get(stack) else "not trained: 0",
-            )
-        )
-        top = [f"{stack}.{number}" for number, _ in sorted(bars)[-4:]]
-        curves = [
-            Line(
-                f"block {label.rpartition('.')[2]}",
-                [(e["step"], e[f"drift/{label}"]) for e in entries if "step" in e and f"drift/{label}" in e],
-            )
-            for label in top
-        ]
-        if len(entries) > 1:
-            label = f"top {stack} blocks: ||w - w0|| / ||w0||"
-            parts.append(line_chart(f"Drift of the top {stack} blocks", curves, x_label="step", y_label=label))
-    words = (
-        "<p class='small'>How far the trained tensors of a block are from the values that they had before training, by "
-        "norm, at the last step logged; of adapters, from their first values. What is frozen has not moved.</p>"
-    )
-    table = html_table(("drift of what is no block", ""), others) if others else ""
-    return f"<div class='charts'>{''.join(parts)}</div>{table}{words}"
+        below = "frozen: 0" if (run.get("frozen_blocks") or {}).get(stack) else "not trained: 0"
+        if lowest := min(bars):
+            rows.append((f"{stack}.0 to {stack}.{lowest - 1}", below))
+        labels = {"x_label": f"{stack} block", "y_label": "||w - w0|| / ||w0||", "below": below}
+        drawn[f"Drift of the {stack} blocks"] = partial(draw_bars, bars=bars, **labels)
+        curves = {f"block {number}": read_curve(log, f"drift/{stack}.{number}") for number in sorted(bars)[-4:]}
+        if max(map(len, curves.values())) > 1:
+            title = f"Drift of the top {stack} blocks"
+            drawn[title] = partial(draw_lines, curves=curves, y_label=labels["y_label"])
+    rows += [(label, f"{value:.4g}") for label, value in drift.items()]
+    return {"charts": _charts(pyplot, drawn), "table": _table(("part", "drift"), rows)}
 
 
-def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
+def _samples(rows: Sequence[Mapping[str, Any]]) -> list[list[tuple[str, str]]]:
     chosen = [rows[place * len(rows) // SAMPLES] for place in range(SAMPLES)] if len(rows) > SAMPLES else rows
-    cards = []
-    for row in chosen:
-        pairs = [(name, str(row[name] or "")) for name in TEXTS if name in row]
-        empty = "<span class='small'>(empty)</span>"
-        lines = [f"<dt>{name}</dt><dd dir='auto'>{escape(text) or empty}</dd>" for name, text in pairs]
-        cards.append(f"<dl class='sample'>{''.join(lines)}</dl>")
-    return "".join(cards)
+    return [[(name, str(row[name] or "")) for name in TEXTS if name in row] for row in chosen]
 
 
-def _predictions(rows: Sequence[Mapping[str, Any]]) -> str:
+def _predictions(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The table that can be searched and sorted."""
     if not rows:
-        return ""
+        return None
     shown = rows[:MOST_ROWS]
     names = dict.fromkeys(name for row in shown for name in row)
     if "reference" in names:
         names.pop("summary", None)  # the same text
     first = [name for name in (*TEXTS, "rougeL") if name in names]
     columns = ["#", *first, *(name for name in names if name not in first)]
-    head = "".join(f"<th scope='col'><button type='button'>{escape(name)}</button></th>" for name in columns)
-    body = []
-    for number, row in enumerate(shown, 1):
-        values = {"#": number, **row}
-        cells = [
-            f"<td data-label='{escape(name)}' dir='auto'>{escape(_cell(values.get(name)))}</td>" for name in columns
-        ]
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    left = f"<p class='small'>The first {MOST_ROWS:,} of {len(rows):,}; all are in predictions.jsonl.</p>"
-    return (
-        "<p class='search'><label>Search <input id='search' type='search' autocomplete='off' "
-        "placeholder='words that a row must hold'></label> "
-        f"<span id='count' role='status'>{len(shown):,} of {len(shown):,}</span></p>"
-        f"<div class='wide'><table id='rows'><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
-        f"</table></div>{left if len(rows) > len(shown) else ''}"
-    )
+    left = f"The first {MOST_ROWS:,} of {len(rows):,}; all are in predictions.jsonl."
+    return {
+        "columns": columns,
+        "rows": [[_cell({"#": number, **row}.get(name)) for name in columns] for number, row in enumerate(shown, 1)],
+        "count": f"{len(shown):,}",
+        "left": left if len(rows) > len(shown) else "",
+    }
 
 
-def _run(run: Mapping[str, Any], results: Mapping[str, Any], missing: Sequence[str]) -> str:
+def _facts(run: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
     facts = [(f"data: {split}", text) for split, text in (run.get("data") or {}).items()]
     if run.get("hardware"):
         facts.append(("hardware", str(Hardware.from_dict(run["hardware"]))))
     facts += [(name, str(results[name])) for name in ("precision", "world_size") if name in results]
     facts += [(name, version) for name, version in (run.get("versions") or {}).items()]
-    notes = "".join(f"<p>{escape(note)}</p>" for note in run.get("notes") or ())
-    lost = f"<p class='small'>Not in the folder: {escape(', '.join(missing))}.</p>" if missing else ""
-    return notes + (html_table(("fact", "value"), facts) if facts else "") + lost
+    return _table(("fact", "value"), facts)
 
 
 # --------------------------------------------------------------------------------------------------------------- pieces
 
 
-def _kept_table(table: Mapping[str, Any]) -> str:
-    """A table as `Table.to_dict` gave it; nothing where it has no row."""
-    if not table["rows"]:
-        return ""
-    columns = list(table["rows"][0])
-    rows = [[row[name] for name in columns] for row in table["rows"]]
-    lines = "".join(f"<p class='small'>{escape(line)}</p>" for line in table["lines"])
-    return html_table(columns, rows) + lines
+def _charts(pyplot: Any, drawn: Mapping[str, Callable[[Any], Any]]) -> list[tuple[str, str]]:
+    """Each picture as its title and its address in the page; none without pyplot."""
+    figures = {title: draw(pyplot) for title, draw in drawn.items()} if pyplot else {}
+    return [(title, data_uri(svg_of(figure), "svg+xml")) for title, figure in figures.items() if figure is not None]
+
+
+def _table(columns: Sequence[str], rows: Sequence[tuple[str, ...]], lines: Sequence[str] = ()) -> dict[str, Any]:
+    return Table("", tuple(columns), tuple(rows), tuple(lines)).to_dict()
 
 
 def _interval_text(interval: Interval | None) -> str:
     if interval is None:
         return ""
-    low, high = interval.low, interval.high
-    return f"{interval.value:.1f}" + (f" [{low:.1f}, {high:.1f}]" if low is not None and high is not None else "")
+    value, low, high = interval
+    return f"{value:.1f}" + (f" [{low:.1f}, {high:.1f}]" if low is not None and high is not None else "")
 
 
 def _cell(value: Any) -> str:
