@@ -31,8 +31,9 @@ from hf_freeze.summarization.data.grouping import (
     summarize_groups,
     summarized,
 )
+from hf_freeze.summarization.data.lines import RowLines
 from hf_freeze.summarization.data.reviews import choose_columns
-from hf_freeze.summarization.data.rows import GivenRows, Row, RowFiles, RowLines, row_text
+from hf_freeze.summarization.data.rows import GivenRows, Row, RowFiles, row_text
 from hf_freeze.summarization.generation import generate_summaries
 from hf_freeze.summarization.prompts import SummaryPrompt, read_prompt
 from hf_freeze.summarization.resumable import ResumableFile, check_free

@@ -17,9 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_freeze.errors import ReviewsError
-from hf_freeze.summarization.data import files
-from hf_freeze.summarization.data import rows as row_files
-from hf_freeze.summarization.data.rows import GivenRows, Row, RowFiles, RowLines, row_text, spreadsheet_safe
+from hf_freeze.summarization.data.lines import RowLines, spreadsheet_safe
+from hf_freeze.summarization.data.rows import GivenRows, Row, RowFiles, row_text
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:
@@ -115,8 +114,7 @@ def test_bytes_that_are_no_utf8_are_named_by_line_wherever_they_stand(tmp_path: 
 def test_a_quote_that_is_never_closed_does_not_swallow_a_large_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for room in (files, row_files):
-        monkeypatch.setattr(room, "LONGEST_CELL", 1000)
+    monkeypatch.setattr("hf_freeze.summarization.data.rows.LONGEST_CELL", 1000)
     path = written(tmp_path, "a.csv", 'id,text\n1,"open\n' + "2,b\n" * 10_000)
     with pytest.raises(ReviewsError, match=r"begins at line 2 is broken \(field larger"):
         values(path)

@@ -4,28 +4,23 @@ It owns: finding the format, the columns and the rows that cannot be used, with 
 guess where a guess could lose a row: a broken line is an error with its line number, an unusable row is a
 named and counted skip. It does not truncate, tokenize or word prompts.
 
-Rows are read as they are streamed (`row_files`), because the parsers of `datasets` know neither line numbers nor
-byte offsets, and repair some broken files silently. Tables come from there; JSON lines and Parquet, whose columns
-have types, are parsed by `datasets`, and what it made of the texts is compared.
+Rows are read as they are streamed (`rows`), because the parsers of `datasets` know neither line numbers nor byte
+offsets, and repair some broken files silently. What was read goes into an Arrow file in the cache of `datasets`.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import importlib.resources
-import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_freeze.errors import ReviewsError, nearest
-from hf_freeze.files import whole
-from hf_freeze.summarization.data.files import FORMATS, digest_file, tell_missing, word_kind
-from hf_freeze.summarization.data.rows import RowFiles
+from hf_freeze.summarization.data.files import FORMATS, tell_missing, worded_reading
+from hf_freeze.summarization.data.rows import Row, RowFiles, row_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +33,6 @@ SUMMARY_NAMES = ("summary", "title", "review_title", "headline", "highlights", "
 
 LONG_REVIEW_CHARACTERS = 20_000  # some 5,000 tokens: more than the models of this package read
 MOST_VALIDATION_ROWS = 1_000  # more would cost time at each evaluation and hardly narrow the estimate
-TABLE_BATCH = 1_000  # rows of a table that are kept together
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name; a bare "csv" names a builder of `datasets`
 
 
@@ -117,7 +111,7 @@ def read_reviews(
         raw = _load_from_hub(str(source), path, split)
         columns = list(raw.column_names)
         choice = choose_columns(str(source), columns, text_column, summary_column, need_summaries)
-        return _account(raw, str(source), choice, need_summaries, notes=(), not_text={})
+        return _account(raw, str(source), choice, need_summaries, notes=(), rows=())
 
     if split is not None:
         raise ReviewsError(
@@ -125,22 +119,13 @@ def read_reviews(
             f"Give each split's own file or folder, and no split."
         )
     files = RowFiles(path)
-    kinds = _read_through(files) if files.kind == "JSON lines" else {}
-    # before loading, so that a wrong column costs no parsing
-    choice = choose_columns(str(path), list(files.columns), text_column, summary_column, need_summaries)
-    raw = _load_files(files, kinds)
+    if files.kind != "JSON lines":  # whose columns are known now, so that a wrong one costs no reading
+        choose_columns(str(path), list(files.columns), text_column, summary_column, need_summaries)
+    raw = _load_files(files)
+    choice = choose_columns(str(path), raw.column_names, text_column, summary_column, need_summaries)
     if not len(raw):
-        raise _no_rows(path)
-    not_text = {
-        name: f"{place} holds {kind} there"
-        for name, places in kinds.items()
-        for kind, place in reversed(places.items())  # the first place wins
-        if kind not in ("a string", "null")
-    }
-    reviews = _account(raw, str(path), choice, need_summaries, files.notes, not_text)
-    if files.kind == "JSON lines":
-        _compare(raw, files, [name for name in choice[:2] if name])
-    return reviews
+        raise ReviewsError(f"{path} has no rows. Give a file with at least one review.")
+    return _account(raw, str(path), choice, need_summaries, files.notes, files)
 
 
 def shipped_reviews() -> dict[str, Reviews]:
@@ -238,103 +223,27 @@ def _load_from_hub(source: str, path: Path, split: str | None) -> Dataset:
 # ---------------------------------------------------------------------------------------------------- loading
 
 
-def _read_through(files: RowFiles) -> dict[str, dict[str, str]]:
-    """Reads all JSON lines, so that a broken one is named; kinds of values by column, each with its first place."""
-    kinds: dict[str, dict[str, str]] = {}
-    for row in files:
-        for name, value in row.values.items():
-            kinds.setdefault(name, {}).setdefault(word_kind(value), row.place)
-    return kinds
-
-
-def _no_rows(path: str | Path) -> ReviewsError:
-    return ReviewsError(f"{path} has no rows. Give a file with at least one review.")
-
-
-def _load_files(files: RowFiles, kinds: Mapping[str, Mapping[str, str]]) -> Dataset:
+def _load_files(files: RowFiles) -> Dataset:
+    """The rows of all files, from a file of Arrow's that is mapped into memory; made unless these bytes have one."""
     from datasets import Dataset, config
 
-    # `datasets` keys its cache by path and time of change; the digest adds the content.
-    digests = "".join(digest_file(file, utf8=files.kind != "Parquet") for file in files.files)
-    digest = hashlib.blake2b(f"{digests}{files.kind}{files.separator}".encode(), digest_size=16).hexdigest()
-    # not load_dataset, which asks a server to count even a local file's use
+    from hf_freeze.summarization.data.arrow import write_arrow
+
+    digest = hashlib.blake2b(f"{files.kind}{files.separator}{list(files.columns)}".encode(), digest_size=16)
+    for path in files.files:
+        with worded_reading(path), path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    place = Path(config.HF_DATASETS_CACHE) / "hf_freeze" / f"{digest.hexdigest()}.arrow"
     try:
-        with _quiet():
-            if files.kind in ("CSV", "TSV"):
-                return _load_table(files, Path(config.HF_DATASETS_CACHE) / "hf_freeze" / f"{digest}.arrow")
-            names = [glob.escape(str(file.resolve())) for file in files.files]  # it takes "[1]" and "*" for patterns
-            read = Dataset.from_json if files.kind == "JSON lines" else Dataset.from_parquet
-            raw = read(names, config_name=digest)
-            raw.data.validate(full=True)  # Parquet may hold strings that are not UTF-8
-            return raw
-    except Exception as error:  # a foreign reader may raise anything
-        if isinstance(error, ReviewsError):
-            raise
-        for _ in files:  # which names the row, where the file is at fault
-            pass
-        mixed = (
-            f"column {name!r} holds {' and '.join(f'{kind} ({places[kind]})' for kind in places if kind != 'null')}"
-            for name, places in kinds.items()
-            if len(places.keys() - {"null"}) > 1
-        )
-        reason = error.__cause__ or error
-        advice = "All rows must have the same columns, each once and of one type."
-        if isinstance(reason, OSError):
-            advice = f"`datasets` keeps what it has read in {config.HF_DATASETS_CACHE}, which must have space."
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_arrow(files, place)
+        return Dataset.from_file(str(place))
+    except OSError as error:
         raise ReviewsError(
-            f"{files.path} could not be read as {files.kind}: {next(mixed, str(reason).strip())}. {advice}"
+            f"{files.path} could not be read as {files.kind}: {error}. What was read is kept in "
+            f"{config.HF_DATASETS_CACHE}, which must have space."
         ) from error
-
-
-def _load_table(files: RowFiles, place: Path) -> Dataset:
-    """The rows of tables by our own reader, from a file that is mapped into memory.
-
-    All columns are text, exactly as written: a type that is inferred would turn "NA" into nothing and "007" into 7.
-    """
-    import pyarrow as pa
-    from datasets import Dataset
-
-    if not place.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        schema = pa.schema([(name, pa.string()) for name in files.columns])
-        rows = iter(files)
-        with whole(place) as name, pa.OSFile(str(name), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
-            while batch := [list(row.values.values()) for row in itertools.islice(rows, TABLE_BATCH)]:
-                columns = [pa.array(cells, pa.string()) for cells in zip(*batch, strict=True)]
-                stream.write_batch(pa.record_batch(columns, schema))
-    return Dataset.from_file(str(place))
-
-
-def _compare(raw: Dataset, files: RowFiles, columns: list[str]) -> None:
-    """Makes sure that `datasets` has read every text as it is written."""
-    pairs = itertools.zip_longest(_rows(raw, columns), files)
-    for loaded, row in pairs:
-        texts = {name: row.values.get(name) for name in columns} if row else None
-        if loaded != texts:
-            raise ReviewsError(
-                f"{row.place if row else files.path} was read as {loaded!r:.100}, and {texts!r:.100} is what it "
-                f"holds. Write the reviews as CSV or Parquet."
-            )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the bars of `datasets`, since a local file is read before one could be looked at, and without its log."""
-    from datasets import config, disable_progress_bars, enable_progress_bars
-    from datasets.utils import are_progress_bars_disabled, logging
-
-    # where the environment has decided, the switches only warn
-    switch = config.HF_DATASETS_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
-    if switch:
-        disable_progress_bars()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # an error is worded here
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if switch:
-            enable_progress_bars()
 
 
 # ------------------------------------------------------------------------------------------- choosing columns
@@ -395,17 +304,19 @@ def _account(
     choice: tuple[str, str | None, str],
     need_summaries: bool,
     notes: tuple[str, ...],
-    not_text: Mapping[str, str],
+    rows: Iterable[Row],
 ) -> Reviews:
     """Names the columns, numbers the rows, and leaves out those that can't be used."""
     text, summary, reason = choice
     for name in (text, summary) if summary else (text,):
         kind = str(getattr(raw.features[name], "dtype", raw.features[name]))
         # null is a column without any value: its rows are skipped by name
-        if name in not_text or kind not in ("string", "large_string", "string_view", "null"):
+        if kind not in ("string", "large_string", "string_view", "null"):
+            for row in rows:
+                row_text(row, name)  # names the first that holds something else
             raise ReviewsError(
-                f"Column {name!r} of {source} does not hold text: {not_text.get(name, f'its type is {kind}')}. "
-                f"Name another column, or write its values as strings."
+                f"Column {name!r} of {source} does not hold text: its type is {kind}. Name another column, or write "
+                f"its values as strings."
             )
     dataset, renamed = _named(raw, text, summary)
     keep, skipped, curious = _sort_out(dataset, need_summaries)
@@ -434,11 +345,9 @@ def _named(raw: Dataset, text: str, summary: str | None) -> tuple[Dataset, dict[
             while new in raw.column_names:
                 new = f"source_{new}"
             moved[name] = new
-    with _quiet():
-        # in two steps, because one name may be given up and taken
-        dataset = raw.rename_columns(moved)
-        dataset = dataset.rename_columns({old: new for old, new in ours.items() if old != new})
-        dataset = dataset.add_column("row", np.arange(1, len(dataset) + 1))
+    dataset = raw.rename_columns(moved)  # in two steps, because one name may be given up and taken
+    dataset = dataset.rename_columns({old: new for old, new in ours.items() if old != new})
+    dataset = dataset.add_column("row", np.arange(1, len(dataset) + 1))
     first = [*ours.values(), "row"]
     return dataset.select_columns(first + [name for name in dataset.column_names if name not in first]), moved
 

@@ -1,7 +1,6 @@
-"""The rows of files of any size, one at a time, and the lines of the file that is written from them.
+"""The rows of files of any size, one at a time: the one reader of reviews, to train on and to stream.
 
-Memory is that of one row, and a row is bounded. It repairs nothing: a broken row is an error that names its line. What
-was read is written back as it was: cells of a table as they are, a JSON object by its own characters.
+Memory is that of one row, and a row is bounded. It repairs nothing: a broken row is an error that names its line.
 """
 
 from __future__ import annotations
@@ -10,36 +9,22 @@ import csv
 import io
 import itertools
 import json
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
-from hf_freeze.errors import ReviewsError, nearest
-from hf_freeze.summarization.data.files import (
-    FORMATS,
-    LONGEST_CELL,
-    digest_file,
-    find_separator,
-    list_files,
-    long_cells,
-    name_columns,
-    parse_object,
-    quote_start,
-    read_parquet_size,
-    word_kind,
-    worded_reading,
-)
+from hf_freeze.errors import ReviewsError
+from hf_freeze.summarization.data.files import FORMATS, TABLES, list_files, not_utf8, worded_reading
 
-__all__ = ["GivenRows", "Row", "RowFiles", "RowLines", "row_text", "spreadsheet_safe"]
+__all__ = ["GivenRows", "Row", "RowFiles", "row_text", "word_kind"]
 
+LONGEST_CELL = 16_000_000  # characters, of a cell or a line: a quote that is never closed would swallow the whole file
 PARQUET_BATCH = 1024  # rows decoded together
-TABLES = {"CSV": ",", "TSV": "\t"}  # with the separator that each is written with
 
-# What makes a spreadsheet take a cell for a formula, by OWASP's list ("CSV Injection"), with the full-width signs that
-# East Asian versions take for the same.
-FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")
+T = TypeVar("T")
 
 
 class Row(NamedTuple):
@@ -54,6 +39,37 @@ class Row(NamedTuple):
     values: Mapping[str, Any]
     place: str
     text: str = ""
+
+
+def row_text(row: Row, column: str) -> str:
+    """The text that a row holds in a column; "" where it holds none.
+
+    Raises:
+        ReviewsError: something else than a text.
+
+    >>> row_text(Row({"text": None}, "x.jsonl, line 1"), "text")
+    ''
+    """
+    value = row.values.get(column)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ReviewsError(
+            f"{row.place} holds {word_kind(value)} in column {column!r}, and a text is expected: {value!r:.60}. Name "
+            f"another column, or write its values as strings."
+        )
+    return value
+
+
+def word_kind(value: object) -> str:
+    """What JSON calls a value, for errors; of other values their type.
+
+    >>> word_kind([1]), word_kind(None), word_kind(b"")
+    ('an array', 'null', 'a value of type bytes')
+    """
+    kinds = {dict: "an object", list: "an array", bool: "a truth value", str: "a string", type(None): "null"}
+    kinds |= {int: "a number", float: "a number"}
+    return kinds.get(type(value), f"a value of type {type(value).__name__}")
 
 
 class RowFiles:
@@ -89,10 +105,10 @@ class RowFiles:
         self.separator = ""
         self.header: list[str] = []
         self.columns: dict[str, None] = {}
+        self.total_bytes = 0
         self._done_bytes = 0
         self._open: IO[Any] | None = None
-        self._share = 0.0  # of the open Parquet file
-        self.total_bytes = 0
+        self._share = 0.0  # bytes of the open Parquet file
         for file in self.files:
             with worded_reading(file):
                 self.total_bytes += file.stat().st_size
@@ -101,30 +117,31 @@ class RowFiles:
     def _read_columns(self, file: Path) -> None:
         if file.stat().st_size == 0:
             raise ReviewsError(f"{file} is empty (0 bytes). Give a file with at least one review.")
-        separator, header, columns, empty = "", [], [], False
+        separator: str = ""
+        header: list[str] = []
+        columns: list[str] | None
         try:
             if self.kind in TABLES:
-                separator = find_separator(file, next(filter(str.strip, _lines(file, None, newline="")), ""))
+                separator = _find_separator(file)
                 header = next((cells for cells, _ in _cells(file, separator)), [])
-                columns, empty = name_columns(file, header), not header
+                columns = [name.strip() or f"column {number}" for number, name in enumerate(header, 1)] or None
+                _refuse_repeated(columns or [], f"{file}: the header")
             elif self.kind == "Parquet":
-                columns = read_parquet_size(file)[0]
+                columns = _parquet_columns(file)
             else:
-                row = next(_json_rows(file), None)
-                columns, empty = list(row.values) if row else [], row is None
+                columns = next((list(row.values) for row in _json_rows(file)), None)
         except UnicodeDecodeError:
-            _raise_not_utf8(file)
-        if empty:
+            raise not_utf8(file) from None
+        if columns is None:
             raise ReviewsError(f"{file} is empty (blank lines only). Give a file with at least one review.")
-        first = file == self.files[0]
-        if not first and self.kind != "JSON lines" and (columns, separator) != (list(self.columns), self.separator):
+        if file == self.files[0]:
+            self.separator, self.header = separator, header
+        elif self.kind != "JSON lines" and (columns, separator) != (list(self.columns), self.separator):
             raise ReviewsError(
                 f"{file} has the columns {columns} separated by {separator!r}, but {self.files[0]} has "
                 f"{list(self.columns)} separated by {self.separator!r}. Files of one folder must agree."
             )
         self.columns |= dict.fromkeys(columns)
-        if first:
-            self.separator, self.header = separator, header
 
     @property
     def position(self) -> int:
@@ -134,35 +151,61 @@ class RowFiles:
         return self._done_bytes + int(self._share if self.kind == "Parquet" else self._open.tell())
 
     def __iter__(self) -> Iterator[Row]:
+        rows_of = {"Parquet": self._parquet_rows, "JSON lines": self._json_rows}
+        return self._read(rows_of.get(self.kind, self._table_rows))
+
+    def parquet_batches(self) -> Iterator[Any]:
+        """The rows of Parquet files as batches of Arrow, with their types."""
+        return self._read(self._parquet_batches)
+
+    def _read(self, contents_of: Callable[[Path, IO[bytes]], Iterator[T]]) -> Iterator[T]:
+        """What each file holds, in turn; what goes wrong on the way is worded."""
         self._done_bytes = 0
         for path in self.files:
             with worded_reading(path), path.open("rb") as self._open:
                 size = os.fstat(self._open.fileno()).st_size
                 try:
-                    yield from self._rows(path, self._open)
+                    yield from contents_of(path, self._open)
                 except UnicodeDecodeError:
-                    _raise_not_utf8(path)
+                    raise not_utf8(path) from None
                 finally:
                     self._open = None
             self._done_bytes += size
 
-    def _rows(self, path: Path, file: IO[bytes]) -> Iterator[Row]:
-        if self.kind == "Parquet":
-            yield from self._parquet_rows(path, file)
-        elif self.kind == "JSON lines":
-            for row in _json_rows(path, file):
-                self.columns |= dict.fromkeys(row.values)
-                yield row
-        else:
-            names = list(self.columns)
-            table = _cells(path, self.separator, file)
-            next(table, None)  # the header
-            for cells, line in table:
-                if len(cells) != len(names):
-                    raise _wrong_width(path, line, cells, names, self.separator)
-                yield Row(dict(zip(names, cells, strict=True)), f"{path}, line {line}")
+    def _json_rows(self, path: Path, file: IO[bytes]) -> Iterator[Row]:
+        for row in _json_rows(path, file):
+            self.columns |= dict.fromkeys(row.values)
+            yield row
+
+    def _table_rows(self, path: Path, file: IO[bytes]) -> Iterator[Row]:
+        names = list(self.columns)
+        for cells, line in itertools.islice(_cells(path, self.separator, file), 1, None):
+            if len(cells) != len(names):
+                fix = f"Put quotes around a cell that holds {self.separator!r}."
+                if len(cells) < len(names):
+                    fix = f"Give it all {len(names)} cells, empty ones too: it has none for {names[len(cells)]!r}."
+                raise ReviewsError(
+                    f"{path}, line {line} has {len(cells)} cells, but the header has {len(names)}: "
+                    f"{_quote_start(self.separator.join(cells))} {fix}"
+                )
+            yield Row(dict(zip(names, cells, strict=True)), f"{path}, line {line}")
 
     def _parquet_rows(self, path: Path, file: IO[bytes]) -> Iterator[Row]:
+        number = 0
+        try:
+            for batch in self._parquet_batches(path, file):
+                for values in _decoded(batch):
+                    number += 1
+                    yield Row(values, f"{path}, row {number}")
+        except UnicodeDecodeError as error:
+            byte = f"byte 0x{error.object[error.start]:02x}"
+            raise ReviewsError(f"{path}, row {number + 1} is not UTF-8: {byte}. Write it again as UTF-8.") from error
+        except ReviewsError:
+            raise
+        except Exception as error:  # a value that no type of Python's holds
+            raise ReviewsError(f"{path} is damaged after row {number} ({error}). Write it again.") from error
+
+    def _parquet_batches(self, path: Path, file: IO[bytes]) -> Iterator[Any]:
         import pyarrow.parquet as pq
 
         size, number, total = path.stat().st_size, 0, 0
@@ -170,13 +213,9 @@ class RowFiles:
             with pq.ParquetFile(file) as parquet:
                 total = parquet.metadata.num_rows
                 for batch in parquet.iter_batches(batch_size=PARQUET_BATCH):
-                    for values in _decoded(batch):
-                        number += 1
-                        self._share = size * number / max(1, total)
-                        yield Row(values, f"{path}, row {number}")
-        except UnicodeDecodeError as error:
-            byte = f"byte 0x{error.object[error.start]:02x}"
-            raise ReviewsError(f"{path}, row {number + 1} is not UTF-8: {byte}. Write it again as UTF-8.") from error
+                    yield batch
+                    number += len(batch)
+                    self._share = size * number / max(1, total)
         except Exception as error:  # of damaged pages arrow raises ArrowInvalid, OSError, MemoryError and others
             raise ReviewsError(f"{path} is damaged after row {number} ({error}). Write it again.") from error
         if number != total:
@@ -210,60 +249,34 @@ class GivenRows:
         if not first:
             raise ReviewsError("The given rows are none. Give at least one review.")
         self._rows = itertools.chain(first, iterator)
-        self._check(first[0], 1)
+        _check_given(first[0], 1)
         self.columns = dict.fromkeys(first[0])
 
     def __iter__(self) -> Iterator[Row]:
         for number, values in enumerate(self._rows, 1):
-            self._check(values, number)
+            _check_given(values, number)
             yield Row(values, f"row {number}")
 
-    @staticmethod
-    def _check(values: Any, number: int) -> None:
-        if not isinstance(values, Mapping):
-            raise ReviewsError(
-                f"Row {number} is {type(values).__name__} ({values!r:.60}); a mapping is expected, such as "
-                f"{{'review': '...'}}."
-            )
-        for name, value in values.items():
-            if not isinstance(name, str):  # csv.DictReader files the cells of too long a row under None
-                raise ReviewsError(f"Row {number} has the column {name!r}; names of columns are texts. Rename it.")
-            try:
-                f"{name}{value if isinstance(value, str) else ''}".encode()
-            except UnicodeEncodeError as error:
-                raise ReviewsError(
-                    f"Row {number} holds half a character ({error.object[error.start]!r}) in column {name!r}. Take it "
-                    f"out."
-                ) from error
 
-
-def row_text(row: Row, column: str) -> str:
-    """The text that a row holds in a column; "" where it holds none.
-
-    Raises:
-        ReviewsError: something else than a text.
-
-    >>> row_text(Row({"text": None}, "x.jsonl, line 1"), "text")
-    ''
-    """
-    value = row.values.get(column)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
+def _check_given(values: Any, number: int) -> None:
+    if not isinstance(values, Mapping):
         raise ReviewsError(
-            f"{row.place} holds {word_kind(value)} in column {column!r}, and a text is expected: {value!r:.60}. Name "
-            f"another column, or write its values as strings."
+            f"Row {number} is {type(values).__name__} ({values!r:.60}); a mapping is expected, such as "
+            f"{{'review': '...'}}."
         )
-    return value
-
-
-def _raise_not_utf8(path: Path) -> None:
-    digest_file(path, utf8=True)  # names the byte, its offset and its line
-    raise ReviewsError(f"{path} is not UTF-8, or was changed while it was read. Save it as UTF-8.")
+    for name, value in values.items():
+        if not isinstance(name, str):  # csv.DictReader files the cells of too long a row under None
+            raise ReviewsError(f"Row {number} has the column {name!r}; names of columns are texts. Rename it.")
+        try:
+            f"{name}{value if isinstance(value, str) else ''}".encode()
+        except UnicodeEncodeError as error:
+            raise ReviewsError(
+                f"Row {number} holds half a character ({error.object[error.start]!r}) in column {name!r}. Take it out."
+            ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading one file
+# Lines and tables
 
 
 def _lines(path: Path, file: IO[bytes] | None, newline: str) -> Iterator[str]:
@@ -274,12 +287,31 @@ def _lines(path: Path, file: IO[bytes] | None, newline: str) -> Iterator[str]:
             number += 1
             if len(line) >= LONGEST_CELL and not line.endswith(("\n", "\r")):
                 raise ReviewsError(
-                    f"{path}, line {number} is longer than {LONGEST_CELL:,} characters: {quote_start(line[:100])} "
+                    f"{path}, line {number} is longer than {LONGEST_CELL:,} characters: {_quote_start(line[:100])} "
                     f"Write one review a line (a JSON array is not JSON lines)."
                 )
             if "\0" in line:  # UTF-16 without its mark is valid UTF-8 with a NUL beside each letter
-                raise ReviewsError(f"{path}, line {number} holds a NUL: {quote_start(line[:100])} Save it as UTF-8.")
+                raise ReviewsError(f"{path}, line {number} holds a NUL: {_quote_start(line[:100])} Save it as UTF-8.")
             yield line
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Lets `csv` read cells of up to `LONGEST_CELL` characters; its own limit, of 128 KiB, is the whole process's."""
+    before = csv.field_size_limit(LONGEST_CELL)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _find_separator(path: Path) -> str:
+    """The separator that cuts a table's header line into most fields: the ending is often wrong about it."""
+    header = next(filter(str.strip, _lines(path, None, newline="")), "")
+    usual = TABLES[FORMATS[path.suffix.lower()]]
+    with _long_cells():
+        # Spreadsheets write semicolons where the comma is the decimal point. max keeps the first of equals.
+        return max((usual, "\t", ",", ";"), key=lambda sign: len(next(csv.reader([header], delimiter=sign), [])))
 
 
 def _cells(path: Path, separator: str, file: IO[bytes] | None = None) -> Iterator[tuple[list[str], int]]:
@@ -289,7 +321,7 @@ def _cells(path: Path, separator: str, file: IO[bytes] | None = None) -> Iterato
     while True:
         line = reader.line_num + 1
         try:
-            with long_cells():  # for this row only: the limit is everybody's
+            with _long_cells():  # for this row only: the limit is everybody's
                 cells = next(reader, None)
         except csv.Error as error:
             raise ReviewsError(
@@ -304,12 +336,87 @@ def _cells(path: Path, separator: str, file: IO[bytes] | None = None) -> Iterato
             yield cells, line
 
 
-def _wrong_width(path: Path, line: int, cells: Sequence[str], names: Sequence[str], separator: str) -> ReviewsError:
-    fix = f"Put quotes around a cell that holds {separator!r}."
-    if len(cells) < len(names):
-        fix = f"Give it all {len(names)} cells, empty ones too: it has none for {names[len(cells)]!r}."
-    start = quote_start(separator.join(cells))
-    return ReviewsError(f"{path}, line {line} has {len(cells)} cells, but the header has {len(names)}: {start} {fix}")
+def _quote_start(line: str) -> str:
+    """The beginning of a line, quoted and with a full stop, for errors.
+
+    >>> _quote_start("  id,review ")
+    "'id,review'."
+    """
+    line = line.strip()
+    return repr(line if len(line) <= 60 else line[:57] + "...") + "."
+
+
+def _refuse_repeated(names: Iterable[str], where: str) -> None:
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise ReviewsError(f"{where} names {', '.join(map(repr, repeated))} more than once. Rename one of them.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON lines and Parquet
+
+
+def _json_rows(path: Path, file: IO[bytes] | None = None) -> Iterator[Row]:
+    for number, line in enumerate(_lines(path, file, newline="\n"), 1):
+        text = line.strip(" \t\r\n")  # what JSON calls white space
+        if text:
+            place = f"{path}, line {number}"
+            # a bare carriage return between two words would end a line for many readers
+            yield Row(_parse_object(text, place), place, text.replace("\r", " "))
+
+
+def _parse_object(line: str, place: str) -> dict[str, Any]:
+    """The object that a line of JSON holds.
+
+    Raises:
+        ReviewsError: It is not JSON, no object, names a key twice, or holds half a character.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):  # `json` would keep the last one
+            _refuse_repeated((name for name, _ in pairs), place)
+        return values
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON: null is a value that is missing")
+
+    try:
+        values = json.loads(line, object_pairs_hook=once, parse_constant=refuse)
+        if "\\u" in line:  # only an escape can smuggle in half a character, as a cut-off emoji does
+            json.dumps(values, ensure_ascii=False).encode()
+    except ReviewsError:
+        raise
+    except UnicodeEncodeError as error:
+        raise ReviewsError(
+            f"{place} holds half a character ({error.object[error.start]!r}): {_quote_start(line)} Take that escape "
+            f"out."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ReviewsError(
+            f"{place} is not JSON ({error}): {_quote_start(line)} Each line must be one whole JSON object."
+        ) from error
+    if not isinstance(values, dict):
+        raise ReviewsError(
+            f"{place} is {word_kind(values)}, not an object: {_quote_start(line)} "
+            f'Each line must be one JSON object, like {{"review": "..."}}.'
+        )
+    return values
+
+
+def _parquet_columns(path: Path) -> list[str]:
+    import pyarrow.parquet as pq
+
+    path.open("rb").close()  # what the system refuses; below, OSError is also what arrow calls a damage
+    try:
+        names = list(pq.read_schema(path).names)
+    except Exception as error:  # of damaged metadata arrow raises ArrowInvalid, OSError, UnicodeDecodeError and others
+        raise ReviewsError(
+            f"{path} is not a Parquet file, or its metadata is damaged ({str(error).strip()}). Write it again, or "
+            f"correct its ending."
+        ) from error
+    _refuse_repeated(names, f"{path}: its schema")
+    return names
 
 
 def _decoded(batch: Any) -> Iterable[dict[str, Any]]:
@@ -318,129 +425,3 @@ def _decoded(batch: Any) -> Iterable[dict[str, Any]]:
         return list(batch.to_pylist())
     except UnicodeDecodeError:
         return (batch.slice(place, 1).to_pylist()[0] for place in range(len(batch)))
-
-
-def _json_rows(path: Path, file: IO[bytes] | None = None) -> Iterator[Row]:
-    for number, line in enumerate(_lines(path, file, newline="\n"), 1):
-        text = line.strip(" \t\r\n")  # what JSON calls white space
-        if not text:
-            continue
-        place = f"{path}, line {number}"
-        values = parse_object(text, place, '{"review": "..."}')
-        # a bare carriage return between two words would end a line for many readers
-        yield Row(values, place, text.replace("\r", " "))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-def spreadsheet_safe(text: str) -> str:
-    """A text that no spreadsheet takes for a formula: with an apostrophe before it where it begins like one.
-
-    Spreadsheets show what follows the apostrophe as text and run nothing (OWASP, "CSV Injection").
-
-    >>> spreadsheet_safe("=HYPERLINK(A1)"), spreadsheet_safe("Good mug.")
-    ("'=HYPERLINK(A1)", 'Good mug.')
-    """
-    return f"'{text}" if text.startswith(FORMULA_STARTS) or text.lstrip().startswith(FORMULA_STARTS) else text
-
-
-class RowLines:
-    """How rows and their summaries become lines: those of a .csv, .tsv or .jsonl file.
-
-    Cells are written as they were read. In a table a summary that begins like a formula gets an apostrophe
-    (`spreadsheet_safe`); JSON lines hold it as it is, since no spreadsheet reads them.
-
-    Args:
-        path: its ending decides.
-        columns: the input's columns.
-        summary_column: name of the added column.
-        separator: of a .csv; "" is a comma.
-        header: what the header calls the columns; None is their names.
-
-    Raises:
-        ReviewsError: another ending, or a summary column that the input has.
-
-    >>> lines = RowLines(Path("out.csv"), ["id"], "summary")
-    >>> lines.header + lines.line(Row({"id": "7"}, ""), "-5 stars.")
-    "id,summary\\n7,'-5 stars.\\n"
-    >>> RowLines(Path("out.csv"), ["id"], "summary").line(Row({"id": "a,b"}, ""), "Fine.")
-    '"a,b",Fine.\\n'
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        columns: Sequence[str],
-        summary_column: str,
-        separator: str = "",
-        header: Sequence[str] | None = None,
-    ) -> None:
-        self.kind = FORMATS.get(path.suffix.lower(), "")
-        if self.kind not in (*TABLES, "JSON lines"):
-            raise ReviewsError(
-                f"The summaries were to be written to {path}, which ends in {path.suffix!r}; written are .csv, .tsv "
-                f"and .jsonl. Choose one of these endings."
-            )
-        if summary_column in columns:
-            raise ReviewsError(
-                f"The summaries were to be written to column {summary_column!r}, which the input has already: "
-                f"{', '.join(map(repr, columns))}. Name another one (--summary_column), e.g. 'new_{summary_column}'."
-            )
-        self.columns = list(columns)
-        self.summary_column = summary_column
-        self.separator = separator if separator and self.kind == "CSV" else TABLES.get(self.kind, "")
-        self.header = self._table_line([*(header or columns), summary_column]) if self.kind in TABLES else ""
-
-    def line(self, row: Row, summary: str) -> str:
-        """One line, its end included.
-
-        Raises:
-            ReviewsError: a row with a column that the header does not have.
-        """
-        if self.kind in TABLES:
-            if row.values.keys() - set(self.columns):
-                self._refuse(row)
-            cells = [_cell(row.values.get(name)) for name in self.columns]
-            return self._table_line([*cells, spreadsheet_safe(summary)])
-        added = json.dumps({self.summary_column: summary}, ensure_ascii=False)
-        if self.summary_column in row.values:
-            self._refuse(row)
-        if not row.values:
-            return added + "\n"
-        # JSON's own characters where there are any: 1.10 stays 1.10.
-        text = row.text or json.dumps(_without_nan(dict(row.values)), ensure_ascii=False, default=str)
-        return f"{text[:-1].rstrip()}, {added[1:]}\n"
-
-    def _refuse(self, row: Row) -> None:
-        wrong = next(name for name in row.values if name == self.summary_column or name not in self.columns)
-        raise ReviewsError(
-            f"{row.place} has the column {wrong!r}, which the rows before it had not; nearest of theirs: "
-            f"{nearest(wrong, self.columns)}. Give all rows the same columns, or name another --summary_column."
-        )
-
-    def _table_line(self, cells: Sequence[str]) -> str:
-        sink = io.StringIO()
-        # With both characters as its line end the writer quotes cells that hold either, as every reader needs it.
-        csv.writer(sink, delimiter=self.separator, lineterminator="\r\n").writerow(cells)
-        return sink.getvalue()[:-2] + "\n"
-
-
-def _without_nan(value: Any) -> Any:
-    """A value as JSON has it: null for numbers that are none, which nobody else could read (Parquet and pandas)."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _without_nan(one) for name, one in value.items()}
-    return [_without_nan(one) for one in value] if isinstance(value, list) else value
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return ""
-    if isinstance(value, bool | int | float | list | dict):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return str(value)
