@@ -24,6 +24,7 @@ __all__ = [
     "StageError",
     "TokenizerMismatch",
     "TrainingDiverged",
+    "first_line",
     "nearest",
     "worded",
 ]
@@ -108,3 +109,12 @@ def worded(error: BaseException) -> str:
     ("KeyError: 'text'", 'MemoryError')
     """
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """What somebody else's error says first, to stand within a sentence of ours.
+
+    >>> first_line(OSError("no such file.\\nTraceback ...")), first_line(KeyError())
+    ('no such file', 'KeyError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
-from hf_freeze.delta import DELTA_FILE, is_delta, load_delta
+from hf_freeze.delta import build_base, is_delta, load_delta
 from hf_freeze.embedded import EMBEDDED_NAME, embedded_model
-from hf_freeze.errors import FreezeError, ModelError
-from hf_freeze.tensors import kind_of_digest
+from hf_freeze.errors import FreezeError, ModelError, first_line
 
 __all__ = [
     "load_any",
@@ -179,23 +178,15 @@ def load_with_delta(delta: str, base_model: str | None) -> Any:
     Raises:
         FreezeError: the base is gone or another one, or the delta is damaged.
     """
-    if base_model is None:
-        try:
-            with _worded(delta):
-                return load_delta(delta)
-        except ModelError as error:
-            raise ModelError(f"{error} (The option --base_model of hf-freeze says where the base lies now.)") from error
-    if not is_delta(delta):
-        raise FreezeError(f"--base_model was given with {delta}, which is no folder of save_delta. Leave it out.")
-    with _worded(base_model):
-        values = json.loads((Path(delta) / DELTA_FILE).read_text(encoding="utf-8"))
-        kinds = [kind_of_digest(digest).split(" ")[0] for digest in values["frozen"].values()]
-        dtypes = [found for found in (getattr(torch, kind, None) for kind in kinds) if found is not None]
-        floating = [found for found in dtypes if found.is_floating_point]
-        source = source_of(base_model)
-        kind = model_class(AutoConfig.from_pretrained(delta))  # the delta's config says what class was frozen
-        base = kind.from_pretrained(source, dtype=floating[0] if floating else torch.float32)
-    return load_delta(delta, base)
+    if base_model is not None:
+        if not is_delta(delta):
+            raise FreezeError(f"--base_model was given with {delta}, which is no folder of save_delta. Leave it out.")
+        return load_delta(delta, build_base(delta, source_of(base_model)))
+    try:
+        with _worded(delta):
+            return load_delta(delta)
+    except ModelError as error:
+        raise ModelError(f"{error} (The option --base_model of hf-freeze says where the base lies now.)") from error
 
 
 def load_tokenizer(source: str, base: str | None) -> Any:
@@ -212,8 +203,8 @@ def load_tokenizer(source: str, base: str | None) -> Any:
         except Exception as error:  # tokenizers raises bare ones
             failures.append(error)
     raise ModelError(
-        f"{source} was given as model; its tokenizer cannot be read: {_line(failures[-1])}. Save the base's tokenizer "
-        f"there too (merge_delta writes the model only)."
+        f"{source} was given as model; its tokenizer cannot be read: {first_line(failures[-1])}. Save the base's "
+        f"tokenizer there too (merge_delta writes the model only)."
     ) from failures[-1]
 
 
@@ -225,10 +216,6 @@ def _worded(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # a foreign loader may raise anything
         raise ModelError(
-            f"{name} was given as model; it cannot be loaded here: {_line(error)}. Give a folder with config.json and "
-            f"weights, a hub id, or {EMBEDDED_NAME!r}."
+            f"{name} was given as model; it cannot be loaded here: {first_line(error)}. Give a folder with config.json "
+            f"and weights, a hub id, or {EMBEDDED_NAME!r}."
         ) from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,6 +1,6 @@
 """Names, kinds, digests and bits of a model's tensors, wherever they lie: sharded, or offloaded.
 
-Digests find accidents, not forgers. Nothing here changes a model.
+Digests find accidents, not forgers. Nothing here changes what a model holds.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from torch import nn
 __all__ = [
     "Offloaded",
     "bits_of",
+    "class_name",
     "is_sharded",
     "kind_of_digest",
     "named_tensors",
     "offloaded_tensors",
+    "shard_again",
     "tensor_by_name",
     "tensor_digest",
     "tensor_kind",
@@ -26,10 +28,10 @@ __all__ = [
 ]
 
 
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers, each under its first name."""
-    yield from model.named_parameters()
-    for prefix, module in model.named_modules():
+def named_tensors(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers, each under its first name, or under every one that it has."""
+    yield from model.named_parameters(remove_duplicate=not every_name)
+    for prefix, module in model.named_modules(remove_duplicate=not every_name):
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield (f"{prefix}.{name}" if prefix else name), buffer
@@ -135,3 +137,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def class_name(model: nn.Module) -> str:
+    """The name of a model's class, without the one that FSDP2 puts in front."""
+    return next(kind.__name__ for kind in type(model).__mro__ if not hasattr(kind, "set_reshard_after_forward"))
+
+
+def shard_again(model: nn.Module) -> None:
+    """Puts FSDP2's shards back, where after a forward without a backward gathered tensors are in their place."""
+    for module in model.modules():
+        if hasattr(module, "set_reshard_after_forward"):
+            module.reshard()  # type: ignore[operator]

@@ -25,6 +25,7 @@ from hf_freeze import FreezePlan, PrefixCache, freeze, save_delta
 from hf_freeze.cli import COMMANDS, doctor, main
 from hf_freeze.cli import cache as cache_command
 from hf_freeze.summarization import generate_summaries, load_prompt
+from tests.delta.cases import edit
 from tests.tiny import tiny_folder, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -288,8 +289,7 @@ def test_a_mistake_in_summarize_is_one_line_and_writes_nothing(
     for path in (tmp_path / "no-tokenizer").glob("token*"):
         path.unlink()
     shutil.copytree(folder / "delta", tmp_path / "orphan")
-    delta = (tmp_path / "orphan" / "delta.json").read_text()
-    (tmp_path / "orphan" / "delta.json").write_text(delta.replace(str(folder / "llama"), str(tmp_path / "gone")))
+    edit(tmp_path / "orphan", lambda values: values.update(base=str(tmp_path / "gone")))
     before = sorted(tmp_path.rglob("*"))
     reviews = (folder / "in.csv").read_bytes()
     done = ran("summarize", *[word.format(f=folder, t=tmp_path) for word in words], *SMALL)
@@ -452,7 +452,7 @@ def test_merge_writes_a_plain_folder_with_the_names_and_config_of_the_base(
 def test_merge_finds_a_base_that_was_moved(folder: Path, tmp_path: Path, ran: Callable[..., Ran]) -> None:
     shutil.copytree(folder / "llama", tmp_path / "moved")
     delta = shutil.copytree(folder / "delta", tmp_path / "delta")
-    (delta / "delta.json").write_text((delta / "delta.json").read_text().replace(str(folder / "llama"), "/gone/base"))
+    edit(delta, lambda values: values.update(base="/gone/base"))
     lost = ran("merge", delta, "-o", tmp_path / "merged")
     assert lost.code == 1
     assert "The option --base_model of hf-freeze says where the base lies now" in lost.err

@@ -23,14 +23,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_freeze import FreezePlan, freeze
-from hf_freeze.delta import DELTA_FILE, FILES, WEIGHTS_FILE, load_delta, save_delta
+from hf_freeze.delta import load_delta, save_delta
+from hf_freeze.delta.file import MANIFEST_FILE, WEIGHTS_FILE
 from hf_freeze.errors import FreezeError
 from hf_freeze.plan import PLAN_FILE
+from tests.delta.cases import as_format_1, edit, manifest_of, names_in, put_tensors, put_text
 
 SECONDS = 20.0  # for one damage: a hundred times what it takes
 TYPES: list[Any] = [None, True, 0, -1, 10**30, 1.5, float("nan"), "", "x", "\ud800", [], ["x"], [[]], {}, {"x": 1}]
@@ -39,12 +41,17 @@ NAMES = ["../x", "/etc/passwd", "..\\x", "", "model", "model.layers.0", "x" * 50
 
 @dataclass
 class Ground:
-    """What is damaged: three deltas of one base, and where they lie."""
+    """What is damaged: three deltas of one base, in one of both formats, and where they lie."""
 
     base: Path
     deltas: list[Path]  # of one plan, twice, and of another plan
     trained: LlamaForCausalLM  # what the first one holds
     bases: list[LlamaForCausalLM]  # to load into, in a fork
+
+    @property
+    def one_file(self) -> bool:
+        """Whether a delta is one file, so that who exchanges it exchanges the delta."""
+        return not (self.deltas[0] / MANIFEST_FILE).exists()
 
 
 def config(**given: Any) -> LlamaConfig:
@@ -53,7 +60,7 @@ def config(**given: Any) -> LlamaConfig:
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+def grounds(tmp_path_factory: pytest.TempPathFactory) -> list[Ground]:
     folder = tmp_path_factory.mktemp("ground")
     torch.manual_seed(0)
     LlamaForCausalLM(config()).save_pretrained(folder / "base")
@@ -65,13 +72,20 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter += torch.randn(parameter.shape)
-        save_delta(model, folder / f"delta-{number}", extra={"metric": 0.5, "tags": ["a", {"b": None}]})
+        save_delta(model, folder / f"2/{number}", extra={"metric": 0.5, "tags": ["a", {"b": None}]})
+        as_format_1(shutil.copytree(folder / f"2/{number}", folder / f"1/{number}"))
         models.append(model)
-    return Ground(folder / "base", [folder / f"delta-{number}" for number in range(3)], models[0],
-                  [LlamaForCausalLM.from_pretrained(folder / "base") for _ in range(2)])  # fmt: skip
+    bases = [LlamaForCausalLM.from_pretrained(folder / "base") for _ in range(2)]
+    return [Ground(folder / "base", [folder / f"{version}/{number}" for number in range(3)], models[0], bases)
+            for version in (2, 1)]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- damages
+
+
+def any_file(folder: Path, rng: random.Random) -> Path:
+    """One of those that a delta lies in: each time out of two the one that holds the tensors."""
+    return folder / rng.choice([WEIGHTS_FILE, rng.choice(sorted(names_in(folder)))])
 
 
 def some_bytes(path: Path, rng: random.Random, low: float = 0.0, high: float = 1.0) -> None:
@@ -96,25 +110,26 @@ def flip_the_length(folder: Path, rng: random.Random, ground: Ground) -> None:
 
 
 def flip_the_numbers(folder: Path, rng: random.Random, ground: Ground) -> None:
-    some_bytes(folder / WEIGHTS_FILE, rng, 0.5, 1.0)
+    header = 8 + int.from_bytes((folder / WEIGHTS_FILE).read_bytes()[:8], "little")
+    some_bytes(folder / WEIGHTS_FILE, rng, header / (folder / WEIGHTS_FILE).stat().st_size, 1.0)
 
 
 def flip_any_file(folder: Path, rng: random.Random, ground: Ground) -> None:
-    some_bytes(folder / rng.choice(FILES), rng)
+    some_bytes(any_file(folder, rng), rng)
 
 
 def cut_short(folder: Path, rng: random.Random, ground: Ground) -> None:
-    path = folder / rng.choice(FILES)
+    path = any_file(folder, rng)
     os.truncate(path, rng.choice([0, rng.randrange(path.stat().st_size)]))
 
 
 def append(folder: Path, rng: random.Random, ground: Ground) -> None:
-    with (folder / rng.choice(FILES)).open("ab") as file:
+    with any_file(folder, rng).open("ab") as file:
         file.write(rng.choice([b"\0", b" ", b"}", b"{}", rng.randbytes(rng.randrange(1, 5000))]))
 
 
 def zeros(folder: Path, rng: random.Random, ground: Ground) -> None:
-    path = folder / rng.choice([WEIGHTS_FILE, DELTA_FILE])
+    path = any_file(folder, rng)
     content = bytearray(path.read_bytes())
     start = rng.randrange(len(content))
     end = min(len(content), start + rng.choice([1, 8, 512, 4096]))
@@ -123,13 +138,14 @@ def zeros(folder: Path, rng: random.Random, ground: Ground) -> None:
 
 
 def one_file_of_another_delta(folder: Path, rng: random.Random, ground: Ground) -> None:
-    name = rng.choice([WEIGHTS_FILE, DELTA_FILE, PLAN_FILE, "config.json"])
+    name = rng.choice(sorted(names_in(folder) - ({WEIGHTS_FILE} if ground.one_file else set())))
     shutil.copy(rng.choice(ground.deltas[1:]) / name, folder / name)
 
 
 def half_of_each_of_two_saves(folder: Path, rng: random.Random, ground: Ground) -> None:
     mine, other = ((place / WEIGHTS_FILE).read_bytes() for place in (folder, ground.deltas[1]))
-    middle = rng.randrange(len(mine))
+    differs_from = next(place for place in range(len(mine)) if mine[place] != other[place])
+    middle = rng.randrange(differs_from + 1, len(mine))
     (folder / WEIGHTS_FILE).write_bytes(mine[:middle] + other[middle:])
 
 
@@ -137,7 +153,7 @@ def tensors_of_two_saves(folder: Path, rng: random.Random, ground: Ground) -> No
     mine, other = load_file(folder / WEIGHTS_FILE), load_file(ground.deltas[1] / WEIGHTS_FILE)
     for name in rng.sample(sorted(mine), rng.randint(1, len(mine))):
         mine[name] = other[name]
-    save_file(mine, folder / WEIGHTS_FILE)
+    put_tensors(folder, mine)
 
 
 def other_tensors(folder: Path, rng: random.Random, ground: Ground) -> None:
@@ -150,30 +166,32 @@ def other_tensors(folder: Path, rng: random.Random, ground: Ground) -> None:
         lambda: {name: tensor, rng.choice(NAMES): tensor.clone()}, lambda: {name: tensor.to(torch.float8_e4m3fn)},
         lambda: {name: tensor.view(torch.int32)}, lambda: {name: torch.zeros(0)},
     ]  # fmt: skip
-    save_file(tensors | rng.choice(changes)(), folder / WEIGHTS_FILE)
+    put_tensors(folder, tensors | rng.choice(changes)())
 
 
 def leftovers_of_another_save(folder: Path, rng: random.Random, ground: Ground) -> None:
-    staging = folder / rng.choice([".delta.tmp", ".delta-1-0123456789ab.tmp"])
+    names = sorted(names_in(folder))
+    staging = folder / rng.choice([".delta.tmp", ".delta-1-0123456789ab.tmp"])  # of format 1
     staging.mkdir()
-    for name in rng.sample(FILES, rng.randint(0, len(FILES))):
-        shutil.copy(ground.deltas[1] / name, staging / name)
-    if rng.random() < 0.3:
-        for path in staging.iterdir():
+    copies = [(name, staging / name if rng.random() < 0.5 else folder / f"{name}.0123456789ab.tmp") for name in names]
+    for name, path in rng.sample(copies, rng.randint(0, len(copies))):
+        shutil.copy(ground.deltas[1] / name, path)
+        if rng.random() < 0.3:
             os.truncate(path, rng.randrange(1 + path.stat().st_size))
 
 
 def no_file(folder: Path, rng: random.Random, ground: Ground) -> None:
     """Something else in the place of one or two files."""
-    for name in rng.sample(FILES, rng.randint(1, 2)):
+    for name in rng.sample(sorted(names_in(folder)), rng.randint(1, 2)):
         path = folder / name
         path.unlink()
         kinds: list[Callable[[], Any]] = [
             lambda path=path: None, lambda path=path: os.mkfifo(path), lambda path=path: path.mkdir(),
             lambda path=path: path.symlink_to(rng.choice(["/dev/zero", "/dev/null", "nothing", path.name, "."])),
-            lambda path=path: path.symlink_to(ground.deltas[1] / path.name),
             lambda path=path: path.symlink_to(ground.deltas[0] / path.name), lambda path=path: path.chmod(0),
         ]  # fmt: skip
+        if not (ground.one_file and name == WEIGHTS_FILE):
+            kinds.append(lambda path=path: path.symlink_to(ground.deltas[1] / path.name))
         with contextlib.suppress(FileNotFoundError):  # nothing to forbid the reading of
             rng.choice(kinds)()
 
@@ -187,7 +205,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def other_json(folder: Path, rng: random.Random, ground: Ground) -> None:
-    values = json.loads((folder / DELTA_FILE).read_text())
+    values = manifest_of(folder)
     for _ in range(rng.choice([1, 1, 1, 3])):
         field = rng.choice(sorted(values))  # each field alike, however many places it has
         *way, last = rng.choice([place for place in places(values) if place[0] == field])
@@ -210,26 +228,16 @@ def other_json(folder: Path, rng: random.Random, ground: Ground) -> None:
             target[str(last)] = copy.deepcopy(owner[last])
         if not values:
             break
-    (folder / DELTA_FILE).write_text(json.dumps(values))
+    put_text(folder, json.dumps(values))
 
 
 def other_text(folder: Path, rng: random.Random, ground: Ground) -> None:
-    path = folder / rng.choice([DELTA_FILE, PLAN_FILE, "config.json"])
-    whole = path.read_text()
-    texts = [
-        "",
-        "null",
-        "[]",
-        "{}",
-        '"x"',
-        "1" * 5000,
-        "[" * 10**5,
-        '{"a":' * 10**5,
-        whole[:-3],
-        whole + whole,
-        "\ufeff" + whole,
-    ]
-    path.write_text(rng.choice([*texts, whole.replace('"', "'"), whole.replace("1", "NaN"), whole.upper()]))
+    path = rng.choice([None, None, folder / PLAN_FILE, folder / "config.json"])
+    whole = json.dumps(manifest_of(folder)) if path is None else path.read_text()
+    texts = ["", "null", "[]", "{}", '"x"', "1" * 5000, "[" * 10**5, '{"a":' * 10**5, whole[:-3], whole + whole,
+             "\ufeff" + whole, whole.replace('"', "'"), whole.replace("1", "NaN"), whole.upper()]  # fmt: skip
+    text = rng.choice(texts)
+    put_text(folder, text) if path is None else path.write_text(text)
 
 
 def another_base(folder: Path, rng: random.Random, ground: Ground) -> None:
@@ -244,27 +252,15 @@ def another_base(folder: Path, rng: random.Random, ground: Ground) -> None:
         parameter = rng.choice([p for name, p in base.named_parameters() if "layers.0" in name or "embed" in name])
         with torch.no_grad():
             parameter.view(-1)[rng.randrange(parameter.numel())] += 1e-3
-    base.save_pretrained(folder.parent / "other")
-    edit = json.loads((folder / DELTA_FILE).read_text())
-    edit["base"] = rng.choice(
-        [str(folder.parent / "other"), str(folder.parent / "other"), "..", "no/such", "", "/dev/null"]
-    )
-    (folder / DELTA_FILE).write_text(json.dumps(edit))
+    other = str(folder.parent / "other")
+    base.save_pretrained(other)
+    edit(folder, lambda values: values.update(base=rng.choice([other, other, "..", "no/such", "", "/dev/null"])))
 
 
 def another_class(folder: Path, rng: random.Random, ground: Ground) -> None:
-    edit = json.loads((folder / DELTA_FILE).read_text())
-    classes = [
-        "LlamaModel",
-        "LlamaForSequenceClassification",
-        "MistralForCausalLM",
-        "Qwen2ForCausalLM",
-        "PreTrainedModel",
-    ]
-    edit["architecture"] = rng.choice(
-        [*classes, "GPT2LMHeadModel", "AutoModelForCausalLM", "os", "__doc__", "pipeline"]
-    )
-    (folder / DELTA_FILE).write_text(json.dumps(edit))
+    classes = ["LlamaModel", "LlamaForSequenceClassification", "MistralForCausalLM", "Qwen2ForCausalLM",
+               "PreTrainedModel", "GPT2LMHeadModel", "AutoModelForCausalLM", "os", "__doc__", "pipeline"]  # fmt: skip
+    edit(folder, lambda values: values.update(architecture=rng.choice(classes)))
 
 
 DAMAGES = (
@@ -337,11 +333,11 @@ def in_a_process(work: Callable[[], str]) -> str:
 
 
 @pytest.mark.parametrize("count", [len(DAMAGES), pytest.param(500, marks=pytest.mark.slow)])
-def test_a_damaged_delta_gives_the_saved_bits_or_a_sentence(count: int, ground: Ground, tmp_path: Path) -> None:
+def test_a_damaged_delta_gives_the_saved_bits_or_a_sentence(count: int, grounds: list[Ground], tmp_path: Path) -> None:
     counts: Counter[str] = Counter()
     wrong = []
     for number in range(count):
-        rng = random.Random(number)
+        rng, ground = random.Random(number), grounds[number % 2]  # an odd number of damages: each meets both formats
         damage = DAMAGES[number % len(DAMAGES)]
         place = tmp_path / str(number)
         shutil.copytree(ground.deltas[0], place / "delta")
@@ -373,6 +369,6 @@ def test_the_harness_sees_hangs_crashes_and_tracebacks(
     assert in_a_process(work).startswith(told)
 
 
-def test_the_harness_sees_other_bits(ground: Ground) -> None:
-    told = in_a_process(lambda: verdict(ground.deltas[1], ground, given=True))
+def test_the_harness_sees_other_bits(grounds: list[Ground]) -> None:
+    told = in_a_process(lambda: verdict(grounds[0].deltas[1], grounds[0], given=True))
     assert told.startswith("wrong: model.layers.1.self_attn.q_proj.weight, ")

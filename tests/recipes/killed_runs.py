@@ -131,7 +131,7 @@ def save_deltas(folder: Path) -> dict[str, torch.Tensor]:
                 parameter.copy_(start + number)
         save_delta(model, folder / "delta", extra=number)
     assert sorted(path.name for path in (folder / "delta").iterdir()) == [
-        "config.json", "delta.json", "delta.safetensors", "freeze_plan.json",
+        "config.json", "delta.safetensors", "freeze_plan.json",
     ]  # fmt: skip
     return dict(load_delta(folder / "delta", model_of_deltas()).state_dict())
 
@@ -139,8 +139,8 @@ def save_deltas(folder: Path) -> dict[str, torch.Tensor]:
 def place_of_delta(folder: Path) -> str:
     if not is_delta(folder / "delta"):
         return "before the first was there"
-    leftovers = [sorted(path.name for path in staging.iterdir()) for staging in folder.glob("delta/.delta*")]
-    return f"with {leftovers[0]} staged" if leftovers else "between two"
+    leftovers = [path.name for path in folder.glob("delta/*.tmp")]
+    return f"with {leftovers[0]}" if leftovers else "between two"
 
 
 def broken_delta(folder: Path) -> str:

@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock
 
-import hf_freeze.delta
+import hf_freeze.delta.file
+import hf_freeze.delta.save
 import hf_freeze.prefix.build
 import hf_freeze.prefix.cache
 import hf_freeze.prefix.dataset
@@ -378,7 +379,7 @@ FAULTS = [
     Fault("a damaged shard in an opened cache", raising(Store, "open", CacheDamaged("it does not hold the bytes.")),
           r"open the prefix cache: it does not hold the bytes", reopen),
     # what training writes
-    Fault("a full disk under a delta", raising(hf_freeze.delta, "save_file", FULL),
+    Fault("a full disk under a delta", raising(hf_freeze.delta.file, "save_file", FULL),
           r"save the delta .*No space left", delta, ranks=(0,)),
     Fault("a frozen tensor that trains", thawed, r"save the delta: ", delta),
     Fault("an extra that is no JSON", setting(extra={1, 2}), r"save the delta: save_delta was given an extra", delta),
@@ -543,7 +544,7 @@ DEATHS = [
     Fault("in the pass", killing(build_room, "capture"), ""),
     Fault("while a shard is written", killing(hf_freeze.prefix.files, "save_file"), ""),
     Fault("when the model is hooked", killing(PrefixCache, "_attach"), ""),
-    Fault("under a delta", killing(hf_freeze.delta, "_split"), "", delta),
+    Fault("under a delta", killing(hf_freeze.delta.save, "_split"), "", delta),
     Fault("between two stages", killing(hf_freeze.training.stages, "load_delta"), "", stages),
     Fault("while it generates", killing(hf_freeze.summarization.generation, "_generate"), "", generate),
 ]
