@@ -172,8 +172,8 @@ _groups: list[weakref.ref[Any]] = []  # the default group and the one beside it
 
 def _meet(kind: str, value: Any = None, failure: Exception | None = None) -> list[_Word]:
     """What every rank says here. Whatever they came for, all have come, and all learn of a failure of any."""
-    told = None if failure is None else (_class_of(failure), _text_of(failure))
-    mine = _Word(kind, _inside[-1] if _inside else "", told, value)
+    failed_by = None if failure is None else (_class_of(failure), _text_of(failure))
+    mine = _Word(kind, _inside[-1] if _inside else "", failed_by, value)
     while True:
         words = _gather(mine)
         if any(word.failure for word in words):
@@ -237,7 +237,7 @@ def _gather(word: _Word) -> list[_Word]:
         dist.all_gather_object(words, word, group=_group())
     except RuntimeError as error:
         raise _lost(error) from error
-    _members[:] = [(each.host, each.process) for each in words]
+    _members[:] = [(heard.host, heard.process) for heard in words]
     _last_word = time.monotonic()
     return words
 
@@ -248,10 +248,8 @@ def _group() -> Any:
     if beside is None or default is not dist.group.WORLD:
         if not dist.is_gloo_available():
             return dist.group.WORLD
-        if dist.get_backend() == "gloo":
-            dist.all_gather_object(
-                [None] * dist.get_world_size(), None
-            )  # notices a rank that is gone, as making does not
+        if dist.get_backend() == "gloo":  # the next line notices a rank that is gone, as making a group does not
+            dist.all_gather_object([None] * dist.get_world_size(), None)
         beside = dist.new_group(backend="gloo", timeout=PATIENCE)
         _groups[:] = [weakref.ref(dist.group.WORLD), weakref.ref(beside)]
     return beside
@@ -259,11 +257,10 @@ def _group() -> Any:
 
 def _lost(error: RuntimeError) -> RankLost:
     """Names the rank that is gone, where that can be told: the other one of two, or one of this machine's."""
-    world = rank_and_world()[1] if rank_and_world()[1] > 1 else max(2, len(_members))
-    me = rank_and_world()[0] if rank_and_world()[1] > 1 else _me
-    gone = _dead_ranks(me)
-    if not gone and world == 2:
-        gone = [1 - me]
+    me, world = rank_and_world()
+    if world == 1:  # the group is gone too: as they were last heard of
+        me, world = _me, max(2, len(_members))
+    gone = _dead_ranks(me) or ([1 - me] if world == 2 else [])
     who = " and ".join(f"rank {rank} of {world}" for rank in gone) or f"another rank of {world}"
     who = who[0].upper() + who[1:]
     reason = re.sub(r"^\[\S*\] ", "", str(error).partition("\n")[0]).partition(". ")[0] or type(error).__name__
@@ -282,21 +279,20 @@ def _lost(error: RuntimeError) -> RankLost:
 
 def _dead_ranks(me: int) -> list[int]:
     """Ranks of this machine whose process has ended; waits a moment, since connections close before a process does."""
-    with suppress(ImportError):
-        import psutil  # type: ignore[import-untyped]  # accelerate brings it
-
-        mine = socket.gethostname()
-        for _ in range(20):
-            gone = []
-            for rank, (host, process) in enumerate(_members):
-                if host != mine or rank == me:
-                    continue
-                try:
-                    if psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
-                        gone.append(rank)
-                except psutil.NoSuchProcess:
-                    gone.append(rank)
-            if gone or not _members:
+    machine = socket.gethostname()
+    mates = {rank: process for rank, (host, process) in enumerate(_members) if host == machine and rank != me}
+    with suppress(ImportError):  # of psutil
+        for _ in range(20 if mates else 0):
+            if gone := [rank for rank, process in mates.items() if _has_ended(process)]:
                 return gone
             time.sleep(0.1)
     return []
+
+
+def _has_ended(process: int) -> bool:
+    import psutil  # type: ignore[import-untyped]  # accelerate brings it
+
+    try:
+        return bool(psutil.Process(process).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True

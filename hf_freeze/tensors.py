@@ -43,8 +43,8 @@ def tensor_by_name(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor 
         return tensors[name]
     leaf = name.rpartition(".")
     endings = (f".{name}", f".{leaf[0]}.base_layer.{leaf[2]}")
-    found = [tensor for other, tensor in tensors.items() if f".{other}".endswith(endings)]
-    return found[0] if len(found) == 1 else None
+    wrapped = [tensor for other, tensor in tensors.items() if f".{other}".endswith(endings)]
+    return wrapped[0] if len(wrapped) == 1 else None
 
 
 Offloaded = tuple[Mapping[str, torch.Tensor], str]

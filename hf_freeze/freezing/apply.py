@@ -78,13 +78,12 @@ def freeze(
             "hold. Call freeze() before the optimizer is made."
         )
     core = anatomy.model
-    found = freeze_record(core)
-    if found is not None and found[0] is not core:
+    owner, record = freeze_record(core) or (core, FreezeRecord(plan))
+    if owner is not core:
         raise FreezeError(
-            f"freeze was asked for a {type(core).__name__}; the {type(found[0]).__name__} inside it was frozen before "
-            "it was wrapped, under other names. Call thaw(model) first, or freeze once, before or after wrapping."
+            f"freeze was asked for a {type(core).__name__}; the {type(owner).__name__} inside it was frozen before it "
+            "was wrapped, under other names. Call thaw(model) first, or freeze once, before or after wrapping."
         )
-    record = found[1] if found else FreezeRecord(plan)
     record.plan = plan
     if resolved.untied:
         untie(core, resolved.untied)
@@ -156,10 +155,10 @@ def thaw(model: nn.Module) -> tuple[str, ...]:
     _refuse_ddp(model, "thaw")
     _end_training(model)
     core = unwrap(model)
-    found = freeze_record(core)
-    if found is None:
+    frozen = freeze_record(core)
+    if frozen is None:
         return ()
-    owner, record = found
+    owner, record = frozen
     parameters = dict(owner.named_parameters()) if owner is core else {}
     names = tuple(name for name in parameters if name in record.turned_off)
     for name in names:
@@ -200,5 +199,4 @@ def untie(model: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def _text_config(config: Any) -> Any:
-    get = getattr(config, "get_text_config", None)
-    return get() if callable(get) else None
+    return config.get_text_config() if callable(getattr(config, "get_text_config", None)) else None

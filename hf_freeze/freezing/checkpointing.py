@@ -10,14 +10,17 @@ alone is a module that calls torch's checkpoint by itself, and a forward that to
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from hf_freeze.anatomy import Anatomy
+from hf_freeze.freezing.holding import is_frozen
 from hf_freeze.marks import ASKED_MODE
 
 __all__ = ["correct_checkpointing", "restore_checkpointing"]
@@ -83,31 +86,15 @@ def restore_checkpointing(model: nn.Module) -> None:
 
 def _input_modules(anatomy: Anatomy) -> Iterator[nn.Module]:
     """The modules before the first blocks, and all that transformers' and PEFT's input-gradient hooks may stand on."""
-    found = [anatomy.model.get_submodule(name) for stack in anatomy.stacks for name in stack.inputs]
+    modules = [anatomy.model.get_submodule(name) for stack in anatomy.stacks for name in stack.inputs]
     for module in anatomy.model.modules():
-        try:
-            found.append(module.get_input_embeddings())  # type: ignore[operator]
-        except (AttributeError, NotImplementedError, TypeError):  # no Hugging Face model, or one without embeddings
-            continue
-    return (module for module in dict.fromkeys(found) if isinstance(module, nn.Module))
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
-        elif isinstance(value, dict):
-            yield from _tensors(value.values())
+        with suppress(AttributeError, NotImplementedError, TypeError):  # no Hugging Face model, or without embeddings
+            modules.append(module.get_input_embeddings())  # type: ignore[operator]
+    return (module for module in dict.fromkeys(modules) if isinstance(module, nn.Module))
 
 
 def _carries_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return any(tensor.requires_grad for tensor in _tensors((*args, *kwargs.values())))
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in tree_leaves((args, kwargs)))
 
 
 # ---------------------------------------------------------------------------------------------------- before block 0
@@ -129,7 +116,7 @@ def _hand_on_no_gradient(
     """Detaches the output where no gradient can have a use: a frozen module, and nothing below it asks for one."""
     if not isinstance(output, torch.Tensor) or not output.requires_grad:
         return None
-    return None if _carries_gradient(args, kwargs) or _trains(module) else output.detach()
+    return None if _carries_gradient(args, kwargs) or not is_frozen(module) else output.detach()
 
 
 # ------------------------------------------------------------------------------------------------------------ blocks
@@ -148,13 +135,9 @@ def _before_checkpointing(module: nn.Module, args: tuple[Any, ...], kwargs: dict
     # transformers checkpoints a block in train mode only. One that is held in eval and carries a gradient, such as a
     # decoder's above an encoder that trains, is shown as training until our function is reached, and run in eval.
     if module.__dict__.get(ASKED_MODE) and torch.is_grad_enabled() and _carries_gradient(args, kwargs):
-        module.training = _checkpoints_itself(module)
+        from transformers.modeling_layers import GradientCheckpointingLayer
 
-
-def _checkpoints_itself(module: nn.Module) -> bool:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return isinstance(module, GradientCheckpointingLayer)
+        module.training = isinstance(module, GradientCheckpointingLayer)  # which checkpoints itself
 
 
 def _checkpoint_if_it_trains(
@@ -162,19 +145,16 @@ def _checkpoint_if_it_trains(
 ) -> Any:
     """Stands in for transformers' checkpoint function: a block without a gradient is run plainly, others checkpointed.
 
-    Args:
-        run: A partial of the block's forward, or in a stack that checkpoints its blocks itself the block's `__call__`.
-        args: What the block gets.
-        given: The function that checkpointing was switched on with, for `restore_checkpointing`.
-        corrected: The same without reentrance.
-        kwargs: What the block gets by name.
+    `run` is a partial of the block's forward, or in a stack that checkpoints its blocks itself the block's `__call__`;
+    args and kwargs are what the block gets. `given` is the function that checkpointing was switched on with, which
+    `restore_checkpointing` puts back, `corrected` the same without reentrance.
     """
     bound = run.keywords if isinstance(run, functools.partial) else {}
     block = run.args[0] if isinstance(run, functools.partial) and run.args else getattr(run, "__self__", None)
     if isinstance(block, nn.Module):
         if ASKED_MODE in block.__dict__:
             block.training = False
-        if not _carries_gradient(args, bound | kwargs) and not _trains(block):
+        if not _carries_gradient(args, bound | kwargs) and is_frozen(block):
             return run(*args, **kwargs)
     return corrected(run, *args, **kwargs)
 

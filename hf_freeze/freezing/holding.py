@@ -24,12 +24,14 @@ def _hold_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def hold_modules(anatomy: Anatomy, resolved: ResolvedPlan) -> tuple[str, ...]:
-    """Holds in eval the frozen blocks, what runs before a frozen first block down to its dropout, and every other
-    outermost module all of whose parameters the plan freezes; returns their names.
+    """Holds frozen modules in eval and returns their names.
 
-    What PEFT or the user froze inside a block that trains is not held: its dropout is theirs. `train` is replaced by
-    a partial of a module-level function, which deepcopy and pickle keep; in everything below a held module too, for
-    the sake of loops over `modules()`, but for what a module that trains holds as well.
+    Held are the frozen blocks, what runs before a frozen first block down to its dropout, and every other outermost
+    module all of whose parameters the plan freezes. What PEFT or the user froze inside a block that trains is not held:
+    its dropout is theirs.
+
+    `train` is replaced by a partial of a module-level function, which deepcopy and pickle keep. A module inside a held
+    one gets its own, since some loops call `train` on each of `modules()`; one that a trained module shares gets none.
     """
     modules = dict(anatomy.model.named_modules())
     planned = {anatomy.parameters[name] for name in resolved.frozen}

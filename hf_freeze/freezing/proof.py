@@ -68,13 +68,13 @@ def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> Froze
     if report is not None:
         digests, without_bits, tensors = report.digests, report.without_bits, report.tensors
     else:
-        found = freeze_record(core)
-        if found is None:
+        frozen = freeze_record(core)
+        if frozen is None:
             raise FreezeError(
                 f"verify_frozen was asked for a {type(core).__name__} that was never frozen. Call freeze(model, plan) "
                 "first, or pass its report."
             )
-        core, record = found  # the names are those of the module that was frozen, whatever wraps it now
+        core, record = frozen  # the names are those of the module that was frozen, whatever wraps it now
         digests, without_bits, tensors = record.digests, record.without_bits, weakref.WeakValueDictionary()
     now = dict(named_tensors(core))
     identities = {id(tensor) for tensor in now.values()}
@@ -91,11 +91,11 @@ def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> Froze
         if tensor is not None:
             tensor_bytes += tensor.numel() * tensor.element_size()
     if changes:
-        told = "; ".join(f"{len(names)} {change}: {_shown(names)}" for change, names in changes.items())
+        shown = "; ".join(f"{len(names)} {change}: {_shown(names)}" for change, names in changes.items())
         fixes = [fix for change, fix in _FIXES.items() if change in changes]
         raise FrozenWeightsChanged(
             f"{len(digests)} tensors should hold the bits that they held when freeze() ran, and be frozen; "
-            f"{told}. {' '.join(dict.fromkeys(fixes))}"
+            f"{shown}. {' '.join(fixes)}"
         )
     if without_bits or not digests:
         raise FreezeError(

@@ -157,14 +157,14 @@ def earlier_freeze(names: tuple[str, ...]) -> str:
 
 def freeze_record(model: nn.Module) -> tuple[nn.Module, FreezeRecord] | None:
     """The record of `freeze` and the module that it stands on: the model, or the one that PEFT wrapped since."""
-    found = [(module, module.__dict__[RECORD]) for module in model.modules() if RECORD in module.__dict__]
-    if len(found) > 1:
-        names = ", ".join(type(module).__name__ for module, _ in found)
+    records = [(module, module.__dict__[RECORD]) for module in model.modules() if RECORD in module.__dict__]
+    if len(records) > 1:
+        names = ", ".join(type(module).__name__ for module, _ in records)
         raise FreezeError(
-            f"One frozen model was asked for; this {type(model).__name__} holds {len(found)}: {names}. "
+            f"One frozen model was asked for; this {type(model).__name__} holds {len(records)}: {names}. "
             "Pass one of them."
         )
-    return found[0] if found else None
+    return records[0] if records else None
 
 
 def freeze_table(anatomy: Anatomy, frozen: set[str], lowest: tuple[str, int], lines: Sequence[str]) -> Table:

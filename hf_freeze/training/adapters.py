@@ -115,8 +115,8 @@ def _frozen_and_bare(core: nn.Module) -> tuple[Any, FreezeRecord]:
             f"adapt_upper was asked for a {type(core).__name__} that holds adapters already. Call freeze and "
             "adapt_upper on the base model; to train the adapters that are there, freeze(model, plan) alone does."
         )
-    found = freeze_record(core)
-    if found is None:
+    frozen = freeze_record(core)
+    if frozen is None:
         raise FreezeError(
             f"adapt_upper was asked for a {type(core).__name__} that was never frozen. Call freeze(model, plan) first: "
             "adapters go on the blocks that the plan trains."
@@ -126,7 +126,7 @@ def _frozen_and_bare(core: nn.Module) -> tuple[Any, FreezeRecord]:
             f"adapt_upper was asked for a {type(core).__name__} that trains from a prefix cache; PEFT would call it "
             "past the cache's hooks. Call the cache's close(), then adapt_upper, then PrefixCache.build."
         )
-    return found
+    return frozen
 
 
 def _matrices(anatomy: Anatomy, record: FreezeRecord) -> Iterator[tuple[str, nn.Module]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -197,17 +197,17 @@ class FreezeMonitor(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         kind, shown = _read_fit(state.log_history, self.min_gain)
         count = len(shown) - 1
+        training = " -> ".join(f"{evaluation.training:.4g}" for evaluation in shown)
+        validation = " -> ".join(f"{evaluation.validation:.4g}" for evaluation in shown)
         if kind == "overfitting" and count % self.patience == 0:
             message = (
-                f"overfitting: validation loss has risen for {count} evaluation{'s' * (count > 1)} "
-                f"({_course(e.validation for e in shown)}) while training loss fell "
-                f"({_course(e.training for e in shown)}): freeze more, or stop"
+                f"overfitting: validation loss has risen for {count} evaluation{'s' * (count > 1)} ({validation}) "
+                f"while training loss fell ({training}): freeze more, or stop"
             )
         elif kind == "underfitting" and count == self.patience:
             message = (
-                f"underfitting: training loss ({_course(e.training for e in shown)}) and validation loss "
-                f"({_course(e.validation for e in shown)}) both stall at {shown[-1].training:.4g} / "
-                f"{shown[-1].validation:.4g}: {self._way_out(given['model'])}"
+                f"underfitting: training loss ({training}) and validation loss ({validation}) both stall at "
+                f"{shown[-1].training:.4g} / {shown[-1].validation:.4g}: {self._way_out(given['model'])}"
             )
         else:
             return
@@ -253,10 +253,8 @@ class FreezeMonitor(TrainerCallback):
         frozen = blocks - {self._parts[name] for name in _trainable(model)}
         if not frozen:
             return f"all {len(blocks)} blocks train already; use a higher learning rate or a larger model"
-        stacks = [
-            str(stack.name) for stack in read_anatomy(model, blocks=self.blocks).stacks
-        ]  # the upper one is the last
-        highest = max(frozen, key=lambda part: (stacks.index(part.stack), part.index))
+        order = [str(stack.name) for stack in read_anatomy(model, blocks=self.blocks).stacks]  # the upper one is last
+        highest = max(frozen, key=lambda part: (order.index(part.stack), part.index))
         return f"unfreeze the next block ({highest})"
 
 
@@ -286,8 +284,7 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's share of a tensor that FSDP2 has sharded; any other tensor itself."""
-    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _placed_as(parameter: Any, whole: torch.Tensor) -> torch.Tensor:
@@ -326,25 +323,22 @@ def _shards(tensor: Any) -> int:
 
 
 class _Evaluation(NamedTuple):
-    """An evaluation that training came before: its place in the log, and the losses.
+    """An evaluation that training came before: its line in the log, and the losses, the training losses' mean."""
 
-    `training` is the mean of the training losses logged since the evaluation before.
-    """
-
-    place: int
+    line: int
     training: float
     validation: float
 
 
 def _evaluations(history: Sequence[Mapping[str, Any]]) -> list[_Evaluation]:
-    found, losses = [], []
-    for place, entry in enumerate(history):
+    evaluations, losses = [], []
+    for line, entry in enumerate(history):
         if "loss" in entry:
             losses.append(float(entry["loss"]))
         elif "eval_loss" in entry and losses:
-            found.append(_Evaluation(place, sum(losses) / len(losses), float(entry["eval_loss"])))
+            evaluations.append(_Evaluation(line, sum(losses) / len(losses), float(entry["eval_loss"])))
             losses = []
-    return found
+    return evaluations
 
 
 def _read_fit(history: Sequence[Mapping[str, Any]], min_gain: float) -> tuple[str, list[_Evaluation]]:
@@ -355,12 +349,12 @@ def _read_fit(history: Sequence[Mapping[str, Any]], min_gain: float) -> tuple[st
 
     >>> log = [{"loss": 3.0}, {"eval_loss": 3.1}, {"loss": 2.5}, {"eval_loss": 3.2}, {"loss": 2.0}, {"eval_loss": 3.3}]
     >>> kind, shown = _read_fit(log, min_gain=0.005)
-    >>> kind, [each.validation for each in shown]
+    >>> kind, [evaluation.validation for evaluation in shown]
     ('overfitting', [3.1, 3.2, 3.3])
     """
     evaluations = _evaluations(history)
     verdicts = [_verdict(before, now, min_gain) for before, now in pairwise(evaluations)]
-    if not verdicts or evaluations[-1].place != len(history) - 1:  # nothing was trained since the evaluation before
+    if not verdicts or evaluations[-1].line != len(history) - 1:  # nothing was trained since the evaluation before
         return "", []
     count = len(list(takewhile(lambda verdict: verdict == verdicts[-1], reversed(verdicts))))
     return verdicts[-1], evaluations[-count - 1 :]
@@ -371,7 +365,3 @@ def _verdict(before: _Evaluation, now: _Evaluation, min_gain: float) -> str:
     if all(abs(after - earlier) < min_gain * abs(earlier) for earlier, after in pairs):
         return "underfitting"
     return "overfitting" if now.validation > before.validation and now.training < before.training else ""
-
-
-def _course(losses: Iterable[float]) -> str:
-    return " -> ".join(f"{loss:.4g}" for loss in losses)

@@ -20,7 +20,7 @@ from hf_freeze.errors import StageError, nearest
 from hf_freeze.given import check_kind, check_model, check_path
 from hf_freeze.plan import FreezePlan, plan_at_depth
 
-__all__ = ["Stage", "check_growth", "check_stages", "gradual", "load_stages", "save_stages"]
+__all__ = ["Stage", "check_ends", "check_growth", "check_stages", "gradual", "load_stages", "save_stages"]
 
 
 @dataclass(frozen=True)
@@ -194,4 +194,20 @@ def check_growth(stages: Sequence[Stage], anatomy: Anatomy) -> None:
             raise StageError(
                 f"Stage {number} trains less than stage {number - 1}: {len(lost)} tensors would be frozen again, e.g. "
                 f"{lost[0]}. Order the stages top down, or train it apart."
+            )
+
+
+def check_ends(stages: Sequence[Stage], args: Any, eval_dataset: Any) -> None:
+    """Every stage ends: by itself, or by a trainer's arguments."""
+    for number, stage in enumerate(stages, start=1):
+        if stage.patience is not None and (str(args.eval_strategy.value) == "no" or eval_dataset is None):
+            raise StageError(
+                f"Stage {number} has patience={stage.patience}; the trainer's arguments evaluate nothing. Give them "
+                "eval_strategy='epoch' or 'steps' and the trainer an eval_dataset, or leave patience out."
+            )
+        endless = args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf
+        if endless and stage.steps is None and stage.epochs is None:
+            raise StageError(
+                f"Stage {number} never ends: it has neither epochs nor steps, and the trainer's arguments say "
+                f"num_train_epochs={args.num_train_epochs}. Give it epochs or steps."
             )

@@ -45,7 +45,7 @@ from hf_freeze.training.checkpoints import (
 )
 from hf_freeze.training.ledger import Ledger, StageResult
 from hf_freeze.training.monitor import FreezeMonitor
-from hf_freeze.training.schedule import Stage, check_growth, check_stages, load_stages
+from hf_freeze.training.schedule import Stage, check_ends, check_growth, check_stages, load_stages
 from hf_freeze.trial import take_off_autocast
 
 __all__ = ["StagesReport", "train_in_stages"]
@@ -212,7 +212,7 @@ class _Run:
                 f"Stages end by {self.metric}; there are several validation sets. Name a metric of one of them in "
                 f"metric_for_best_model, such as eval_{next(iter(trainer.eval_dataset))}_loss."
             )
-        _check_ends(self.stages, args, trainer.eval_dataset)
+        check_ends(self.stages, args, trainer.eval_dataset)
         check_growth(self.stages, read_anatomy(trainer.model))
         facts = run_facts(trainer)
         if args.process_index == 0:
@@ -300,7 +300,8 @@ class _Run:
         stage, model = self.stages[number - 1], trainer.model
         _set_arguments(trainer, stage, self.folder / f"stage-{number}")
         thaw(model)
-        later = _cut_by_cut(self.stages[number - 1 :], read_anatomy(model))
+        anatomy = read_anatomy(model)
+        later = [stage.plan for stage in self.stages[number:] if stage.plan.resolve(anatomy).cuts]
         report = freeze(model, stage.plan)
         for monitor in [c for c in trainer.callback_handler.callbacks if isinstance(c, FreezeMonitor)]:
             monitor.put_first(trainer)
@@ -394,21 +395,6 @@ class _StageEnd(TrainerCallback):
 # ----------------------------------------------------------------------------------------------------------- one stage
 
 
-def _check_ends(stages: list[Stage], args: Any, eval_dataset: Any) -> None:
-    for number, stage in enumerate(stages, start=1):
-        if stage.patience is not None and (str(args.eval_strategy.value) == "no" or eval_dataset is None):
-            raise StageError(
-                f"Stage {number} has patience={stage.patience}; the trainer's arguments evaluate nothing. Give them "
-                "eval_strategy='epoch' or 'steps' and the trainer an eval_dataset, or leave patience out."
-            )
-        endless = args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf
-        if endless and stage.steps is None and stage.epochs is None:
-            raise StageError(
-                f"Stage {number} never ends: it has neither epochs nor steps, and the trainer's arguments say "
-                f"num_train_epochs={args.num_train_epochs}. Give it epochs or steps."
-            )
-
-
 def _set_arguments(trainer: Any, stage: Stage, folder: Path) -> None:
     """The stage's own length, rate and folder; the caller's arguments may serve other trainers and stay."""
     trainer.args = args = copy.copy(trainer.args)
@@ -454,14 +440,6 @@ def _train(trainer: Any, stage: Stage, end: _StageEnd, checkpoint: str | None) -
     if trainer.args.eval_strategy != "no" and evaluated[-1:] != [trainer.state.global_step]:
         trainer.evaluate()  # else the steps since the last evaluation would be thrown away unseen
     trainer.remove_callback(end)  # the caller may evaluate something else with the last trainer
-
-
-def _cut_by_cut(stages: list[Stage], anatomy: Anatomy) -> list[FreezePlan]:
-    """The plans of later stages that a pass for the first one can take states for: each with another cut."""
-    by_cuts = {(): stages[0].plan, stages[0].plan.resolve(anatomy).cuts: stages[0].plan}
-    for stage in stages[1:]:
-        by_cuts.setdefault(stage.plan.resolve(anatomy).cuts, stage.plan)
-    return [plan for plan in by_cuts.values() if plan is not stages[0].plan]
 
 
 def _build_cache(

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from hf_freeze.exactness import ROUNDING, grain_of
 from hf_freeze.given import check_model
@@ -52,7 +51,7 @@ class SupervisedLogits:
 
 
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
-    """Mask [batch, tokens] of the places whose logits predict a label: each label's left neighbour.
+    """Mask [batch, tokens] of the positions whose logits predict a label: each label's left neighbour.
 
     >>> supervised_positions(torch.tensor([[-100, -100, 7, 8]])).tolist()
     [[False, True, True, False]]
@@ -63,9 +62,9 @@ def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
 
 
 def rounded_positions(labels: torch.Tensor, multiple: int = 32) -> torch.Tensor:
-    """`supervised_positions` and a few more places, so that their number is a multiple.
+    """`supervised_positions` and a few more, so that their number is a multiple.
 
-    A CPU keeps kernels and scratch memory for every shape that it has seen; places without a label cost little and
+    A CPU keeps kernels and scratch memory for every shape that it has seen; positions without a label cost little and
     change no loss, where the loss looks at labels.
 
     >>> mask = rounded_positions(torch.tensor([[-100, -100, 7, 8, -100]]), multiple=4)
@@ -80,7 +79,7 @@ def rounded_positions(labels: torch.Tensor, multiple: int = 32) -> torch.Tensor:
 
 
 def supervised_logits_only(model: nn.Module) -> SupervisedLogits:
-    """Lets a decoder-only model compute logits in training only at places that predict a label; the loss is the same.
+    """Lets a decoder-only model compute logits in training only where they predict a label; the loss is the same.
 
     Acts on calls in training mode with `labels` [batch, tokens] and neither `logits_to_keep` nor `shift_labels`;
     evaluation, generation, a batch without any label and TRL's own fused head run as before. The output of a reduced
@@ -123,22 +122,17 @@ def supervised_logits_only(model: nn.Module) -> SupervisedLogits:
     if objection:
         return SupervisedLogits(False, objection)
     all_logits(core)  # one set of hooks: those of a model that PEFT has wrapped since would be idle, or never called
-    outcome = SupervisedLogits(True, f"the loss of {type(_inner(core)).__name__} is the same")
-    setattr(core, SUPERVISED, outcome)
-    setattr(
-        core,
-        SUPERVISED_HANDLES,
-        (
-            core.register_forward_pre_hook(_ask_for_supervised, with_kwargs=True),
-            core.register_forward_hook(_drop_logits, always_call=True),
-        ),
+    core.__dict__[SUPERVISED_HANDLES] = (
+        core.register_forward_pre_hook(_ask_for_supervised, with_kwargs=True),
+        core.register_forward_hook(_drop_logits, always_call=True),
     )
+    reason = f"the loss of {type(_inner(core)).__name__} is the same"
     if names := reduce_top_block(core):  # after the hook that brings the mask
-        outcome = SupervisedLogits(True, f"{outcome.reason}; of the top block too: {', '.join(names)}")
-        setattr(core, SUPERVISED, outcome)
+        reason += f"; of the top block too: {', '.join(names)}"
+    core.__dict__[SUPERVISED] = outcome = SupervisedLogits(True, reason)
     head = getattr(core, "get_output_embeddings", lambda: None)()
     if isinstance(head, nn.Module) and SUPERVISED_HANDLES not in head.__dict__:
-        setattr(head, SUPERVISED_HANDLES, (head.register_forward_pre_hook(_notice_bypass),))
+        head.__dict__[SUPERVISED_HANDLES] = (head.register_forward_pre_hook(_notice_bypass),)
     return outcome
 
 
@@ -149,19 +143,18 @@ def all_logits(model: nn.Module) -> bool:
     False
     """
     check_model("all_logits", model)
-    found = False
+    removed = 0
     for module in unwrap(model).modules():
-        handles: tuple[RemovableHandle, ...] = module.__dict__.pop(SUPERVISED_HANDLES, ())
-        for handle in handles:
+        for handle in module.__dict__.pop(SUPERVISED_HANDLES, ()):
             handle.remove()
+            removed += 1
         module.__dict__.pop(SUPERVISED, None)
         whole_top_block(module)
-        found |= bool(handles)
-    return found
+    return removed > 0
 
 
 def can_keep_supervised_logits(model: nn.Module) -> tuple[bool, str]:
-    """Whether a decoder-only model computes the same logits at masked places as everywhere, and why not if not.
+    """Whether a decoder-only model computes the same logits at masked positions as everywhere, and why not if not.
 
     Runs the model twice on two rows of four tokens, without a graph. Changes nothing.
 
@@ -205,7 +198,7 @@ def _inner(core: Any) -> nn.Module:
 def _loss_objection(core: nn.Module) -> str:
     """Why the reduced loss is not the plain one; "" where the two are equal.
 
-    The labels are what the model itself finds likeliest, so that a loss at other places is another loss. Rows have
+    The labels are what the model itself finds likeliest, so that a loss at other positions is another loss. Rows have
     unlike numbers of them, the last one none but at its first token, which nothing predicts.
     """
     inner = _inner(core)
@@ -277,15 +270,15 @@ def _ask_for_supervised(
     _calls.stack.append((id(module), "as it is"))
     if not module.training:
         return None
-    by_place = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) if args else {}
-    given = by_place | kwargs
+    in_order = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) if args else {}
+    given = in_order | kwargs
     labels = given.get("labels")
     if not isinstance(labels, torch.Tensor) or labels.dim() != 2:
         return None
-    # An argument given by its place cannot be given by name too.
-    if "logits_to_keep" in given or given.get("shift_labels") is not None or "return_dict" in by_place:
+    # An argument given without its name cannot be given by name too.
+    if "logits_to_keep" in given or given.get("shift_labels") is not None or "return_dict" in in_order:
         return None
-    if given.get("fused_lm_head"):  # TRL's head, which scores the labelled places itself and needs every state for it
+    if given.get("fused_lm_head"):  # TRL's head, which scores labelled positions itself and needs every state
         return None
     added: dict[str, Any] = _reduction(labels)
     if not added["shift_labels"].numel():

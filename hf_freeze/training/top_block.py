@@ -1,9 +1,9 @@
-"""The top block only where there is a label: its feed-forward part is needed at few places, its keys and values at all.
+"""The top block only where there is a label: most of it runs at those few positions, keys and values at every one.
 
 Above the top block nothing mixes tokens, so that whatever in it works on each token by itself (the feed-forward part,
 the projections of queries and of the attention's output) may skip the tokens that predict no label. Which modules
 those are is tried on a few tokens, not assumed. This module acts only on calls that keep supervised logits by a mask;
-who asks for those is `supervision`'s business.
+who asks for those is `supervised`'s business.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from hf_freeze.anatomy import read_anatomy
 from hf_freeze.errors import FreezeError
-from hf_freeze.marks import TOP_BLOCK_HANDLES, TOP_BLOCK_PLACES
+from hf_freeze.marks import TOP_BLOCK_HANDLES, TOP_BLOCK_POSITIONS
 from hf_freeze.trial import on_trial, random_numbers, seed_all
 
 __all__ = ["reduce_top_block", "whole_top_block"]
@@ -29,15 +29,15 @@ SAME = 1e-4  # relative: a product of few rows is rounded otherwise than one of 
 
 
 def reduce_top_block(core: nn.Module) -> tuple[str, ...]:
-    """Lets the token-wise modules of the top block run only at the places that `logits_to_keep` masks, in training.
+    """Lets the token-wise modules of the top block run only at the positions that `logits_to_keep` masks, in training.
 
     Args:
         core: The model whose call gets `logits_to_keep` [batch, tokens] as a mask; it gets hooks. Its weights, modes
             and random state stay.
 
     Returns:
-        Names of the modules that run at few places; () where none can, or where that would change the loss, a gradient
-        or the random numbers of a dropout.
+        Names of the modules that run at few positions; () where none can, or where that would change the loss, a
+        gradient or the random numbers of a dropout.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -52,26 +52,22 @@ def reduce_top_block(core: nn.Module) -> tuple[str, ...]:
         block = read_anatomy(core).stacks[-1].blocks[-1]
     except FreezeError:
         return ()
-    if len(block.modules) != 1 or not any(p.requires_grad for p in block.modules[0].parameters()):
-        return ()
     top = block.modules[0]
-    found: dict[str, nn.Module] = {}
-    with (
-        suppress(Exception),
-        on_trial(core, training=True),
-    ):  # a foreign forward may raise anything: then it stays whole
-        found = _try_out(core, top)
-    if not found:
+    if len(block.modules) != 1 or not any(parameter.requires_grad for parameter in top.parameters()):
         return ()
-    prefix = block.names[0]
-    names = [f"{prefix}.{name}" for name in found]
-    places: list[torch.Tensor] = []
-    handles = [handle for module in found.values() for handle in _hook(module, places)]
-    core.__dict__[TOP_BLOCK_PLACES] = places
-    handles.append(core.register_forward_pre_hook(_set_places, with_kwargs=True))
-    handles.append(core.register_forward_hook(_clear_places, always_call=True))
+    reduced: dict[str, nn.Module] = {}
+    with suppress(Exception), on_trial(core, training=True):  # a foreign forward may raise anything: it stays whole
+        reduced = _try_out(core, top)
+    if not reduced:
+        return ()
+    names = tuple(f"{block.names[0]}.{name}" for name in reduced)
+    positions: list[torch.Tensor] = []
+    handles = [handle for module in reduced.values() for handle in _hook(module, positions)]
+    core.__dict__[TOP_BLOCK_POSITIONS] = positions
+    handles.append(core.register_forward_pre_hook(_set_positions, with_kwargs=True))
+    handles.append(core.register_forward_hook(_clear_positions, always_call=True))
     core.__dict__[TOP_BLOCK_HANDLES] = (names, handles, top)
-    return tuple(names)
+    return names
 
 
 def whole_top_block(core: nn.Module) -> None:
@@ -81,32 +77,32 @@ def whole_top_block(core: nn.Module) -> None:
     for handle in core.__dict__.pop(TOP_BLOCK_HANDLES)[1]:
         handle.remove()
     for module in core.modules():
-        module.__dict__.pop(TOP_BLOCK_PLACES, None)
+        module.__dict__.pop(TOP_BLOCK_POSITIONS, None)
 
 
 # ---------------------------------------------------------------------------------------------------------- the hooks
 
 
-def _hook(module: nn.Module, places: list[torch.Tensor]) -> list[Any]:
-    module.__dict__[TOP_BLOCK_PLACES] = places
+def _hook(module: nn.Module, positions: list[torch.Tensor]) -> list[Any]:
+    module.__dict__[TOP_BLOCK_POSITIONS] = positions
     return [module.register_forward_pre_hook(_gather), module.register_forward_hook(_scatter)]
 
 
-def _set_places(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _set_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a call of the model: where its labels are predicted. A call that asks for more than the logits runs whole:
     states, attentions, router logits and the loss that balances experts are of all tokens.
     """
-    places: list[torch.Tensor] = module.__dict__[TOP_BLOCK_PLACES]
-    places.clear()
+    positions: list[torch.Tensor] = module.__dict__[TOP_BLOCK_POSITIONS]
+    positions.clear()
     mask = kwargs.get("logits_to_keep")
     if not (module.training and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.dim() == 2):
         return
-    # A block that is run again in the backward pass would then find no places.
+    # A block that is run again in the backward pass would then find no positions.
     checkpointed = getattr(module.__dict__[TOP_BLOCK_HANDLES][2], "gradient_checkpointing", False)
-    replicated = module.__dict__.get("_is_replica")  # DataParallel's threads would share the places
+    replicated = module.__dict__.get("_is_replica")  # DataParallel's threads would share the positions
     if _asks_for_more(module, args, kwargs) or checkpointed or replicated or torch.compiler.is_compiling():
         return
-    places += [mask.flatten().nonzero().squeeze(1), torch.tensor(mask.shape)]
+    positions += [mask.flatten().nonzero().squeeze(1), torch.tensor(mask.shape)]
 
 
 def _asks_for_more(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -124,27 +120,27 @@ def _asks_for_more(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return any(said.values()) or not switched <= said.keys()
 
 
-def _clear_places(module: nn.Module, *_: Any) -> None:
-    module.__dict__[TOP_BLOCK_PLACES].clear()
+def _clear_positions(module: nn.Module, *_: Any) -> None:
+    module.__dict__[TOP_BLOCK_POSITIONS].clear()
 
 
 def _gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Before a token-wise module: its input at the places only."""
-    places = module.__dict__[TOP_BLOCK_PLACES]
-    if not places:
+    """Before a token-wise module: its input at the positions only."""
+    positions = module.__dict__[TOP_BLOCK_POSITIONS]
+    if not positions:
         return None
     states = args[0]
-    return (states.flatten(0, 1).index_select(0, places[0]), *args[1:])
+    return (states.flatten(0, 1).index_select(0, positions[0]), *args[1:])
 
 
 def _scatter(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
     """After it: zeros elsewhere."""
-    places = module.__dict__[TOP_BLOCK_PLACES]
-    if not places:
+    positions = module.__dict__[TOP_BLOCK_POSITIONS]
+    if not positions:
         return None
-    rows, tokens = places[1].tolist()
+    rows, tokens = positions[1].tolist()
     whole = output.new_zeros((rows * tokens, *output.shape[1:]))
-    return whole.index_copy(0, places[0], output).view(rows, tokens, *output.shape[1:])
+    return whole.index_copy(0, positions[0], output).view(rows, tokens, *output.shape[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------- the trial
@@ -155,7 +151,7 @@ class _TopReached(Exception):
 
 
 def _try_out(core: Any, top: nn.Module) -> dict[str, nn.Module]:
-    """The largest modules of the top block that may run at few places, by name in the block."""
+    """The largest modules of the top block that may run at few positions, by name in the block."""
     device = next(core.parameters()).device
     vocabulary = core.config.get_text_config().vocab_size
     ids = ((torch.arange(18, device=device) * 5 + 3) % vocabulary).reshape(3, 6)
@@ -177,7 +173,7 @@ def _try_out(core: Any, top: nn.Module) -> dict[str, nn.Module]:
     block = top
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in top.parameters()):
         block = copy.deepcopy(top).float()  # rounding to 16 bits would hide a module that mixes tokens a little
-        args, kwargs = tree_map(lambda v: v.float() if _is_floating(v) else v, (args, kwargs))
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.float() if t.is_floating_point() else t, (args, kwargs))
 
     def run_block() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         seed_all(top)
@@ -187,13 +183,13 @@ def _try_out(core: Any, top: nn.Module) -> dict[str, nn.Module]:
         towards = torch.linspace(-1, 1, kept.numel(), device=device).reshape(kept.shape)
         return _gradients(block, (kept.float() * towards).sum(), kept), random_numbers(core)
 
-    places = [mask.flatten().nonzero().squeeze(1), torch.tensor(mask.shape)]
+    positions = [mask.flatten().nonzero().squeeze(1), torch.tensor(mask.shape)]
     plain, random_after = run_block()
     accepted: dict[str, nn.Module] = {}
 
     def holds(candidates: dict[str, nn.Module], run: Callable[[], Any], wanted: list[torch.Tensor]) -> bool:
         called: set[nn.Module] = set()
-        handles = [handle for module in candidates.values() for handle in _hook(module, places)]
+        handles = [handle for module in candidates.values() for handle in _hook(module, positions)]
         handles += [m.register_forward_hook(lambda m, *_: called.add(m)) for m in candidates.values()]
         try:
             got, random_now = run()
@@ -203,21 +199,19 @@ def _try_out(core: Any, top: nn.Module) -> dict[str, nn.Module]:
             for handle in handles:
                 handle.remove()
             for module in candidates.values():
-                del module.__dict__[TOP_BLOCK_PLACES]
+                del module.__dict__[TOP_BLOCK_POSITIONS]
         every_called = called == set(candidates.values())  # else its weight is used past its call, and nothing is saved
         return every_called and all(map(torch.equal, random_now, random_after)) and _same(got, wanted)
 
-    def look(module: nn.Module, path: str) -> None:
+    def try_children(module: nn.Module, path: str) -> None:
         for name, child in module.named_children():
-            where = f"{path}.{name}".strip(".")
-            if not any(parameter.dim() > 1 for parameter in child.parameters()):
-                continue
-            if holds({where: child}, run_block, plain):
-                accepted[where] = child
-            else:
-                look(child, where)
+            if any(parameter.dim() > 1 for parameter in child.parameters()):
+                if holds({path + name: child}, run_block, plain):
+                    accepted[path + name] = child
+                else:
+                    try_children(child, f"{path}{name}.")
 
-    look(block, "")
+    try_children(block, "")
     if not accepted or not holds(accepted, run_block, plain):
         return {}
     accepted = {name: top.get_submodule(name) for name in accepted}
@@ -226,7 +220,7 @@ def _try_out(core: Any, top: nn.Module) -> dict[str, nn.Module]:
     labels[:, 1:][mask[:, :-1]] = ids[:, 1:][mask[:, :-1]]
     kept = torch.zeros_like(mask)
     kept[:, :-1] = labels[:, 1:] != -100
-    places[0] = kept.flatten().nonzero().squeeze(1)
+    positions[0] = kept.flatten().nonzero().squeeze(1)
 
     def run_model() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         seed_all(core)
@@ -239,25 +233,21 @@ def _try_out(core: Any, top: nn.Module) -> dict[str, nn.Module]:
     return accepted if holds(accepted, run_model, wanted) else {}
 
 
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
 def _gradients(module: nn.Module, loss: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
     """A value and the gradients of what trains; those on the parameters stay as they are."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    found = torch.autograd.grad(loss, trained, allow_unused=True)
-    return [value.detach(), *(torch.zeros(()) if gradient is None else gradient for gradient in found)]
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    return [value.detach(), *(torch.zeros(()) if gradient is None else gradient for gradient in gradients)]
 
 
 def _same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
     """Whether all agree within the rounding of their precision, measured by the largest."""
     scale = max(float(t.float().norm()) for t in theirs[1:])
-    for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+    for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         if one.shape != other.shape or not torch.isfinite(other).all():
             return False
         grain = SAME if one.dtype == torch.float32 else 16 * torch.finfo(one.dtype).eps
-        size = float(other.float().norm()) if place == 0 else max(float(other.float().norm()), 1e-2 * scale)
+        size = float(other.float().norm()) if number == 0 else max(float(other.float().norm()), 1e-2 * scale)
         if not float((one.float() - other.float()).norm()) <= grain * size:
             return False
     return True

@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_freeze import FreezePlan, freeze, read_anatomy, thaw, verify_frozen
 from hf_freeze.errors import FreezeError, FrozenWeightsChanged, PlanError
@@ -89,10 +88,9 @@ def test_parameters_are_told_apart_by_identity_not_by_value() -> None:
 
 
 def test_a_fraction_is_a_depth_not_a_share_of_parameters() -> None:
-    gpt2 = freeze(build("gpt2"), FreezePlan(decoder_blocks=0.31))
-    assert gpt2.resolved.blocks == {"decoder": 1}
-    bart = freeze(build("bart"), FreezePlan(encoder_blocks=0.31, decoder_blocks=0.31))
-    assert bart.resolved.blocks == {"encoder": 1, "decoder": 1}
+    for model_type, blocks in (("gpt2", {"decoder": 1}), ("bart", {"encoder": 1, "decoder": 1})):
+        plan = FreezePlan(**{f"{stack}_blocks": 0.31 for stack in blocks})
+        assert freeze(build(model_type), plan).resolved.blocks == blocks
 
 
 def test_barts_decoder_is_frozen_although_its_encoder_holds_the_first_module_list() -> None:
@@ -322,14 +320,11 @@ def test_barts_own_dropout_and_layer_drop_are_off_and_thaw_restores_them() -> No
         ("model.decoder", "dropout"): 0.3,
         ("model.decoder", "layerdrop"): 0.25,
     }
-    assert (model.model.encoder.dropout, model.model.encoder.layerdrop, model.model.decoder.layerdrop) == (0, 0, 0)
+    encoder, decoder = model.model.encoder, model.model.decoder
+    assert (encoder.dropout, encoder.layerdrop, decoder.layerdrop) == (0, 0, 0)
     freeze(model, FreezePlan(decoder_blocks=2))
     thaw(model)
-    assert (model.model.encoder.dropout, model.model.encoder.layerdrop, model.model.decoder.layerdrop) == (
-        0.3,
-        0.5,
-        0.25,
-    )
+    assert (encoder.dropout, encoder.layerdrop, decoder.layerdrop) == (0.3, 0.5, 0.25)
 
 
 def test_layer_drop_of_a_stack_without_a_frozen_block_stays_on() -> None:
@@ -452,15 +447,41 @@ def test_training_leaves_the_proof_whole() -> None:
     assert str(proof) == f"{proof.tensors} frozen tensors, {proof.tensor_bytes:,} bytes: unchanged"
 
 
-def test_a_planted_change_of_one_bit_is_named() -> None:
-    model = build("llama")
-    report = freeze(model)
-    name = "model.layers.1.mlp.down_proj.weight"
-    model.get_parameter(name).data.view(torch.int32)[0, 0] ^= 1
+def flip_one_bit(model: Any) -> None:
+    model.model.layers[1].mlp.down_proj.weight.data.view(torch.int32)[0, 0] ^= 1
+
+
+def move_a_router_bias(model: Any) -> None:
+    next(b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")).add_(0.5)
+
+
+def replace_a_module(model: Any) -> None:
+    model.model.layers[0].mlp = nn.Identity()
+
+
+def move_everything(model: Any) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "blocks", "change", "message"),
+    [
+        ("llama", 2, flip_one_bit, r"; 1 moved: model\.layers\.1\.mlp\.down_proj\.weight\. Look for"),
+        ("deepseek_v3", "all", move_a_router_bias, r"; 1 moved: \S*e_score_correction_bias\. Look for"),
+        ("llama", 2, replace_a_module, r"; 3 gone \(replaced or renamed\): .*layers\.0\.mlp\.gate_proj\.weight"),
+        ("gpt2", 3, move_everything, r"38 tensors should hold .*; 38 moved: .* and 18 more\. Look for an"),
+        ("gpt2", 2, lambda model: model.to("meta"), r"; 26 without bits \(on the meta device.*\): transformer\.wte"),
+    ],
+)
+def test_a_change_is_named(model_type: str, blocks: Any, change: Any, message: str) -> None:
+    model = build(model_type)
+    report = freeze(model, FreezePlan(decoder_blocks=blocks))
+    change(model)
     for known in (report, None):
-        with pytest.raises(FrozenWeightsChanged, match=rf"; 1 moved: {name}\. Look for") as caught:
+        with pytest.raises(FrozenWeightsChanged, match=message):
             verify_frozen(model, known)
-    assert "model.layers.0" not in str(caught.value)
 
 
 def test_a_batch_norm_statistic_of_a_frozen_module_counts() -> None:
@@ -474,15 +495,6 @@ def test_a_batch_norm_statistic_of_a_frozen_module_counts() -> None:
         freeze(other)
         other.get_buffer(f"layers.3.{buffer}").add_(1)
         verify_frozen(other)
-
-
-def test_a_router_bias_of_a_frozen_block_counts() -> None:
-    model = build("deepseek_v3")
-    freeze(model, FreezePlan(decoder_blocks="all"))
-    names = [name for name, _ in model.named_buffers() if name.endswith("e_score_correction_bias")]
-    model.get_buffer(names[0]).add_(0.5)
-    with pytest.raises(FrozenWeightsChanged, match=names[0]):
-        verify_frozen(model)
 
 
 def test_an_embedding_replaced_by_a_resize_is_named_and_can_be_frozen_again() -> None:
@@ -504,10 +516,8 @@ def test_a_tensor_made_trainable_again_is_told_apart_from_one_that_moved() -> No
     report = freeze(model)
     norm = model.model.layers[0].input_layernorm.weight
     norm.requires_grad_(True)
-    with pytest.raises(
-        FrozenWeightsChanged,
-        match=r"; 1 trainable again: model\.layers\.0\.input_layernorm\.weight\. Look for what set",
-    ):
+    again = r"; 1 trainable again: model\.layers\.0\.input_layernorm\.weight\. Look for what set"
+    with pytest.raises(FrozenWeightsChanged, match=again):
         verify_frozen(model, report)
     with torch.no_grad():
         norm.add_(1)
@@ -537,28 +547,6 @@ def test_freezing_again_does_not_hide_that_a_tensor_moved() -> None:
     thaw(model)
     freeze(model)
     verify_frozen(model)
-
-
-def test_a_module_replaced_by_another_is_named_as_gone() -> None:
-    model = build("llama")
-    report = freeze(model)
-    model.model.layers[0].mlp = nn.Identity()
-    with pytest.raises(
-        FrozenWeightsChanged, match=r"; 3 gone \(replaced or renamed\): .*layers\.0\.mlp\.gate_proj\.weight"
-    ):
-        verify_frozen(model, report)
-
-
-def test_many_changes_are_counted_and_the_first_are_named() -> None:
-    model = build("gpt2")
-    freeze(model, FreezePlan(decoder_blocks=3))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1)
-    with pytest.raises(
-        FrozenWeightsChanged, match=r"38 tensors should hold .*; 38 moved: .* and 18 more\. Look for an"
-    ):
-        verify_frozen(model)
 
 
 @pytest.fixture
@@ -616,14 +604,6 @@ def test_tensors_without_bits_are_counted_and_named_and_no_proof_is_given_of_the
         verify_frozen(model, report)
 
 
-def test_a_frozen_model_emptied_to_the_meta_device_is_not_proved() -> None:
-    model = build("gpt2")
-    freeze(model)
-    model.to("meta")
-    with pytest.raises(FrozenWeightsChanged, match=r"; 26 without bits \(on the meta device.*\): transformer\.wte"):
-        verify_frozen(model)
-
-
 def offload(model: nn.Module, how: str, folder: Path) -> Any:
     """The model as accelerate leaves it: the embeddings and the first two blocks, or all, away between forwards."""
     if how == "cpu_offload":
@@ -659,16 +639,12 @@ def test_what_accelerate_has_offloaded_is_compared_where_it_lies(how: str, when:
     with pytest.raises(FrozenWeightsChanged, match=r"; 1 moved: model\.layers\.0\.mlp\.up_proj\.weight\. Look"):
         verify_frozen(model, report)
     del weights["weight"]
-    with pytest.raises(
-        FrozenWeightsChanged, match=r"; 1 without bits .*: model\.layers\.0\.mlp\.up_proj\.weight\. Load"
-    ):
+    with pytest.raises(FrozenWeightsChanged, match=r"; 1 without bits .*: model\.layers\.0\.mlp\.up_proj\.weight\. L"):
         verify_frozen(model, report)
 
 
 def test_a_model_that_was_never_frozen_is_an_error() -> None:
-    with pytest.raises(
-        FreezeError, match=r"a GPT2LMHeadModel that was never frozen\. Call freeze\(model, plan\) first"
-    ):
+    with pytest.raises(FreezeError, match=r"a GPT2LMHeadModel that was never frozen\. Call freeze\(model, plan\)"):
         verify_frozen(build("gpt2"))
 
 
@@ -771,12 +747,9 @@ def test_two_frozen_models_in_one_are_an_error_and_one_is_proved_under_any_wrapp
     "plan", [FreezePlan(), FreezePlan(encoder_blocks="all", decoder_blocks=3)], ids=["half", "deep"]
 )
 def test_loss_and_gradients_are_those_of_the_full_model(model_type: str, plan: FreezePlan) -> None:
-    def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-        return model.eval()  # gradients flow all the same
-
     if model_type not in ("bart", "t5"):
         plan = FreezePlan(decoder_blocks=plan.decoder_blocks)
-    full, frozen = without_dropout(build(model_type)), without_dropout(build(model_type))
+    full, frozen = build(model_type).eval(), build(model_type).eval()  # without dropout; gradients flow all the same
     freeze(frozen, plan)
     losses = [language_loss(model) for model in (full, frozen)]
     for loss in losses:

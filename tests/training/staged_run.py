@@ -1,6 +1,6 @@
 """A small staged run, as a function and as a script for torchrun and for the tests that kill it.
 
-torchrun --nproc_per_node 2 tests/training/staged_run.py FOLDER plain|cached|naive|moved
+torchrun --nproc_per_node 2 tests/training/staged_run.py FOLDER [plain] [cached] [naive] [moved]
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.prefix.cases import collator_for, review_rows
 from tests.tiny import tiny_model
 
 ROWS_A_STEP = 4
-STEPS = 6
+STEPS = 4
 LINEAR = {"optim": "sgd", "learning_rate": 0.3}  # AdamW makes much of the last bit of a gradient near zero
 
 
@@ -53,10 +53,10 @@ def make_trainer(folder: Path, model: nn.Module | None = None, **given: Any) -> 
     """A trainer over 24 rows, on a model that is loaded anew unless one is given."""
     rows = review_rows("llama")
     model = pretrained() if model is None else model
-    collator = collator_for("llama", model)
+    callbacks = given.pop("callbacks", None)
     return SummaryTrainer(
         model=model, args=arguments(folder, **given), train_dataset=Rows(rows), eval_dataset=Rows(rows[:8]),
-        data_collator=collator,
+        data_collator=collator_for("llama", model), callbacks=callbacks,
     )  # fmt: skip
 
 
@@ -68,15 +68,21 @@ class Rows(list[Any]):
 
 
 def run(
-    folder: Path, *, cached: bool = True, resume: bool = False, shared: nn.Module | None = None, **given: Any
+    folder: Path,
+    *,
+    cached: bool = True,
+    resume: bool = False,
+    shared: nn.Module | None = None,
+    say: Any = lambda text: None,
+    **given: Any,
 ) -> StagesReport:
-    """One, two, then three blocks, six steps each."""
+    """One, two, then three blocks, a few steps each."""
     return train_in_stages(
         lambda: make_trainer(folder, shared, **given),
         gradual(pretrained(), start=1, step=1, stages=3, steps=STEPS, block_decay=0.5),
         cache_dir=folder / "cache" if cached else None,
         resume=resume,
-        say=lambda text: None,
+        say=say,
     )
 
 
@@ -106,25 +112,24 @@ def naive(folder: Path, model: nn.Module) -> SummaryTrainer:
                 new = [p for p in model.parameters() if p.requires_grad and p not in before]
                 optimizer.param_groups[0]["params"] += new
 
-    trainer = make_trainer(folder, model, max_steps=2 * STEPS, save_strategy="no", eval_strategy="no")
+    given = {"max_steps": 2 * STEPS, "save_strategy": "no", "eval_strategy": "no"}
+    trainer = make_trainer(folder, model, callbacks=[ThawAtStep()], **given)
     freeze(trainer.model, FreezePlan(decoder_blocks=3))
-    trainer.add_callback(ThawAtStep())
     trainer.train()
     return trainer
 
 
 def one_plan(folder: Path, model: nn.Module, **given: Any) -> SummaryTrainer:
-    """No stages: eight steps, guarded, from the last whole checkpoint where there is one."""
-    trainer = make_trainer(folder, model, max_steps=8, **LINEAR, **given)
+    """No stages: four steps, guarded, from the last whole checkpoint where there is one."""
+    trainer = make_trainer(folder, model, max_steps=4, **LINEAR, **given)
     freeze(model, FreezePlan(decoder_blocks=2))
     guard_checkpoints(trainer)
     trainer.train(resume_from_checkpoint=resume_from(trainer, "last"))
     return trainer
 
 
-def work() -> None:
-    folder, mode = Path(sys.argv[1]), sys.argv[2]
-    torch.set_num_threads(1)
+def work(folder: Path, mode: str) -> None:
+    """Trains in that way on a rank, and writes what became of it."""
     model = tiny_model("llama")
     if mode == "naive":
         trainer = naive(folder, model)
@@ -132,16 +137,17 @@ def work() -> None:
         trainer = one_plan(folder, model)
     else:
         trainer = run(folder, cached=mode == "cached", shared=model, **LINEAR).trainer
-    weights = {name: p.detach().double().flatten().tolist() for name, p in trainer.model.named_parameters()}
-    told = {
-        "weights": weights,
+    outcome = {
+        "weights": {name: p.detach().double().flatten().tolist() for name, p in trainer.model.named_parameters()},
         "world": trainer.args.world_size,
         "wrapper": type(trainer.model_wrapped).__name__,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
-    (folder / f"rank{trainer.args.process_index}.json").write_text(json.dumps(told))
+    (folder / f"rank{trainer.args.process_index}.json").write_text(json.dumps(outcome))
 
 
 if __name__ == "__main__":
-    work()
+    torch.set_num_threads(1)
+    for way in sys.argv[2:]:
+        work(Path(sys.argv[1], way), way)
     leave_group()

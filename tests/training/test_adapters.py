@@ -152,11 +152,11 @@ def test_training_from_the_prefix_cache_is_plain_training(
     before = {name: parameter.clone() for name, parameter in cached.named_parameters()}
     assert any("magnitude" in name for name in before) is (method == "dora")
     cache = PrefixCache.build(cached, rows, collator_for(kind, cached), cache_dir=tmp_path / "cache", progress=False)
-    wanted, _ = trainer_losses(plain, rows, collator_for(kind, plain), tmp_path, max_steps=6)
-    got, _ = trainer_losses(cached, rows, cache.collator, tmp_path, max_steps=6)
-    assert len(got) == 6
+    wanted, _ = trainer_losses(plain, rows, collator_for(kind, plain), tmp_path, max_steps=3)
+    got, _ = trainer_losses(cached, rows, cache.collator, tmp_path, max_steps=3)
+    assert len(got) == 3
     torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=1e-5, atol=0)
-    assert (cache.batches_used, cache.batches_unused) == (6, 0)
+    assert (cache.batches_used, cache.batches_unused) == (3, 0)
     moved = {name for name, p in cached.named_parameters() if not torch.equal(p, before[name])}
     assert moved
     assert moved <= {name for name, p in cached.named_parameters() if p.requires_grad}
@@ -173,7 +173,7 @@ def test_a_summary_trainer_trains_adapters_from_the_cache(kind: str, tmp_path: P
     losses = []
     for model, collator in ((plain, collator_for(kind, plain)), (cached, cache.collator)):
         args = SummaryTrainingArguments(
-            output_dir=str(tmp_path), per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=6,
+            output_dir=str(tmp_path), per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=3,
             precision="fp32", optim="sgd", learning_rate=0.1, cpu_threads=1, logging_steps=1, eval_strategy="no",
             save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
@@ -181,9 +181,9 @@ def test_a_summary_trainer_trains_adapters_from_the_cache(kind: str, tmp_path: P
         tried_out = cache.batches_unused  # by the trainer, before training
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert len(losses[0]) == 6
+    assert len(losses[0]) == 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert (cache.batches_used, cache.batches_unused) == (12, tried_out)
+    assert (cache.batches_used, cache.batches_unused) == (6, tried_out)
     verify_frozen(cached)
 
 
@@ -193,10 +193,10 @@ def test_the_best_adapter_is_loaded_at_the_end_and_states_are_used_after_it(tmp_
     cache = PrefixCache.build(model, rows, collator_for("llama", model), cache_dir=tmp_path / "cache", progress=False)
     cache.add(validation)
     _, trainer = trainer_losses(
-        model, rows, cache.collator, tmp_path, eval_dataset=validation, max_steps=6, eval_strategy="steps",
-        save_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True,
+        model, rows, cache.collator, tmp_path, eval_dataset=validation, max_steps=3, eval_strategy="steps",
+        save_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True,
     )  # fmt: skip
-    assert trainer.state.best_global_step < 6  # on random labels it gets no better
+    assert trainer.state.best_global_step < 3  # on random labels it gets no better
     saved = load_file(tmp_path / f"checkpoint-{trainer.state.best_global_step}" / "adapter_model.safetensors")
     now = get_peft_model_state_dict(model)
     assert saved
@@ -217,7 +217,7 @@ def test_what_is_saved_is_an_ordinary_adapter_for_a_fresh_base(
 ) -> None:
     rows = review_rows(kind)
     model = adapted(kind, plan, kind=method)
-    trainer_losses(model, rows, collator_for(kind, model), tmp_path, max_steps=2)
+    trainer_losses(model, rows, collator_for(kind, model), tmp_path, max_steps=1)
     model.save_pretrained(str(tmp_path / "adapter"))
     again = PeftModel.from_pretrained(tiny_model(kind), str(tmp_path / "adapter")).eval()
     assert adapters_of(again) == adapters_of(model)
@@ -250,36 +250,29 @@ def test_a_classifier_is_adapted_and_its_head_is_frozen() -> None:
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
-def test_an_unknown_kind_is_an_error() -> None:
-    with pytest.raises(PlanError, match=r"kind='qlora'; it is one of 'lora', 'dora'\."):
-        adapt_upper(frozen_model("llama"), kind="qlora")  # type: ignore[arg-type]
-
-
-def test_a_model_that_was_never_frozen_is_an_error() -> None:
-    with pytest.raises(FreezeError, match=r"a LlamaForCausalLM that was never frozen\. Call freeze\(model, plan\)"):
-        adapt_upper(tiny_model("llama"))
-
-
-@pytest.mark.parametrize("again", ["wrapped", "inside"])
-def test_adapters_that_are_there_already_are_an_error(again: str) -> None:
-    model = adapted("llama")
-    with pytest.raises(FreezeError, match="holds adapters already"):
-        adapt_upper(model if again == "wrapped" else model.get_base_model())
-
-
-def test_a_plan_that_trains_no_block_is_an_error() -> None:
-    model = frozen_model("llama", plan=FreezePlan(decoder_blocks="all"))
-    with pytest.raises(PlanError, match=r"no matrix of its blocks trains\. Call thaw\(model\) and freeze fewer"):
-        adapt_upper(model)
-
-
-def test_a_target_that_no_matrix_is_called_is_an_error() -> None:
-    model = frozen_model("llama")
-    with pytest.raises(PlanError, match=r"trains in LlamaForCausalLM is called 'q_porj'\. The nearest: 'q_proj'"):
-        adapt_upper(model, target_modules=("v_proj", "q_porj"))
-    with pytest.raises(PlanError, match=r"it is a sequence of names\. Use \('all-linear',\)"):
-        adapt_upper(model, target_modules="all-linear")
-    assert adapters_of(model) == set()
+@pytest.mark.parametrize(
+    ("make", "given", "error", "message"),
+    [
+        (frozen_model, {"kind": "qlora"}, PlanError, r"kind='qlora'; it is one of 'lora', 'dora'\."),
+        (frozen_model, {"target_modules": ("v_proj", "q_porj")}, PlanError,
+         r"trains in LlamaForCausalLM is called 'q_porj'\. The nearest: 'q_proj'"),
+        (frozen_model, {"target_modules": "all-linear"}, PlanError,
+         r"it is a sequence of names\. Use \('all-linear',\)"),
+        (lambda kind: frozen_model(kind, plan=FreezePlan(decoder_blocks="all")), {}, PlanError,
+         r"no matrix of its blocks trains\. Call thaw\(model\) and freeze fewer"),
+        (tiny_model, {}, FreezeError, r"a LlamaForCausalLM that was never frozen\. Call freeze\(model, plan\)"),
+        (adapted, {}, FreezeError, "holds adapters already"),
+        (lambda kind: adapted(kind).get_base_model(), {}, FreezeError, "holds adapters already"),
+    ],
+)  # fmt: skip
+def test_what_gets_no_adapters_is_refused_and_gets_none(
+    make: Any, given: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = make("llama")
+    before = adapters_of(model)
+    with pytest.raises(error, match=message):
+        adapt_upper(model, **given)
+    assert adapters_of(model) == before
 
 
 def test_a_model_that_trains_from_a_cache_is_an_error_until_it_is_closed(tmp_path: Path) -> None:

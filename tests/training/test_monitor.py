@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -25,9 +23,9 @@ from hf_freeze.errors import TrainingDiverged
 from hf_freeze.processes import leave_group
 from hf_freeze.training.monitor import FreezeMonitor
 from tests.prefix.cases import collator_for, frozen_model, review_rows
+from tests.ranks import run_on_two_ranks
 from tests.tiny import tiny_model
 
-ROOT = Path(__file__).parents[2]
 ALONE = SimpleNamespace(world_size=1, device=torch.device("cpu"), output_dir=None, report_to=[])
 
 
@@ -534,40 +532,29 @@ def test_a_resumed_run_logs_and_says_what_an_undisturbed_one_does(tmp_path: Path
 # ---------------------------------------------------------------------------------------------------- two processes
 
 
-def two_ranks(mode: str, folder: Path) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, __file__, mode, str(folder)], capture_output=True, text=True, env=env, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"{mode}{rank}.json").read_text()) for rank in range(2)]
+def ddp_trainer(folder: Path, batch_size: int) -> Trainer:
+    return trainer_for(
+        frozen_model("llama", dropout=False), folder, FreezeMonitor(), per_device_train_batch_size=batch_size,
+        ddp_find_unused_parameters=False,
+    )  # fmt: skip
 
 
-def test_two_ranks_under_ddp_log_what_one_process_does(tmp_path: Path) -> None:
-    alone = trainer_for(frozen_model("llama", dropout=False), tmp_path, FreezeMonitor(), per_device_train_batch_size=4)
+def test_two_ranks_log_what_one_process_does_under_ddp_and_sharded_by_fsdp2(tmp_path: Path) -> None:
+    alone = ddp_trainer(tmp_path, batch_size=4)
     alone.train()
-    for rank in two_ranks("ddp", tmp_path):
-        assert rank["wrapper"] == "DistributedDataParallel"
-        for log, wanted in zip(rank["logs"], training_logs(alone), strict=True):
+    run_on_two_ranks(__file__, tmp_path)
+    for rank in range(2):
+        ddp, fsdp = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert ddp["wrapper"] == "DistributedDataParallel"
+        for log, wanted in zip(ddp["logs"], training_logs(alone), strict=True):
             assert log == pytest.approx(wanted, rel=1e-4)
-
-
-def test_sharded_by_fsdp2_the_figures_are_those_of_the_whole_model(tmp_path: Path) -> None:
-    for rank in two_ranks("fsdp", tmp_path):
-        assert {"drift/decoder.3", "grad_norm/decoder.3", "grad_norm/head"} <= rank["sharded"].keys()
-        assert rank["sharded"] == pytest.approx(rank["whole"], rel=1e-4)
-        assert "gradient norm is nan at step 1" in rank["error"]  # though NaN was planted on one rank only
+        assert {"drift/decoder.3", "grad_norm/decoder.3", "grad_norm/head"} <= fsdp["sharded"].keys()
+        assert fsdp["sharded"] == pytest.approx(fsdp["whole"], rel=1e-4)
+        assert "gradient norm is nan at step 1" in fsdp["error"]  # though NaN was planted on one rank only
 
 
 def by_trainer(folder: Path) -> dict[str, Any]:
-    trainer = trainer_for(
-        frozen_model("llama", dropout=False),
-        folder,
-        FreezeMonitor(),
-        per_device_train_batch_size=2,
-        ddp_find_unused_parameters=False,
-    )
+    trainer = ddp_trainer(folder, batch_size=2)
     trainer.train()
     return {"wrapper": type(trainer.model_wrapped).__name__, "logs": training_logs(trainer)}
 
@@ -577,9 +564,8 @@ def by_fsdp() -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name, world_size in (("whole", 1), ("sharded", 2)):
         model: Any = frozen_model("llama", dropout=False)
         monitor = FreezeMonitor()
@@ -596,19 +582,19 @@ def by_fsdp() -> dict[str, Any]:
         optimizer.step()
         logs: dict[str, Any] = {"loss": 1.0}
         monitor.on_log(args, TrainerState(log_history=[{}]), None, model=model, logs=logs)
-        found[name] = logs
+        figures[name] = logs
     if torch.distributed.get_rank() == 0:
         model.lm_head.weight.grad.to_local().fill_(math.nan)
     try:
         monitor.on_pre_optimizer_step(args, TrainerState(), None, model=model, optimizer=optimizer)
     except TrainingDiverged as error:
-        found["error"] = str(error)
-    return found
+        figures["error"] = str(error)
+    return figures
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    result = by_trainer(Path(sys.argv[2])) if sys.argv[1] == "ddp" else by_fsdp()
-    path = Path(sys.argv[2]) / f"{sys.argv[1]}{torch.distributed.get_rank()}.json"
-    path.write_text(json.dumps(result))
+    folder = Path(sys.argv[1])
+    outcome = [by_trainer(folder), by_fsdp()]
+    (folder / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(outcome))
     leave_group()

@@ -6,10 +6,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,56 +15,96 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hf_freeze.training.ledger
 from hf_freeze import FreezePlan, freeze, thaw, verify_frozen
+from hf_freeze.delta import load_delta
 from hf_freeze.errors import DeltaMismatch, FreezeError, PlanError, ResumeError, StageError
 from hf_freeze.files import write_json
 from hf_freeze.locks import LOCK
 from hf_freeze.summarization import SummaryTrainer
 from hf_freeze.training.monitor import FreezeMonitor
 from hf_freeze.training.schedule import Stage, gradual, load_stages, save_stages
-from hf_freeze.training.stages import train_in_stages
-from tests.prefix.cases import review_rows
+from hf_freeze.training.stages import StagesReport, train_in_stages
+from tests.prefix.cases import collator_for, review_rows
+from tests.ranks import run_on_two_ranks
 from tests.tiny import tiny_model
 from tests.training.staged_run import LINEAR, ROWS_A_STEP, Rows, another_run, make_trainer, one_plan, pretrained, run
 
-ROOT = Path(__file__).parents[2]
+Weights = dict[str, torch.Tensor]
 
 
-def quiet(text: str) -> None:
-    pass
+def train(folder: Path, plans: Any, *, model: Any = None, say: Any = lambda text: None, **given: Any) -> StagesReport:
+    """Stages in a folder; what is no argument of `train_in_stages` nor field of a stage goes to the trainer's."""
+    ours = {"steps", "epochs", "cache_dir", "resume", "output_dir"}
+    of_trainer = {name: value for name, value in given.items() if name not in ours}
+    of_stages = {name: value for name, value in given.items() if name in ours}
+    return train_in_stages(lambda: make_trainer(folder, model, **of_trainer), plans, say=say, **of_stages)
 
 
-def weights(report: Any) -> dict[str, torch.Tensor]:
+def weights(report: Any) -> Weights:
     return {name: p.detach().clone() for name, p in report.trainer.model.named_parameters()}
 
 
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+def assert_same(one: Weights, other: Weights) -> None:
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+def assert_close(one: Weights, other: Weights) -> None:
     """Sums in another order, no more."""
     for name, weight in other.items():
         torch.testing.assert_close(one[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def evaluated(report: StagesReport, metric: str = "eval_loss") -> list[float]:
+    return [entry[metric] for entry in report.trainer.state.log_history if metric in entry]
+
+
+class Whole(NamedTuple):
+    folder: Path
+    weights: Weights
+    said: list[str]
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    return weights(run(tmp_path_factory.mktemp("undisturbed")))
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder, said = tmp_path_factory.mktemp("undisturbed"), list[str]()
+    return Whole(folder, weights(run(folder, say=said.append)), said)
+
+
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory: pytest.TempPathFactory) -> StagesReport:
+    """From the cache and without dropout, whose random numbers follow the shape of a batch."""
+    return run(tmp_path_factory.mktemp("linear"), shared=tiny_model("llama"), **LINEAR)
+
+
+TWO_PLANS = [FreezePlan(), FreezePlan(decoder_blocks=1)]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of TWO_PLANS, two steps each, that is done."""
+    folder = tmp_path_factory.mktemp("done")
+    train(folder, TWO_PLANS, steps=2)
+    return folder
 
 
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def test_a_model_that_the_stages_share_or_load_anew_ends_with_the_same_bits(
-    undisturbed: dict[str, torch.Tensor], tmp_path: Path
+def test_a_shared_model_ends_with_the_bits_of_one_loaded_anew_and_resume_where_nothing_lies_starts_anew(
+    undisturbed: Whole, tmp_path: Path
 ) -> None:
-    assert_same(weights(run(tmp_path, shared=pretrained())), undisturbed)
+    assert_same(weights(run(tmp_path, shared=pretrained(), resume=True)), undisturbed.weights)
 
 
-def test_the_cache_changes_nothing(tmp_path: Path) -> None:
-    plain, cached = (weights(run(tmp_path / str(use), cached=use, **LINEAR)) for use in (False, True))
-    assert_close(cached, plain)
+def test_the_cache_changes_nothing(linear: StagesReport, tmp_path: Path) -> None:
+    plain = run(tmp_path, cached=False, shared=tiny_model("llama"), **LINEAR)
+    assert [stage.cached for stage in (*plain.stages, *linear.stages)] == [False] * 3 + [True] * 3
+    assert_close(weights(linear), weights(plain))
+
+
+def test_one_pass_builds_the_states_of_every_stage(undisturbed: Whole) -> None:
+    reports = [text for text in undisturbed.said if text.startswith("Prefix cache")]
+    assert ["all there already" in text for text in reports] == [False, True, True]
 
 
 def test_every_stage_runs_in_the_precision_asked_for_and_the_forward_is_put_back(tmp_path: Path) -> None:
@@ -77,12 +115,10 @@ def test_every_stage_runs_in_the_precision_asked_for_and_the_forward_is_put_back
         lambda *_: seen.append((model.training, torch.is_autocast_enabled("cpu")))
     )
     said: list[str] = []
-    report = train_in_stages(
-        lambda: make_trainer(tmp_path, model, precision="bf16"), gradual(model, 1, 1, 3, steps=2),
-        cache_dir=tmp_path / "cache", say=said.append,
-    )  # fmt: skip
+    stages = gradual(model, 1, 1, 2, steps=2)
+    report = train(tmp_path, stages, model=model, precision="bf16", cache_dir=tmp_path / "cache", say=said.append)
     handle.remove()
-    assert sum(autocast for training, autocast in seen if training) >= 6
+    assert sum(autocast for training, autocast in seen if training) >= 4
     assert not any("no prefix cache" in text for text in said)
     ids = torch.tensor([[5, 6, 7]])
     assert report.trainer.model is model
@@ -103,13 +139,7 @@ def test_each_stage_trains_what_it_asks_for_and_no_more(tmp_path: Path) -> None:
     model = pretrained()
     model.model.layers[3].mlp.up_proj.weight.requires_grad_(False)  # the user's own freeze
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    def make() -> Any:
-        trainer = make_trainer(tmp_path, model)
-        trainer.add_callback(Look())
-        return trainer
-
-    report = train_in_stages(make, gradual(model, 1, 1, 2, steps=2), say=quiet)
+    report = train(tmp_path, gradual(model, 1, 1, 2, steps=2), model=model, callbacks=[Look()])
     for step, (trained, held, states) in enumerate(seen):
         assert trained == held, "the optimizer holds what trains"
         assert states == len(trained), "and has moved all of it"
@@ -129,19 +159,17 @@ def test_a_stage_ends_with_the_best_weights_that_were_evaluated(tmp_path: Path) 
         Stage(FreezePlan(decoder_blocks=3), steps=4),
         Stage(FreezePlan(decoder_blocks=2), steps=4, learning_rate=5.0),
     ]
-    report = train_in_stages(lambda: make_trainer(tmp_path), stages, say=quiet)
+    report = train(tmp_path, stages)
     first, second = report.stages
     assert second.start_metric == first.best_metric == second.best_metric
-    evaluated = report.trainer.evaluate()["eval_loss"]
-    assert evaluated == pytest.approx(first.best_metric, rel=1e-6)
-    logged = [entry["eval_loss"] for entry in report.trainer.state.log_history if "eval_loss" in entry]
-    assert min(logged[:-1]) > second.best_metric
+    assert report.trainer.evaluate()["eval_loss"] == pytest.approx(first.best_metric, rel=1e-6)
+    assert min(evaluated(report)[:-1]) > second.best_metric
 
 
 def test_a_stage_without_evaluation_ends_with_its_last_weights(tmp_path: Path) -> None:
     given = {"eval_strategy": "no", "save_strategy": "no"}
     stages = gradual(pretrained(), 1, 1, 2, steps=3)
-    report = train_in_stages(lambda: make_trainer(tmp_path / "stages", **given), stages, say=quiet)
+    report = train(tmp_path / "stages", stages, **given)
     assert [stage.best_metric for stage in report.stages] == [None, None]
     by_hand = pretrained()
     for plan in (stage.plan for stage in stages):
@@ -149,39 +177,74 @@ def test_a_stage_without_evaluation_ends_with_its_last_weights(tmp_path: Path) -
         thaw(by_hand)
         freeze(by_hand, plan)
         trainer.train()
-    theirs = {name: p.detach() for name, p in by_hand.named_parameters()}
-    assert_same(weights(report), theirs)
+    assert_same(weights(report), {name: p.detach() for name, p in by_hand.named_parameters()})
 
 
-def test_a_stage_stops_where_validation_stalls(tmp_path: Path) -> None:
-    stages = [
-        Stage(FreezePlan(decoder_blocks=3), steps=40, patience=2, min_gain=0.5),
-        Stage(FreezePlan(decoder_blocks=2), steps=2),
-    ]
-    report = train_in_stages(lambda: make_trainer(tmp_path), stages, say=quiet)
-    assert report.stages[0].steps == 6, "the first evaluation sets the mark, two more gain less than half of it"
-    assert report.stages[0].ended == "stalled: no gain in 2 evaluations"
-    assert report.stages[1].ended == "2 steps"
-    assert "stalled" in str(report)
+STALLING = Stage(FreezePlan(decoder_blocks=3), steps=40, patience=2, min_gain=0.5)
 
 
-def test_a_greater_metric_can_be_the_better_one(tmp_path: Path) -> None:
-    def make() -> Any:
-        trainer = make_trainer(tmp_path, metric_for_best_model="score", greater_is_better=True)
-        evaluate, values = trainer.evaluation_loop, iter([1.0, 3.0, 2.0])
+def test_a_stage_stops_where_validation_stalls_and_if_it_was_killed_before_that_was_noted_it_is_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = [STALLING, Stage(FreezePlan(decoder_blocks=2), steps=2)]
 
-        def scored(*args: Any, **named: Any) -> Any:
-            output = evaluate(*args, **named)
-            output.metrics["eval_score"] = next(values)
-            return output
+    def kill(path: Path, values: dict[str, Any]) -> None:
+        if values["done"]:
+            raise KeyboardInterrupt
+        write_json(path, values)
 
-        trainer.evaluation_loop = scored
-        return trainer
+    monkeypatch.setattr(hf_freeze.training.ledger, "write_json", kill)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", [STALLING])
+    monkeypatch.undo()
+    whole = train(tmp_path / "whole", stages)
+    assert whole.stages[0].steps == 6, "the first evaluation sets the mark, two more gain less than half of it"
+    assert [stage.ended for stage in whole.stages] == ["stalled: no gain in 2 evaluations", "2 steps"]
+    assert "stalled" in str(whole)
 
-    report = train_in_stages(make, [FreezePlan(decoder_blocks=3)], steps=6, say=quiet)
-    assert report.stages[0].best_metric == 3.0
+    monkeypatch.setattr(SummaryTrainer, "train", lambda *_, **__: pytest.fail("it had stalled"))
+    again = train(tmp_path / "killed", [STALLING], resume=True)
+    assert (again.stages[0].steps, again.stages[0].best_metric) == (6, whole.stages[0].best_metric)
+    model = pretrained()
+    freeze(model, STALLING.plan)
+    load_delta(tmp_path / "whole" / "stage-1" / "best", model)
+    assert_same(weights(again), dict(model.named_parameters()))
+    assert not list((tmp_path / "killed").glob("stage-1/checkpoint-*")), "done: nothing goes on from them"
+
+
+def scored(trainer: Any, metric: str, values: list[float]) -> Any:
+    """The trainer with that metric at its evaluations, one after the other."""
+    evaluate, left = trainer.evaluation_loop, iter(values)
+
+    def evaluation_loop(*args: Any, **named: Any) -> Any:
+        output = evaluate(*args, **named)
+        output.metrics[metric] = next(left)
+        return output
+
+    trainer.evaluation_loop = evaluation_loop
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best", "given"),
+    [
+        ("eval_score", [1.0, 3.0, 2.0], 3.0, {"metric_for_best_model": "score", "greater_is_better": True}),
+        ("eval_loss", [float("inf"), float("nan"), 2.0], 2.0, {}),
+    ],
+    ids=["the greater is the better", "what is not finite is no best"],
+)
+def test_the_best_metric_is_kept(
+    metric: str, values: list[float], best: float, given: dict[str, Any], tmp_path: Path
+) -> None:
+    report = train_in_stages(
+        lambda: scored(make_trainer(tmp_path, **given), metric, values), [FreezePlan(decoder_blocks=3)], steps=6
+    )
+    assert report.stages[0].best_metric == best
+
+
+def test_a_metric_that_no_evaluation_gives_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="ends by eval_bleu; the evaluation gave eval_loss"):
-        train_in_stages(lambda: make_trainer(tmp_path / "2", metric_for_best_model="bleu"), [FreezePlan()], steps=2)
+        train(tmp_path, [FreezePlan()], steps=2, metric_for_best_model="bleu")
 
 
 def test_rates_fall_from_the_top_block_down(tmp_path: Path) -> None:
@@ -194,21 +257,15 @@ def test_rates_fall_from_the_top_block_down(tmp_path: Path) -> None:
             by_tensor = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
             rates.append({name: by_tensor[p] for name, p in model.named_parameters() if p in by_tensor})
 
-    def make() -> Any:
-        trainer = make_trainer(tmp_path, lr_scheduler_type="constant")
-        trainer.add_callback(Look())
-        return trainer
-
     plan = FreezePlan(embeddings=False, decoder_blocks=1, tied_head="untie")
-    train_in_stages(make, [Stage(plan, steps=1, learning_rate=0.1, block_decay=0.5)], say=quiet)
+    stage = Stage(plan, steps=1, learning_rate=0.1, block_decay=0.5)
+    train(tmp_path, [stage], lr_scheduler_type="constant", callbacks=[Look()])
     for name, rate in rates[0].items():
         depth = 3 - int(name.split(".")[2]) if "layers" in name else 4 if "embed" in name else 0
         assert rate == pytest.approx(0.1 * 0.5**depth), name
 
 
 def test_stock_trainer_and_two_stacks_train_in_stages(tmp_path: Path) -> None:
-    from tests.prefix.cases import collator_for
-
     model = tiny_model("bart")
     rows = review_rows("bart", 8)
     args = TrainingArguments(
@@ -230,27 +287,9 @@ def test_stock_trainer_and_two_stacks_train_in_stages(tmp_path: Path) -> None:
     assert args.output_dir == str(tmp_path), "the caller's arguments stay"
 
 
-def test_one_pass_builds_the_states_of_every_stage(tmp_path: Path) -> None:
-    said: list[str] = []
-    train_in_stages(
-        lambda: make_trainer(tmp_path),
-        gradual(pretrained(), 1, 1, 3, steps=2),
-        cache_dir=tmp_path / "c",
-        say=said.append,
-    )
-    told = [text for text in said if text.startswith("Prefix cache")]
-    assert ["all there already" in text for text in told] == [False, True, True]
-
-
 def test_drift_is_measured_from_the_pretrained_weights_in_every_stage(tmp_path: Path) -> None:
-    monitor = FreezeMonitor(say=quiet)
-
-    def make() -> Any:
-        trainer = make_trainer(tmp_path)
-        trainer.add_callback(monitor)
-        return trainer
-
-    report = train_in_stages(make, gradual(pretrained(), 1, 1, 2, steps=4), say=quiet)
+    monitor = FreezeMonitor(say=lambda text: None)
+    report = train(tmp_path, gradual(pretrained(), 1, 1, 2, steps=2), callbacks=[monitor])
     log = [entry for entry in report.trainer.state.log_history if "drift/decoder.3" in entry]
     start = dict(pretrained().named_parameters())
     block = {n: p for n, p in report.trainer.model.named_parameters() if n.startswith("model.layers.3.")}
@@ -258,70 +297,11 @@ def test_drift_is_measured_from_the_pretrained_weights_in_every_stage(tmp_path: 
     assert all(not torch.equal(p, start[n]) for n, p in block.items())
 
 
-# -------------------------------------------------------------------------------------------------------------- resume
-
-
-def test_a_run_that_is_done_is_not_trained_again(undisturbed: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    run(tmp_path)
-    ledger = (tmp_path / "stages.json").read_text()
-    report = run(tmp_path, resume=True)
-    assert_same(weights(report), undisturbed)
-    assert (tmp_path / "stages.json").read_text() == ledger
-    verify_frozen(report.trainer.model)
-
-
-@pytest.mark.parametrize("step", [0, pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_run_that_failed_goes_on_to_the_same_weights(
-    stage: int, step: int, undisturbed: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    class Fail(TrainerCallback):  # type: ignore[misc]
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if args.output_dir.endswith(f"stage-{stage}") and state.global_step == step:
-                raise KeyboardInterrupt
-
-    def failing() -> Any:
-        trainer = make_trainer(tmp_path)
-        trainer.add_callback(Fail())
-        return trainer
-
-    stages = gradual(pretrained(), start=1, step=1, stages=3, steps=6, block_decay=0.5)
-    with pytest.raises(KeyboardInterrupt):
-        train_in_stages(failing, stages, cache_dir=tmp_path / "cache", say=quiet)
-    assert_same(weights(run(tmp_path, resume=True)), undisturbed)
-
-
-def test_a_stalled_stage_that_was_killed_before_it_was_noted_is_not_trained_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stages = [Stage(FreezePlan(decoder_blocks=3), steps=40, patience=2, min_gain=0.5)]
-    whole = train_in_stages(lambda: make_trainer(tmp_path / "whole"), stages, say=quiet)
-
-    def kill(path: Path, values: dict[str, Any]) -> None:
-        if values["done"]:
-            raise KeyboardInterrupt
-        write_json(path, values)
-
-    monkeypatch.setattr(hf_freeze.training.ledger, "write_json", kill)
-    with pytest.raises(KeyboardInterrupt):
-        train_in_stages(lambda: make_trainer(tmp_path / "killed"), stages, say=quiet)
-    monkeypatch.undo()
-    monkeypatch.setattr(SummaryTrainer, "train", lambda *_, **__: pytest.fail("it had stalled"))
-    again = train_in_stages(lambda: make_trainer(tmp_path / "killed"), stages, resume=True, say=quiet)
-    assert again.stages[0].steps == whole.stages[0].steps == 6
-    assert_same(weights(again), weights(whole))
-    assert not list((tmp_path / "killed").glob("stage-1/checkpoint-*")), "done: nothing goes on from them"
-
-
 def test_the_steps_after_the_last_evaluation_count(tmp_path: Path) -> None:
-    report = train_in_stages(lambda: make_trainer(tmp_path), gradual(pretrained(), 1, 1, 2, steps=3), say=quiet)
-    evaluated = [entry["step"] for entry in report.trainer.state.log_history if "eval_loss" in entry]
-    assert evaluated == [2, 3]
-    rare = train_in_stages(
-        lambda: make_trainer(tmp_path / "rare", eval_steps=50, save_steps=50), gradual(pretrained(), 1, 1, 2, steps=3),
-        say=quiet,
-    )  # fmt: skip
-    first, second = rare.stages
+    stages = gradual(pretrained(), 1, 1, 2, steps=3)
+    report = train(tmp_path, stages)
+    assert [entry["step"] for entry in report.trainer.state.log_history if "eval_loss" in entry] == [2, 3]
+    first, second = train(tmp_path / "rare", stages, eval_steps=50, save_steps=50).stages
     assert second.best_metric < first.best_metric, "a stage is not thrown away unseen"
 
 
@@ -331,37 +311,55 @@ def test_several_validation_sets_are_told_apart(tmp_path: Path) -> None:
         trainer.eval_dataset = {"a": trainer.eval_dataset, "b": Rows(review_rows("llama")[8:12])}
         return trainer
 
-    report = train_in_stages(lambda: make(metric_for_best_model="a_loss"), [FreezePlan()], steps=4, say=quiet)
-    log = report.trainer.state.log_history
-    assert report.stages[0].best_metric == min(entry["eval_a_loss"] for entry in log if "eval_a_loss" in entry)
+    report = train_in_stages(lambda: make(metric_for_best_model="a_loss"), [FreezePlan()], steps=4)
+    assert report.stages[0].best_metric == min(evaluated(report, "eval_a_loss"))
     with pytest.raises(StageError, match="such as eval_a_loss"):
-        train_in_stages(make, [FreezePlan()], steps=4, output_dir=tmp_path / "2", say=quiet)
+        train_in_stages(make, [FreezePlan()], steps=4, output_dir=tmp_path / "2")
 
 
-def test_a_metric_that_is_not_finite_is_no_best(tmp_path: Path) -> None:
-    def make() -> Any:
-        trainer = make_trainer(tmp_path)
-        evaluate, values = trainer.evaluation_loop, iter([float("inf"), float("nan"), 2.0])
-
-        def scored(*args: Any, **named: Any) -> Any:
-            output = evaluate(*args, **named)
-            output.metrics["eval_loss"] = next(values)
-            return output
-
-        trainer.evaluation_loop = scored
-        return trainer
-
-    assert train_in_stages(make, [FreezePlan()], steps=6, say=quiet).stages[0].best_metric == 2.0
+# -------------------------------------------------------------------------------------------------------------- resume
 
 
-def test_resume_where_nothing_lies_starts_anew(undisturbed: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    assert_same(weights(run(tmp_path, resume=True)), undisturbed)
+def test_a_run_that_is_done_is_not_trained_again(undisturbed: Whole, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SummaryTrainer, "train", lambda *_, **__: pytest.fail("it was done"))
+    ledger = (undisturbed.folder / "stages.json").read_text()
+    report = run(undisturbed.folder, resume=True)
+    assert_same(weights(report), undisturbed.weights)
+    assert (undisturbed.folder / "stages.json").read_text() == ledger
+    verify_frozen(report.trainer.model)
 
 
-def test_another_run_in_the_folder_is_not_overwritten(tmp_path: Path) -> None:
-    train_in_stages(lambda: make_trainer(tmp_path), [FreezePlan()], steps=1, say=quiet)
+QUICK = [(1, 3), (2, 0), (3, 3)]  # before a stage's first checkpoint, and after it
+
+
+@pytest.mark.parametrize(
+    ("stage", "step"),
+    [
+        *QUICK,
+        *(
+            pytest.param(stage, step, marks=pytest.mark.slow)
+            for stage in (1, 2, 3)
+            for step in (0, 1, 3)
+            if (stage, step) not in QUICK
+        ),
+    ],
+)
+def test_a_run_that_failed_goes_on_to_the_same_weights(
+    stage: int, step: int, undisturbed: Whole, tmp_path: Path
+) -> None:
+    class Fail(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if args.output_dir.endswith(f"stage-{stage}") and state.global_step == step:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, callbacks=[Fail()])
+    assert_same(weights(run(tmp_path, resume=True)), undisturbed.weights)
+
+
+def test_another_run_in_the_folder_is_not_overwritten(done: Path) -> None:
     with pytest.raises(StageError, match=r"holds another run.*resume=True"):
-        train_in_stages(lambda: make_trainer(tmp_path), [FreezePlan()], steps=1, say=quiet)
+        train(done, TWO_PLANS, steps=2)
 
 
 @pytest.mark.parametrize(
@@ -373,29 +371,24 @@ def test_another_run_in_the_folder_is_not_overwritten(tmp_path: Path) -> None:
         ({"metric_for_best_model": "runtime"}, "its metric is eval_loss"),
     ],
 )
-def test_another_run_is_not_gone_on_with(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    train_in_stages(lambda: make_trainer(tmp_path), [FreezePlan(), FreezePlan(decoder_blocks=1)], steps=2, say=quiet)
-    steps, count = change.pop("steps", 2), change.pop("rows", None)
+def test_another_run_is_not_gone_on_with(change: dict[str, Any], message: str, done: Path) -> None:
+    given = {name: value for name, value in change.items() if name not in ("steps", "rows")}
 
     def make() -> Any:
-        trainer = make_trainer(tmp_path, **change)
-        if count:
-            trainer.train_dataset = Rows(review_rows("llama")[:count])
+        trainer = make_trainer(done, **given)
+        trainer.train_dataset = Rows(trainer.train_dataset[: change.get("rows")])
         return trainer
 
     with pytest.raises(ResumeError, match=message):
-        train_in_stages(make, [FreezePlan(), FreezePlan(decoder_blocks=1)], steps=steps, resume=True, say=quiet)
+        train_in_stages(make, TWO_PLANS, steps=change.get("steps", 2), resume=True)
 
 
-def test_another_base_model_is_refused_at_a_resume(tmp_path: Path) -> None:
-    train_in_stages(lambda: make_trainer(tmp_path), [FreezePlan(decoder_blocks=3)], steps=2, say=quiet)
+def test_another_base_model_is_refused_at_a_resume(done: Path) -> None:
     other = pretrained()
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     with pytest.raises(DeltaMismatch):
-        train_in_stages(
-            lambda: make_trainer(tmp_path, other), [FreezePlan(decoder_blocks=3)], steps=2, resume=True, say=quiet
-        )
+        train(done, TWO_PLANS, model=other, steps=2, resume=True)
 
 
 def test_a_model_that_an_interrupted_first_stage_left_half_trained_is_refused(tmp_path: Path) -> None:
@@ -404,28 +397,21 @@ def test_a_model_that_an_interrupted_first_stage_left_half_trained_is_refused(tm
             raise KeyboardInterrupt
 
     model = pretrained()
-
-    def failing() -> Any:
-        trainer = make_trainer(tmp_path, model)
-        trainer.add_callback(Fail())
-        return trainer
-
-    stages = gradual(model, 1, 1, 2, steps=4)
+    stages, cache = gradual(model, 1, 1, 2, steps=2), tmp_path / "cache"
     with pytest.raises(KeyboardInterrupt):
-        train_in_stages(failing, stages, cache_dir=tmp_path / "cache", say=quiet)
+        train(tmp_path, stages, model=model, cache_dir=cache, callbacks=[Fail()])
     with pytest.raises(ResumeError, match="Load the model again"):
-        train_in_stages(lambda: make_trainer(tmp_path, model), stages, resume=True, say=quiet)
+        train(tmp_path, stages, model=model, resume=True)
     model.load_state_dict(pretrained().state_dict())
-    report = train_in_stages(
-        lambda: make_trainer(tmp_path, model), stages, cache_dir=tmp_path / "cache", resume=True, say=quiet
-    )
+    report = train(tmp_path, stages, model=model, cache_dir=cache, resume=True)
     assert len(report.stages) == 2, "the cache of the interrupted stage was closed"
 
 
-def test_a_damaged_ledger_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "stages.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[]", '{"metric": "eval_loss", "run": {}, "stages": [], "done": [{}]}'])
+def test_a_damaged_ledger_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "stages.json").write_text(text)
     with pytest.raises(ResumeError, match="it is damaged"):
-        train_in_stages(lambda: make_trainer(tmp_path), [FreezePlan()], steps=1, resume=True, say=quiet)
+        train(tmp_path, [FreezePlan()], steps=1, resume=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -445,16 +431,12 @@ def test_a_damaged_ledger_is_refused(tmp_path: Path) -> None:
         ({"min_gain": 1.0}, "min_gain=1.0"),
         ({"block_decay": 1.5}, "block_decay=1.5"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
+        ({"plan": {"decoder_blocks": 1}}, "takes a FreezePlan"),
     ],
 )
 def test_a_stage_that_cannot_be_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(StageError, match=message):
-        Stage(FreezePlan(), **given)
-
-
-def test_a_stage_without_a_plan_is_refused() -> None:
-    with pytest.raises(StageError, match="takes a FreezePlan"):
-        Stage({"decoder_blocks": 1})  # type: ignore[arg-type]
+        Stage(**{"plan": FreezePlan()} | given)
 
 
 @pytest.mark.parametrize(
@@ -472,23 +454,21 @@ def test_stages_that_cannot_be_are_refused_before_anything_trains(
 ) -> None:
     model = pretrained()
     with pytest.raises(StageError, match=message):
-        train_in_stages(lambda: make_trainer(tmp_path, model, **given), stages, say=quiet)
+        train(tmp_path, stages, model=model, **given)
     assert all(p.requires_grad for p in model.parameters())
     assert not (tmp_path / "stages.json").exists()
 
 
 def test_a_plan_that_does_not_fit_the_model_is_refused_before_anything_trains(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="has 4"):
-        train_in_stages(
-            lambda: make_trainer(tmp_path), [FreezePlan(), FreezePlan(decoder_blocks=9)], steps=1, say=quiet
-        )
+        train(tmp_path, [FreezePlan(), FreezePlan(decoder_blocks=9)], steps=1)
     assert not (tmp_path / "stages.json").exists()
 
 
 def test_a_trainer_given_twice_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     with pytest.raises(StageError, match="gave the trainer of the stage before again"):
-        train_in_stages(lambda: trainer, gradual(pretrained(), 1, 1, 2, steps=1), say=quiet)
+        train_in_stages(lambda: trainer, gradual(pretrained(), 1, 1, 2, steps=1))
 
 
 @pytest.mark.parametrize(
@@ -510,9 +490,9 @@ def test_stages_are_edited_as_yaml(tmp_path: Path) -> None:
     stages = gradual(pretrained(), 1, 2, 2, epochs=1.5, patience=2, learning_rate=1e-3)
     save_stages(stages, tmp_path / "stages.yaml")
     assert load_stages(tmp_path / "stages.yaml") == stages
-    (tmp_path / "stages.yaml").write_text("stages:\n- plan: {decoder_blocks: -2}\n  epochs: 1\n")
-    assert load_stages(tmp_path / "stages.yaml") == [Stage(FreezePlan(decoder_blocks=-2), epochs=1)]
-    report = train_in_stages(lambda: make_trainer(tmp_path / "run"), tmp_path / "stages.yaml", say=quiet)
+    (tmp_path / "stages.yaml").write_text("stages:\n- plan: {decoder_blocks: -2}\n  steps: 1\n")
+    assert load_stages(tmp_path / "stages.yaml") == [Stage(FreezePlan(decoder_blocks=-2), steps=1)]
+    report = train(tmp_path / "run", tmp_path / "stages.yaml")
     assert report.stages[0].trained_blocks == 2
 
 
@@ -539,44 +519,41 @@ def test_yaml_that_holds_no_stages_is_refused(text: str, message: str, tmp_path:
 # ------------------------------------------------------------------------------------------------------- two processes
 
 
-def two_processes(folder: Path, mode: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "tests/training/staged_run.py", str(folder), mode], capture_output=True, text=True, env=env,
-        timeout=300, check=False, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each of two processes says of each way to train, all in one launch; "alone" is a run to be moved there."""
+    folder = tmp_path_factory.mktemp("ranks")
+    alone = one_plan(folder / "alone", tiny_model("llama"), save_total_limit=None)
+    shutil.copytree(folder / "alone" / "checkpoint-2", folder / "moved" / "checkpoint-2")
+    ways = ["plain", "cached", "naive", "moved"]
+    run_on_two_ranks("tests/training/staged_run.py", folder, *ways)
+    losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
+    ranks = {way: [json.loads((folder / way / f"rank{rank}.json").read_text()) for rank in range(2)] for way in ways}
+    return {"alone": [{"losses": losses}], **ranks}
 
 
-@pytest.mark.parametrize("mode", [pytest.param("plain", marks=pytest.mark.slow), "cached"])
-def test_two_ranks_end_with_the_weights_of_one_process(mode: str, tmp_path: Path) -> None:
-    """Without dropout, whose random numbers follow the shape of a batch."""
-    one, other = two_processes(tmp_path, mode)
+@pytest.mark.parametrize("way", ["plain", "cached"])
+def test_two_ranks_end_with_the_weights_of_one_process(way: str, two_ranks: Any, linear: StagesReport) -> None:
+    one, other = two_ranks[way]
     assert one["world"] == other["world"] == 2
     assert one["wrapper"] == "DistributedDataParallel"
     assert one["weights"] == other["weights"], "to the bit"
-    alone = run(tmp_path / "alone", cached=mode == "cached", shared=tiny_model("llama"), **LINEAR)
     theirs = {name: torch.tensor(values).float() for name, values in one["weights"].items()}
-    assert_close(theirs, {name: weight.flatten() for name, weight in weights(alone).items()})
-    losses = [entry["loss"] for entry in alone.trainer.state.log_history if "loss" in entry]
+    assert_close(theirs, {name: weight.flatten() for name, weight in weights(linear).items()})
+    losses = [entry["loss"] for entry in linear.trainer.state.log_history if "loss" in entry]
     assert one["losses"] == pytest.approx(losses, rel=1e-5)
 
 
-def test_a_run_moved_to_two_processes_goes_on_as_in_one(tmp_path: Path) -> None:
-    alone = one_plan(tmp_path / "alone", tiny_model("llama"), save_total_limit=None)
-    shutil.copytree(tmp_path / "alone" / "checkpoint-4", tmp_path / "moved" / "checkpoint-4")
-    ranks = two_processes(tmp_path / "moved", "moved")
-    assert [rank["world"] for rank in ranks] == [2, 2]
-    losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
-    assert ranks[0]["losses"] == pytest.approx(losses, rel=1e-5)
-    assert ranks[0]["weights"] == ranks[1]["weights"]
+def test_a_run_moved_to_two_processes_goes_on_as_in_one(two_ranks: Any) -> None:
+    one, other = two_ranks["moved"]
+    assert one["world"] == other["world"] == 2
+    assert one["losses"] == pytest.approx(two_ranks["alone"][0]["losses"], rel=1e-5)
+    assert one["weights"] == other["weights"]
 
 
-def test_thawing_under_a_living_trainer_lets_the_ranks_drift_apart(tmp_path: Path) -> None:
+def test_thawing_under_a_living_trainer_lets_the_ranks_drift_apart(two_ranks: Any) -> None:
     """The naive way, so that the test above can fail."""
-    one, other = two_processes(tmp_path, "naive")
+    one, other = two_ranks["naive"]
     apart = {name for name, values in one["weights"].items() if values != other["weights"][name]}
     assert any(name.startswith("model.layers.2.") for name in apart), "the block thawed late is not in the reducer"
 

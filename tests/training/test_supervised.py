@@ -25,6 +25,7 @@ from hf_freeze.training.supervised import (
     supervised_logits_only,
     supervised_positions,
 )
+from hf_freeze.training.top_block import reduce_top_block
 from tests.tiny import tiny_model
 from tests.zoo import build
 
@@ -49,35 +50,12 @@ def test_masked_logits_and_gradients_equal_those_of_the_whole_head(kind: str) ->
     torch.testing.assert_close(gradients(masked), gradients(whole), rtol=1e-5, atol=1e-7)
 
 
-def test_an_encoder_decoder_is_left_alone_with_the_reason() -> None:
-    assert can_keep_supervised_logits(tiny_model("bart")) == (
-        False,
-        "an encoder-decoder has logits for the summary's tokens only",
-    )
-
-
-def test_a_class_that_reads_the_mask_otherwise_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("llama")
-    original = type(model).forward
-
-    def forward(self: nn.Module, *args: Any, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
-        output = original(self, *args, **kwargs)
-        output.logits = output.logits[:, -1:] if isinstance(logits_to_keep, torch.Tensor) else output.logits
-        return output
-
-    monkeypatch.setattr(type(model), "forward", forward)
-    able, why = can_keep_supervised_logits(model)
-    assert not able
-    assert "other logits" in why
-
-
-def test_asking_changes_no_mode_and_leaves_no_gradient() -> None:
-    model = tiny_model("llama").train()
-    model.model.layers[0].eval()
-    before = [module.training for module in model.modules()]
-    assert can_keep_supervised_logits(model)[0]
-    assert [module.training for module in model.modules()] == before
-    assert all(parameter.grad is None for parameter in model.parameters())
+@pytest.fixture
+def reduced() -> Any:
+    """A model in train mode with logits at supervised positions only."""
+    model = build("llama").train()
+    assert supervised_logits_only(model).active
+    return model
 
 
 # --------------------------------------------------------------------------------------------- supervised_logits_only
@@ -166,33 +144,28 @@ def test_the_router_loss_of_experts_is_kept() -> None:
     assert model(**ragged()).aux_loss > 0
 
 
-def test_the_head_gets_only_the_rows_that_predict_a_label() -> None:
-    model = build("llama").train()
-    supervised_logits_only(model)
-    head, batch = HeadRows(model), ragged()
-    model(**batch)
-    model(batch["input_ids"], batch["attention_mask"], None, None, None, batch["labels"])  # by place
+def test_the_head_gets_only_the_rows_that_predict_a_label(reduced: Any) -> None:
+    head, batch = HeadRows(reduced), ragged()
+    reduced(**batch)
+    reduced(batch["input_ids"], batch["attention_mask"], None, None, None, batch["labels"])  # without their names
     assert head.rows == [predicted(batch["labels"])] * 2
     assert 0 < predicted(batch["labels"]) < batch["labels"].numel() / 2
 
 
-def test_logits_are_none_in_training_and_all_there_in_evaluation() -> None:
-    model = build("llama").train()
-    supervised_logits_only(model)
+def test_logits_are_none_in_training_and_all_there_in_evaluation(reduced: Any) -> None:
     batch = ragged()
-    output = model(**batch, output_hidden_states=True)
+    output = reduced(**batch, output_hidden_states=True)
     assert output.logits is None
     assert "logits" not in output
     assert len(output.hidden_states) == 5
     with pytest.raises(KeyError):
         output["logits"]
-    model.eval()
-    output = model(**batch)
+    output = reduced.eval()(**batch)
     assert output.logits.shape == (3, 9, 64)
     plain = build("llama").eval()
     assert torch.equal(output.loss, plain(**batch).loss)
     given = {"max_new_tokens": 4, "do_sample": False}
-    assert torch.equal(model.generate(batch["input_ids"], **given), plain.generate(batch["input_ids"], **given))
+    assert torch.equal(reduced.generate(batch["input_ids"], **given), plain.generate(batch["input_ids"], **given))
 
 
 def test_a_tuple_has_none_in_the_place_of_the_logits() -> None:
@@ -208,26 +181,22 @@ def test_a_tuple_has_none_in_the_place_of_the_logits() -> None:
     assert model.eval()(**ragged(), return_dict=False)[2].shape == (3, 9, 64)
 
 
-def test_a_batch_without_any_label_takes_the_plain_path() -> None:
-    model = build("llama").train()
-    supervised_logits_only(model)
+def test_a_batch_without_any_label_takes_the_plain_path(reduced: Any) -> None:
     batch = ragged()
     for labels in (torch.full_like(batch["labels"], -100), batch["labels"][:, :1].expand(3, 1)):
-        output = model(input_ids=batch["input_ids"][:, : labels.shape[1]], labels=labels, num_items_in_batch=5)
+        output = reduced(input_ids=batch["input_ids"][:, : labels.shape[1]], labels=labels, num_items_in_batch=5)
         assert output.loss == 0
         assert output.logits.shape == (*labels.shape, 64)
 
 
-def test_what_the_caller_chose_is_left_to_the_caller() -> None:
-    model = build("llama").train()
-    supervised_logits_only(model)
+def test_what_the_caller_chose_is_left_to_the_caller(reduced: Any) -> None:
     batch = ragged()
     shifted = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].contiguous()
-    assert model(**batch, shift_labels=shifted).logits.shape == (3, 9, 64)
-    assert model(**batch, logits_to_keep=0).logits.shape == (3, 9, 64)
+    assert reduced(**batch, shift_labels=shifted).logits.shape == (3, 9, 64)
+    assert reduced(**batch, logits_to_keep=0).logits.shape == (3, 9, 64)
     batch.pop("labels")
-    assert model(**batch).logits.shape == (3, 9, 64)
-    assert model(**batch, logits_to_keep=2).logits.shape == (3, 2, 64)
+    assert reduced(**batch).logits.shape == (3, 9, 64)
+    assert reduced(**batch, logits_to_keep=2).logits.shape == (3, 2, 64)
 
 
 def test_all_logits_undoes_it_and_asking_twice_installs_once() -> None:
@@ -275,15 +244,19 @@ def assert_left_alone(model: nn.Module, reason: str) -> None:
         ("xlnet", "XLNetLMHeadModel computes no loss from shift_labels"),
         ("whisper", "WhisperForCausalLM.forward takes no logits_to_keep"),
         ("git", "GitForCausalLM computes no loss from shift_labels"),  # on text alone
+        (lambda: nn.Sequential(nn.Linear(2, 2)), "Sequential.forward takes no logits_to_keep"),
+        (  # it lengthens the rows
+            lambda: get_peft_model(build("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
+            "does not take a mask as logits_to_keep",
+        ),
     ],
 )
-def test_what_cannot_be_reduced_is_left_alone_with_the_reason(model_type: str, reason: str) -> None:
-    kind, _, causal = model_type.partition("-")
-    assert_left_alone(build(kind, AutoModelForCausalLM if causal else None), reason)
-
-
-def test_a_plain_module_is_left_alone_with_the_reason() -> None:
-    assert_left_alone(nn.Sequential(nn.Linear(2, 2)), "Sequential.forward takes no logits_to_keep")
+def test_what_cannot_be_reduced_is_left_alone_with_the_reason(model_type: Any, reason: str) -> None:
+    if callable(model_type):
+        assert_left_alone(model_type(), reason)
+    else:
+        kind, _, causal = model_type.partition("-")
+        assert_left_alone(build(kind, AutoModelForCausalLM if causal else None), reason)
 
 
 def ignores_shift_labels(self: Any, logits: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -329,12 +302,13 @@ def another_place(self: Any, logits: torch.Tensor, labels: torch.Tensor, **kwarg
     return LOSS_MAPPING["ForCausalLM"](logits, labels, **kwargs)
 
 
-def test_the_trial_leaves_modes_random_state_and_gradients_as_they_were() -> None:
+@pytest.mark.parametrize("ask", [can_keep_supervised_logits, reduce_top_block, supervised_logits_only])
+def test_the_trial_leaves_modes_random_state_and_gradients_as_they_were(ask: Any) -> None:
     model = build("llama", attention_dropout=0.5).train()
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    assert supervised_logits_only(model).active
+    assert ask(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -372,31 +346,25 @@ def test_a_copy_is_supervised_alike_and_independent(through: Any) -> None:
     assert not other.lm_head._forward_pre_hooks
 
 
-def test_a_head_copied_alone_does_not_carry_its_model() -> None:
-    model = build("llama")
-    supervised_logits_only(model)
-    head = copy.deepcopy(model.lm_head)
+def test_a_head_copied_alone_does_not_carry_its_model(reduced: Any) -> None:
+    head = copy.deepcopy(reduced.lm_head)
     assert len(pickle.dumps(head)) < 2 * head.weight.numel() * 4
     with torch.no_grad():
         head(torch.zeros(1, 32))
 
 
-def test_the_forward_of_the_model_is_its_own() -> None:
-    model = build("llama").train()
-    supervised_logits_only(model)
-    assert "forward" not in model.__dict__
-    assert model.state_dict().keys() == build("llama").state_dict().keys()
+def test_the_forward_of_the_model_is_its_own(reduced: Any) -> None:
+    assert "forward" not in reduced.__dict__
+    assert reduced.state_dict().keys() == build("llama").state_dict().keys()
 
 
-def test_an_error_in_a_call_leaves_the_next_call_right() -> None:
-    model = build("llama").train()
-    supervised_logits_only(model)
+def test_an_error_in_a_call_leaves_the_next_call_right(reduced: Any) -> None:
     with pytest.raises(IndexError):
-        model(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 9, dtype=torch.long))
-    assert model(**ragged()).logits is None
+        reduced(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 9, dtype=torch.long))
+    assert reduced(**ragged()).logits is None
     with warnings.catch_warnings(record=True) as seen:  # the head's hook would be silent inside of a call
         warnings.simplefilter("always")
-        model.lm_head(torch.zeros(1, 32))
+        reduced.lm_head(torch.zeros(1, 32))
     assert len(seen) == 1
 
 
@@ -438,23 +406,19 @@ def test_a_peft_model_trains_alike(targets: list[str]) -> None:
     ],
     ids=["lora", "no task", "prompt"],
 )
-def test_a_model_wrapped_by_peft_afterwards_trains_alike(config: Any) -> None:
-    model = build("llama").train()
-    supervised_logits_only(model)
-    wrapped = get_peft_model(model, config).train()
-    reduced, gradients = loss_and_gradients(wrapped, **ragged())
+def test_a_model_wrapped_by_peft_afterwards_trains_alike(config: Any, reduced: Any) -> None:
+    wrapped = get_peft_model(reduced, config).train()
+    loss, gradients = loss_and_gradients(wrapped, **ragged())
     assert wrapped(**ragged()).logits is None
     assert all_logits(wrapped)
     plain, expected = loss_and_gradients(wrapped, **ragged())
-    torch.testing.assert_close(reduced, plain, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_an_adapter_that_calls_past_the_hooks_says_so_and_the_peft_model_can_be_given() -> None:
-    model = build("llama").train()
-    supervised_logits_only(model)
+def test_an_adapter_that_calls_past_the_hooks_says_so_and_the_peft_model_can_be_given(reduced: Any) -> None:
     config = AdaLoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", total_step=10, modules_to_save=["lm_head"])
-    wrapped = get_peft_model(model, config).train()
+    wrapped = get_peft_model(reduced, config).train()
     with pytest.warns(UserWarning, match=r"Call supervised_logits_only on the model that the training loop calls"):
         assert wrapped(**ragged()).logits.shape == (3, 9, 64)
     with torch.no_grad():
@@ -463,11 +427,6 @@ def test_an_adapter_that_calls_past_the_hooks_says_so_and_the_peft_model_can_be_
     assert wrapped(**ragged()).logits is None
     assert all_logits(wrapped)
     assert wrapped(**ragged()).logits.shape == (3, 9, 64)
-
-
-def test_prompt_tuning_which_lengthens_the_rows_is_left_alone() -> None:
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    assert_left_alone(get_peft_model(build("llama"), config), "does not take a mask as logits_to_keep")
 
 
 def test_a_peft_model_taken_apart_again_says_so() -> None:
@@ -522,7 +481,7 @@ def test_a_stock_trainer_trains_alike(model_type: str, accumulate: int, tmp_path
 
 
 class OneTooFar(LlamaForCausalLM):
-    """Takes a mask, and gives the logits of the next token's place."""
+    """Takes a mask, and gives the logits of the next token's position."""
 
     def forward(self, *args: Any, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
         if isinstance(logits_to_keep, torch.Tensor):
@@ -530,9 +489,20 @@ class OneTooFar(LlamaForCausalLM):
         return super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
 
 
+class LastOnly(LlamaForCausalLM):
+    """Takes a mask for a wish to have the last token's logits."""
+
+    def forward(self, *args: Any, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        last = 1 if isinstance(logits_to_keep, torch.Tensor) else 0
+        return super().forward(*args, logits_to_keep=last, **kwargs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_small_logits_of_other_places_are_told_from_those_of_the_mask(dtype: torch.dtype) -> None:
-    model = OneTooFar(build("llama").config).to(dtype)
+@pytest.mark.parametrize("kind", [OneTooFar, LastOnly])
+def test_small_logits_of_other_positions_are_told_from_those_of_the_mask(kind: Any, dtype: torch.dtype) -> None:
+    model = kind(build("llama").config).to(dtype)
     with torch.no_grad():
         model.lm_head.weight.mul_(1e-2)
-    assert supervised_logits_only(model).reason == "OneTooFar gives other logits with a mask as logits_to_keep"
+    told = (False, f"{kind.__name__} gives other logits with a mask as logits_to_keep")
+    assert can_keep_supervised_logits(model) == told
+    assert supervised_logits_only(model).reason == told[1]

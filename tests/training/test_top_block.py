@@ -206,14 +206,3 @@ def test_a_copy_is_reduced_by_itself_and_it_can_be_undone(duplicate: Any) -> Non
     whole_top_block(model)
     assert torch.equal(step(model, batch)[0], loss)
     torch.testing.assert_close(step(twin, batch)[0], loss, rtol=1e-6, atol=0)
-
-
-def test_asking_changes_neither_modes_nor_gradients_nor_random_numbers() -> None:
-    model = tiny_model("llama").train()
-    model.model.layers[0].eval()
-    modes = [module.training for module in model.modules()]
-    random = torch.get_rng_state()
-    reduce_top_block(model)
-    assert [module.training for module in model.modules()] == modes
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert torch.equal(torch.get_rng_state(), random)
