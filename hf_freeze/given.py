@@ -68,16 +68,9 @@ def check_kind(
     fix: str,
     error: Callable[[str], Exception] = FreezeError,
 ) -> None:
-    """Refuses a value of other kinds.
+    """Refuses a value that is an instance of none of the kinds: `takes` says in words what they are, `fix` what to use.
 
-    Args:
-        what: The function that was called.
-        argument: The name of what was given.
-        value: It.
-        kinds: Of which it must be an instance.
-        takes: What that is, in words.
-        fix: What to use.
-        error: The class to raise.
+    `what` is the function that was called, `error` the class to raise.
     """
     if not isinstance(value, kinds):
         raise error(f"{what} was given {_words(value)} as {argument}; it takes {takes}. Use {fix}.")

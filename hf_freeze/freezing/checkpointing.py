@@ -38,9 +38,8 @@ def correct_checkpointing(anatomy: Anatomy, *, has_prefix: bool) -> None:
       respect to the input, give the model `inputs_embeds` that require one.
     - A frozen block is checkpointed exactly where a gradient flows through it, though it is held in eval.
 
-    Args:
-        anatomy: Of the model, after `requires_grad` was set and modules were held in eval.
-        has_prefix: Whether blocks at the bottom are frozen and nothing below them trains.
+    Call it after `requires_grad` was set and modules are held in eval; `has_prefix` says whether blocks at the bottom
+    are frozen and nothing below them trains.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -67,10 +66,7 @@ def correct_checkpointing(anatomy: Anatomy, *, has_prefix: bool) -> None:
 
 
 def restore_checkpointing(model: nn.Module) -> None:
-    """Undoes `correct_checkpointing`: checkpointing is again what the user switched on. Mutates the model.
-
-    >>> restore_checkpointing(nn.Linear(2, 2))  # nothing to undo
-    """
+    """Undoes `correct_checkpointing`: checkpointing is again what the user switched on. Mutates the model."""
     for module in model.modules():
         for hooks, with_kwargs in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),

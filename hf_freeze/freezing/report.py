@@ -111,10 +111,8 @@ class FreezeReport:
         if self.cuts:
             spans = {cut.stack: "block 0" if cut.blocks == 1 else f"blocks 0-{cut.blocks - 1}" for cut in self.cuts}
             embedded = {stack.name for stack in anatomy.stacks if stack.inputs or stack.input_parameters}
-            what = ", ".join(
-                f"{stack} {'embeddings and ' * (stack in embedded)}{span}" for stack, span in spans.items()
-            )
-            lines.append(f"Can be cached: {what}.")
+            cached = (f"{stack} {'embeddings and ' * (stack in embedded)}{span}" for stack, span in spans.items())
+            lines.append(f"Can be cached: {', '.join(cached)}.")
         else:
             lines.append(f"Nothing can be cached: {self.why_no_cut}")
         return lines + [f"Warning: {warning}" for warning in self.resolved.warnings]
@@ -168,14 +166,7 @@ def freeze_record(model: nn.Module) -> tuple[nn.Module, FreezeRecord] | None:
 
 
 def freeze_table(anatomy: Anatomy, frozen: set[str], lowest: tuple[str, int], lines: Sequence[str]) -> Table:
-    """The parts of a model with what is frozen, and where the backward pass ends.
-
-    Args:
-        anatomy: The model's parts.
-        frozen: First names of the frozen parameters, whoever froze them.
-        lowest: The lowest place with a trainable tensor.
-        lines: What to say below the table.
-    """
+    """The parts of a model, which are frozen by their first names, and where the backward pass ends; then the lines."""
     states = {name: "frozen" if name in frozen else "trained" for name in anatomy.parameters}
     rows: list[tuple[str, ...]] = []
     crossed = False

@@ -27,11 +27,11 @@ from hf_freeze.freezing import freeze_record, verify_frozen
 from hf_freeze.tensors import unwrap
 from hf_freeze.training.checkpoints import last_whole_checkpoint
 
-__all__ = ["Advice", "FreezeMonitor", "training_diverged"]
+__all__ = ["FreezeMonitor", "Remark", "training_diverged"]
 
 
 @dataclass(frozen=True)
-class Advice:
+class Remark:
     """What the monitor said: `kind` is "overfitting" or "underfitting", `epoch` when, `message` what and why."""
 
     kind: str
@@ -109,7 +109,7 @@ class FreezeMonitor(TrainerCallback):
         self.figures = figures
         self.say = say
         self.blocks = blocks
-        self.advice: list[Advice] = []
+        self.advice: list[Remark] = []
         self._parts: dict[str, Part] = {}
         self._pretrained: dict[str, tuple[torch.Tensor, float]] = {}  # the weight, whole and on the CPU; its norm
         self._gradients: dict[str, float] = {}  # norms after clipping, of the last step
@@ -211,7 +211,7 @@ class FreezeMonitor(TrainerCallback):
             )
         else:
             return
-        self.advice.append(Advice(kind, state.epoch, message))
+        self.advice.append(Remark(kind, state.epoch, message))
         if state.is_world_process_zero:
             self.say(message)
 

@@ -252,10 +252,10 @@ class _Run:
             state = TrainerState()
             if checkpoint:
                 state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-        parts = (read_anatomy(model).parts[name] for name in report.trainable_names)
-        blocks = len({(part.stack, part.index) for part in parts if part.kind == "block"})
-        what = f"{blocks} block{'s' * (blocks != 1)}, {report.trainable_parameters:,} parameters"
-        self.say(f"Stage {number} of {len(self.stages)}: {what} train.")
+        parts = read_anatomy(model).parts
+        blocks = len({parts[name] for name in report.trainable_names if parts[name].kind == "block"})
+        counts = f"{blocks} block{'s' * (blocks != 1)}, {report.trainable_parameters:,} parameters"
+        self.say(f"Stage {number} of {len(self.stages)}: {counts} train.")
         if checkpoint:
             self.say(f"Going on from {checkpoint}.")
         elif before is not None:
@@ -301,7 +301,7 @@ class _Run:
         _set_arguments(trainer, stage, self.folder / f"stage-{number}")
         thaw(model)
         anatomy = read_anatomy(model)
-        later = [stage.plan for stage in self.stages[number:] if stage.plan.resolve(anatomy).cuts]
+        later = [other.plan for other in self.stages[number:] if other.plan.resolve(anatomy).cuts]
         report = freeze(model, stage.plan)
         for monitor in [c for c in trainer.callback_handler.callbacks if isinstance(c, FreezeMonitor)]:
             monitor.put_first(trainer)
