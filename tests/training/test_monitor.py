@@ -59,6 +59,19 @@ def length(tensors: Any) -> float:
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
+def watching(model: nn.Module, **settings: Any) -> FreezeMonitor:
+    """A monitor as it is when a trainer for the model was made, to be called by hand."""
+    monitor = FreezeMonitor(**settings)
+    monitor.on_init_end(ALONE, None, None, model=model)
+    return monitor
+
+
+def logged(monitor: FreezeMonitor, model: nn.Module, **logs: Any) -> dict[str, Any]:
+    """What a log of a loss becomes."""
+    monitor.on_log(ALONE, TrainerState(log_history=[{}]), None, model=model, logs=(values := {"loss": 1.0, **logs}))
+    return values
+
+
 class AtStep(TrainerCallback):
     """Does something to the model at the end of a step."""
 
@@ -165,22 +178,18 @@ def test_adapters_are_measured_from_where_they_began(tmp_path: Path) -> None:
 
 def test_pieces_held_by_another_library_get_no_line() -> None:
     model = frozen_model("llama")
-    monitor = FreezeMonitor()
-    monitor.on_init_end(ALONE, None, None, model=model)
+    monitor = watching(model)
     model.lm_head.weight = nn.Parameter(torch.zeros(0))  # as ZeRO-3 leaves it; its gradients are nowhere to be seen
     monitor.on_pre_optimizer_step(ALONE, TrainerState(), None, model=model, optimizer=None)
-    logs = {"loss": 1.0, "grad_norm": 2.0}
-    monitor.on_log(ALONE, TrainerState(log_history=[{}]), None, model=model, logs=logs)
+    logs = logged(monitor, model, grad_norm=2.0)
     assert logs == {"loss": 1.0, "grad_norm": 2.0, "trained_blocks": 1, "drift/decoder.3": 0.0, "drift/final": 0.0}
 
 
 def test_a_block_that_someone_unfreezes_in_the_middle_has_no_drift() -> None:
     model = frozen_model("llama")
-    monitor = FreezeMonitor()
-    monitor.on_init_end(ALONE, None, None, model=model)
+    monitor = watching(model)
     model.model.layers[2].requires_grad_(True)
-    logs: dict[str, Any] = {"loss": 1.0}
-    monitor.on_log(ALONE, TrainerState(log_history=[{}]), None, model=model, logs=logs)
+    logs = logged(monitor, model)
     assert logs["trained_blocks"] == 2
     assert "drift/decoder.3" in logs
     assert "drift/decoder.2" not in logs
@@ -216,11 +225,7 @@ def test_blocks_that_structure_does_not_tell_may_be_given() -> None:
 
     model = Plain()
     freeze(model, FreezePlan(decoder_blocks=1), blocks="others")
-    monitor = FreezeMonitor(blocks="others")
-    monitor.on_init_end(ALONE, None, None, model=model)
-    logs: dict[str, Any] = {"loss": 1.0}
-    monitor.on_log(ALONE, TrainerState(log_history=[{}]), None, model=model, logs=logs)
-    assert logs["trained_blocks"] == 1
+    assert logged(watching(model, blocks="others"), model)["trained_blocks"] == 1
 
 
 @pytest.mark.parametrize(
@@ -291,9 +296,8 @@ def hear(
 ) -> tuple[list[str], FreezeMonitor]:
     """What a monitor says over (training, validation) losses; None where nothing was trained in between."""
     said: list[str] = []
-    monitor = FreezeMonitor(say=said.append, **settings)
-    model = model or frozen_model("llama", plan=FreezePlan(decoder_blocks=3))
-    monitor.on_init_end(ALONE, None, None, model=model)
+    model = model or frozen_model("llama")
+    monitor = watching(model, say=said.append, **settings)
     state = TrainerState(epoch=0.0, is_world_process_zero=True)
     for number, (training, validation) in enumerate(losses):
         if training is not None:
@@ -388,8 +392,7 @@ def test_only_the_first_process_says_it_and_all_keep_it(capsys: pytest.CaptureFi
     model = frozen_model("llama")
     log = [entry for training, validation in RISING for entry in ({"loss": training}, {"eval_loss": validation})]
     for first in (False, True):
-        monitor = FreezeMonitor()
-        monitor.on_init_end(ALONE, None, None, model=model)
+        monitor = watching(model)
         monitor.on_evaluate(ALONE, TrainerState(log_history=log, is_world_process_zero=first), None, model=model)
         assert len(monitor.advice) == 1
         assert ("overfitting: " in capsys.readouterr().out) is first
@@ -477,8 +480,7 @@ def test_without_the_monitor_nan_is_hidden_and_reaches_the_weights(tmp_path: Pat
 
 def test_steps_that_a_gradient_scaler_skips_are_left_to_it() -> None:
     model = frozen_model("llama")
-    monitor = FreezeMonitor()
-    monitor.on_init_end(ALONE, None, None, model=model)
+    monitor = watching(model)
     model.lm_head.weight.grad = torch.full_like(model.lm_head.weight, math.inf)
     scaled = SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))
     monitor.on_pre_optimizer_step(ALONE, TrainerState(), None, model=model, optimizer=scaled)
@@ -510,23 +512,23 @@ def test_one_monitor_over_two_trainers_measures_from_the_pretrained_weights(tmp_
 
 
 def test_a_resumed_run_logs_and_says_what_an_undisturbed_one_does(tmp_path: Path) -> None:
-    given = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    evaluated = review_rows("llama", seed=1)
-    whole: list[str] = []
-    trainer = trainer_for(
-        frozen_model("llama"), tmp_path, FreezeMonitor(say=whole.append, min_gain=0.9), eval_rows=evaluated, **given
-    )
-    trainer.train()
-    resumed: list[str] = []
-    again = trainer_for(
-        frozen_model("llama"), tmp_path, FreezeMonitor(say=resumed.append, min_gain=0.9), eval_rows=evaluated, **given
-    )
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert len(training_logs(again)) == 4
-    for then, now in zip(training_logs(trainer), training_logs(again), strict=True):
+    def run(resume: str | None) -> tuple[list[dict[str, Any]], list[str]]:
+        said: list[str] = []
+        trainer = trainer_for(
+            frozen_model("llama"), tmp_path, FreezeMonitor(say=said.append, min_gain=0.9), max_steps=4,
+            eval_rows=review_rows("llama", seed=1), eval_strategy="steps", eval_steps=1, save_strategy="steps",
+            save_steps=1,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return training_logs(trainer), said
+
+    whole, said = run(None)
+    again, said_again = run(str(tmp_path / "checkpoint-2"))
+    assert len(again) == 4
+    for then, now in zip(whole, again, strict=True):
         assert now == pytest.approx(then, rel=1e-5)
-    assert [message.partition(":")[0] for message in whole] == ["underfitting"]  # at step 3
-    assert resumed == whole
+    assert [message.partition(":")[0] for message in said] == ["underfitting"]  # at step 3
+    assert said_again == said
 
 
 # ---------------------------------------------------------------------------------------------------- two processes
@@ -568,9 +570,8 @@ def by_fsdp() -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for name, world_size in (("whole", 1), ("sharded", 2)):
         model: Any = frozen_model("llama", dropout=False)
-        monitor = FreezeMonitor()
         args = SimpleNamespace(**(vars(ALONE) | {"world_size": world_size}))
-        monitor.on_init_end(args, None, None, model=model)
+        monitor = watching(model)
         if world_size > 1:
             for block in model.model.layers:
                 fully_shard(block, mesh=mesh)
