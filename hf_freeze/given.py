@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
 
 from hf_freeze.errors import FreezeError
 
-__all__ = ["check_callable", "check_kind", "check_model", "check_path", "check_trainer", "read_numbers"]
+__all__ = [
+    "check_callable",
+    "check_kind",
+    "check_model",
+    "check_path",
+    "check_trainer",
+    "read_numbers",
+    "worded_arguments",
+]
 
 Number = TypeVar("Number", int, float)
 
@@ -86,6 +95,22 @@ def read_numbers(text: str, kind: type[Number]) -> list[Number]:
         return [kind(piece) for piece in text.split(",") if piece.strip()]
     except ValueError:
         raise FreezeError(f"{text!r} was given; use numbers with commas between them, such as 0,15,22.") from None
+
+
+@contextmanager
+def worded_arguments() -> Iterator[None]:
+    """Turns what transformers says of a program's arguments, or of the YAML or JSON file with them, into one sentence.
+
+    Raises:
+        FreezeError: An argument that is not known, a value that cannot be, a file that is damaged.
+    """
+    try:
+        yield
+    except (FreezeError, OSError):
+        raise
+    except Exception as error:  # ValueError, TypeError, KeyError, yaml.YAMLError, ImportError
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise FreezeError(f"These arguments cannot be taken: {reason}. --help lists what there is.") from error
 
 
 def _words(value: Any) -> str:

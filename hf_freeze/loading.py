@@ -1,7 +1,7 @@
 """Models by what a user has of them: a full model, adapters, a delta, a hub id, or a config alone.
 
-Runs no code that a model brings. Weights come in the dtype that is asked for; where none is, in their own. Whatever a
-foreign loader raises becomes an error that names what was asked.
+Runs no code that a model brings, unless it is told to. Weights come in the dtype that is asked for; where none is, in
+their own. Whatever a foreign loader raises becomes an error that names what was asked.
 """
 
 from __future__ import annotations
@@ -148,13 +148,14 @@ def load_any(name: str, base_model: str | None, dtype: torch.dtype) -> Any:
     return model
 
 
-def load_base(source: str, dtype: torch.dtype, revision: str | None = None) -> Any:
+def load_base(source: str, dtype: torch.dtype, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
     """A full model with a head that writes text.
 
     Args:
         source: a folder or a hub id.
         dtype: of the weights.
         revision: of a hub id.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -163,9 +164,10 @@ def load_base(source: str, dtype: torch.dtype, revision: str | None = None) -> A
     with _worded(source):
         if settings.is_file():  # transformers takes a damaged one for none, and generates in another way
             json.loads(settings.read_text(encoding="utf-8"))
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(source, **options)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return auto_class.from_pretrained(source, revision=revision, dtype=dtype)
+        return auto_class.from_pretrained(source, dtype=dtype, **options)
 
 
 def load_with_delta(delta: str, base_model: str | None) -> Any:
@@ -189,8 +191,8 @@ def load_with_delta(delta: str, base_model: str | None) -> Any:
         raise ModelError(f"{error} (The option --base_model of hf-freeze says where the base lies now.)") from error
 
 
-def load_tokenizer(source: str, base: str | None) -> Any:
-    """The tokenizer that lies with a model, or with its base.
+def load_tokenizer(source: str, base: str | None, **options: Any) -> Any:
+    """The tokenizer that lies with a model, or with its base; options are those of `from_pretrained`.
 
     Raises:
         ModelError: there is none that can be read.
@@ -199,7 +201,7 @@ def load_tokenizer(source: str, base: str | None) -> Any:
     failures = []
     for place in places:
         try:
-            return AutoTokenizer.from_pretrained(place)
+            return AutoTokenizer.from_pretrained(place, **options)
         except Exception as error:  # tokenizers raises bare ones
             failures.append(error)
     raise ModelError(

@@ -10,49 +10,41 @@ advice.json.
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
 
 from hf_freeze import advise
-from hf_freeze.cli import exit_code, worded_arguments
+from hf_freeze.cli import exit_code
 from hf_freeze.embedded import EMBEDDED_NAME
 from hf_freeze.files import write_json
-from hf_freeze.given import read_numbers
+from hf_freeze.given import read_numbers, worded_arguments
 from hf_freeze.loading import load_generator
 from hf_freeze.machine import find_device
-from hf_freeze.summarization import SummaryCollator, read_splits, shipped_reviews
-from hf_freeze.summarization.prompts import encode_reviews, read_prompt
+from hf_freeze.summarization.arguments import ReviewArguments, argument
+from hf_freeze.summarization.runs import encode_splits
 from hf_freeze.training.precision import choose_precision
 
 
 @dataclass
-class AdviceArguments:
+class AdviceArguments(ReviewArguments):
     """The model, the reviews, and how long the probe may take."""
 
-    model_name_or_path: str = field(
-        default=EMBEDDED_NAME,
-        metadata={"help": f"A hub id, a folder, a delta, or {EMBEDDED_NAME!r} for the embedded one."},
+    model_name_or_path: str = argument(
+        EMBEDDED_NAME, f"A hub id, a folder, a delta, or {EMBEDDED_NAME!r} for the embedded one."
     )
-    depths: str = field(default="", metadata={"help": "Frozen blocks, comma-separated; empty chooses some."})
-    learning_rates: str = field(default="", metadata={"help": "To try at each depth; empty chooses some."})
-    steps: int = field(default=16, metadata={"help": "Of training at each depth and learning rate."})
-    batch_size: int = field(default=8, metadata={"help": "Reviews a step."})
-    epochs: float = field(default=3.0, metadata={"help": "Of the run that the advice is for."})
-    precision: str = field(default="auto", metadata={"help": "auto, fp32 or bf16."})
-    device: str = field(default="", metadata={"help": "Empty takes the accelerator if there is one."})
-    train_rows: int | None = field(default=None, metadata={"help": "Rows of the run; None is all."})
-    train_file: str | None = field(default=None, metadata={"help": "None takes the shipped reviews."})
-    validation_file: str | None = field(default=None, metadata={"help": "None sets a tenth of train aside."})
-    text_column: str | None = field(default=None, metadata={"help": "None guesses, and says so."})
-    summary_column: str | None = field(default=None, metadata={"help": "None guesses, and says so."})
-    prompt_template: str | None = field(default=None, metadata={"help": "Text around {review}."})
-    max_source_tokens: int = field(default=512, metadata={"help": "Longer reviews lose their end."})
-    max_summary_tokens: int = field(default=64, metadata={"help": "Longest summary, its end token included."})
-    seed: int = field(default=0, metadata={"help": "Chooses the rows."})
-    output_dir: str | None = field(default=None, metadata={"help": "Where plan and advice are written."})
+    depths: str = argument("", "Frozen blocks, comma-separated; empty chooses some.")
+    learning_rates: str = argument("", "To try at each depth; empty chooses some.")
+    steps: int = argument(16, "Of training at each depth and learning rate.")
+    batch_size: int = argument(8, "Reviews a step.")
+    epochs: float = argument(3.0, "Of the run that the advice is for.")
+    precision: str = argument("auto", "auto, fp32 or bf16.")
+    device: str = argument("", "Empty takes the accelerator if there is one.")
+    train_rows: int | None = argument(None, "Rows of the run; None is all.")
+    seed: int = argument(0, "Chooses the rows.")
+    output_dir: str | None = argument(None, "Where plan and advice are written.")
 
 
 def main() -> None:
@@ -65,22 +57,14 @@ def main() -> None:
     model, tokenizer, _ = load_generator(asked.model_name_or_path, None, torch.float32)
     model.float().to(device)  # a delta comes in the dtype that it was trained in
 
-    sources = (asked.train_file, asked.validation_file, None)
-    columns = {"text_column": asked.text_column, "summary_column": asked.summary_column}
-    splits = read_splits(*sources, **columns) if any(sources) else shipped_reviews()
+    splits, _ = asked.read()
     for name in ("train", "validation"):
         print(f"{name}: {splits[name]}")
-    prompt = read_prompt(
-        tokenizer,
-        model.config,
-        template=asked.prompt_template,
-        max_source_tokens=asked.max_source_tokens,
-        max_summary_tokens=asked.max_summary_tokens,
-    )
-    encoded = {name: encode_reviews(splits[name].dataset, prompt) for name in ("train", "validation")}
-    for note in (*prompt.notes, *encoded["train"].notes):
+    rows = {name: split.dataset for name, split in splits.items()}
+    inputs = encode_splits(rows, model, tokenizer, **asked.prompting())
+    for note in inputs.notes:
         print(f"note: {note}")
-    train, validation = (encoded[name].dataset for name in ("train", "validation"))
+    train = inputs.train
     if asked.train_rows is not None:
         train = train.shuffle(seed=asked.seed).select(range(min(asked.train_rows, len(train))))
 
@@ -89,8 +73,8 @@ def main() -> None:
     advice = advise(
         model,
         train,
-        SummaryCollator(tokenizer, model, pad_to_multiple_of=32 if prompt.max_tokens is None else None),
-        validation_dataset=validation,
+        inputs.collator,
+        validation_dataset=inputs.validation,
         tokenizer=tokenizer,
         depths=depths or None,
         learning_rates=rates or None,

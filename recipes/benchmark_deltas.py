@@ -37,10 +37,8 @@ def main() -> None:
         raise FreezeError(f"--repetitions {args.repetitions} was asked for; use 1 or more.")
     source = source_of(args.model_name_or_path)
     model = load_base(source, torch.float32)
-    report = freeze(
-        model,
-        FreezePlan(encoder_blocks=args.freeze_encoder_blocks, decoder_blocks=args.freeze_decoder_blocks),
-    )
+    plan = FreezePlan(encoder_blocks=args.freeze_encoder_blocks, decoder_blocks=args.freeze_decoder_blocks)
+    report = freeze(model, plan)
 
     seconds = {"full": ([], []), "delta": ([], [])}
     with tempfile.TemporaryDirectory() as folder:

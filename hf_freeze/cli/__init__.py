@@ -17,10 +17,11 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from hf_freeze.errors import FreezeError, nearest
+from hf_freeze.given import worded_arguments
 
 __all__ = ["COMMANDS", "Told", "exit_code", "main", "worded_arguments"]
 
@@ -100,22 +101,6 @@ def exit_code(program: Callable[[], int | None]) -> int:
         which = "" if _process() == "0" else f" in process {_process()}"
         print(f"error{which}: {_worded(error)}", file=sys.stderr)
         return 1
-
-
-@contextlib.contextmanager
-def worded_arguments() -> Iterator[None]:
-    """Turns what transformers says of a program's arguments, or of the YAML or JSON file with them, into one sentence.
-
-    Raises:
-        FreezeError: An argument that is not known, a value that cannot be, a file that is damaged.
-    """
-    try:
-        yield
-    except (FreezeError, OSError):
-        raise
-    except Exception as error:  # ValueError, TypeError, KeyError, yaml.YAMLError, ImportError
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise FreezeError(f"These arguments cannot be taken: {reason}. --help lists what there is.") from error
 
 
 def _run(name: str, words: list[str]) -> int:

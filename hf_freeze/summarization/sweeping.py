@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hf_freeze.depth import SweepReport, sweep_depths
-from hf_freeze.inputs.collation import SummaryCollator
 from hf_freeze.summarization.generation import generate_summaries
-from hf_freeze.summarization.prompts import encode_reviews, read_prompt
 from hf_freeze.summarization.rouge import compute_rouge
+from hf_freeze.summarization.runs import encode_splits
 from hf_freeze.summarization.training import SummaryTrainer, SummaryTrainingArguments
 from hf_freeze.training.checkpoints import data_digest
 
@@ -49,28 +48,27 @@ def sweep_reviews(
         The report.
     """
     model = make_model()
-    prompt = read_prompt(
-        tokenizer,
-        model.config,
-        template=prompt_template,
-        max_source_tokens=max_source_tokens,
-        max_summary_tokens=max_summary_tokens,
-    )
-    collator = SummaryCollator(tokenizer, model, pad_to_multiple_of=32 if prompt.max_tokens is None else None)
+    limits = {"max_source_tokens": max_source_tokens, "max_summary_tokens": max_summary_tokens}
+    inputs = encode_splits(splits, model, tokenizer, template=prompt_template, **limits)
     del model
-    encoded = {name: encode_reviews(splits[name], prompt).dataset for name in ("train", "validation")}
     reviews, references = list(splits["test"]["review"]), list(splits["test"]["summary"])
 
     def make_trainer(model: Any) -> SummaryTrainer:
-        rows = {"train_dataset": encoded["train"], "eval_dataset": encoded["validation"]}
-        return SummaryTrainer(model=model, args=args, data_collator=collator, processing_class=tokenizer, **rows)
+        return SummaryTrainer(
+            model=model,
+            args=args,
+            train_dataset=inputs.train,
+            eval_dataset=inputs.validation,
+            data_collator=inputs.collator,
+            processing_class=tokenizer,
+        )
 
     def score(trainer: SummaryTrainer) -> dict[str, Any]:
         summaries = generate_summaries(
             trainer.model,
             tokenizer,
             reviews,
-            prompt=prompt,
+            prompt=inputs.prompt,
             precision="bf16" if args.bf16 else None,
             batch_size=args.per_device_eval_batch_size,
             max_new_tokens=max_summary_tokens,

@@ -58,6 +58,7 @@ def said(resolved: ResolvedPlan) -> str:
     [
         (0, 0), (3, 3), (12, 12), (-1, 11), (-12, 0), ("all", 12), (None, 6),
         (1, 1), (1.0, 12), (0.0, 0), (0.5, 6), (0.31, 3), (0.32, 3), (1 / 12, 1), (11 / 12, 11), (0.99, 11),
+        ("3", 3), ("-4", 8), ("0.5", 6), ("1.0", 12),
     ],
 )  # fmt: skip
 def test_counts_negatives_fractions_and_all(asked: Any, frozen: int) -> None:

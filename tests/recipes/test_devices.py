@@ -183,6 +183,10 @@ LINES = {  # what is run, by the name of the command or the recipe; {f} holds th
         "--model_name_or_path={f}/llama --max_train_rows=16 --cache_prefix=on "
         + TINY_RUN.format(s="", t="{t}", name="tuned")
     ],
+    "summarize_in_stages": [
+        "--model_name_or_path={f}/llama --max_train_rows=16 --stages=1,1,2 "
+        + TINY_RUN.format(s="", t="{t}", name="staged")
+    ],
     "sweep_depth": [SWEEP.replace("{name}", "again")],
 }  # fmt: skip
 

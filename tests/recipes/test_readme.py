@@ -59,8 +59,8 @@ def test_every_file_of_the_tree_exists() -> None:
 
 
 def test_every_option_of_the_table_is_an_argument_of_the_recipe() -> None:
-    recipe = (Path(__file__).parents[2] / "recipes" / "summarize_reviews.py").read_text()
-    training = (Path(__file__).parents[2] / "hf_freeze" / "summarization" / "training.py").read_text()
+    room = Path(__file__).parents[2] / "hf_freeze" / "summarization"
+    arguments, training = ((room / name).read_text() for name in ("arguments.py", "training.py"))
     for option in re.findall(r"^\| (`--.*?) \|", README, re.MULTILINE):
         for name in re.findall(r"`--(\w+)`", option):
-            assert re.search(rf"^    {name}: ", recipe + training, re.MULTILINE), name
+            assert re.search(rf"^    {name}: ", arguments + training, re.MULTILINE), name

@@ -90,7 +90,7 @@ def told(
 
     def run(program: str, words: list[str]) -> tuple[int, str]:
         filled = [word.format(g=given, t=tmp_path) for word in words]
-        trains = program in ("sweep", "summarize_reviews.py", "advise_plan.py")
+        trains = program in ("sweep", "summarize_reviews.py", "summarize_in_stages.py", "advise_plan.py")
         if trains and filled[0].startswith("--") and "--precision" not in filled:
             filled += ["--precision", "fp32"]  # no probe of what is faster
         if program.endswith(".py"):
@@ -141,18 +141,20 @@ WRONG: list[tuple[str, list[str], str]] = [
     ("summarize_reviews.py", ["--train_file", "{g}/in.csv", "--text_column", "txt"], "txt"),
     ("summarize_reviews.py", ["--train_file", "{g}/bad.csv"], "line 2 has 3 cells"),
     ("summarize_reviews.py", ["--dataset_name", "no/such-data"], "--dataset_name no/such-data was asked for"),
-    ("summarize_reviews.py", ["--model_name_or_path", "no/such-model"], "no/such-model was asked for"),
+    ("summarize_reviews.py", ["--model_name_or_path", "no/such-model"], "no/such-model was given as model"),
     ("summarize_reviews.py", ["--output_dir", "{g}/used"], "another run"),
     ("summarize_reviews.py", ["--output_dir", "{g}/file"], "no folder can be made there"),
     ("summarize_reviews.py", ["--cache_prefix", "maybe"], "auto, on or off"),
     ("summarize_reviews.py", ["--test_file", "{g}/in.csv"], "without --train_file"),
     ("summarize_reviews.py", ["--upper", "qlora"], "full, lora or dora"),
-    ("summarize_reviews.py", ["--model_name_or_path", "{g}/llama", "--stages", "4;4"], "use start,step,stages"),
-    ("summarize_reviews.py", ["--model_name_or_path", "{g}/llama", "--stages", "4,4,3", "--freeze_decoder_blocks", "2"],
-        "Leave the others out"),
-    ("summarize_reviews.py", ["--model_name_or_path", "{g}/llama", "--stages", "{g}/no.yaml"], "no.yaml"),
-    ("summarize_reviews.py", ["--model_name_or_path", "{g}/llama", "--stages", "{g}/broken.yaml"], "broken.yaml"),
-    ("summarize_reviews.py", ["--model_name_or_path", "{g}/llama", "--stages", "{g}/stages.yaml"], "stages.yaml"),
+    ("summarize_reviews.py", ["--stages", "4,4,3"], "summarize_in_stages.py with the same arguments"),
+    ("summarize_in_stages.py", ["--model_name_or_path", "{g}/llama"], "--stages was not given"),
+    ("summarize_in_stages.py", ["--model_name_or_path", "{g}/llama", "--stages", "4;4"], "use start,step,stages"),
+    ("summarize_in_stages.py", ["--stages", "4,4,3", "--freeze_decoder_blocks", "2"], "Leave the others out"),
+    ("summarize_in_stages.py", ["--stages", "4,4,3", "--resume_from_checkpoint", "a/b"], "takes only last with"),
+    ("summarize_in_stages.py", ["--model_name_or_path", "{g}/llama", "--stages", "{g}/no.yaml"], "no.yaml"),
+    ("summarize_in_stages.py", ["--model_name_or_path", "{g}/llama", "--stages", "{g}/broken.yaml"], "broken.yaml"),
+    ("summarize_in_stages.py", ["--model_name_or_path", "{g}/llama", "--stages", "{g}/stages.yaml"], "stages.yaml"),
     ("summarize_reviews.py", ["--resume_from_checkpoint", "last"], "without --output_dir"),
     ("summarize_reviews.py", ["--model_name_or_path", "{g}/llama", "--freeze_decoder_blocks", "many"], "'many'"),
     ("summarize_reviews.py", ["--model_name_or_path", "{g}/llama", "--freeze_decoder_blocks", "99"], "has 4"),
@@ -213,7 +215,7 @@ LOADERS = {
     "inspect_layers.py": ["--model_name_or_path", "{fault}"],
     "advise_plan.py": ["--model_name_or_path", "{fault}"],
 }
-WITHOUT_GENERATION = ("inspect", "summarize_reviews.py")
+WITHOUT_GENERATION = ("inspect",)
 WITHOUT_TOKENIZER = ("inspect", "benchmark_deltas.py")  # they read none
 
 
