@@ -13,8 +13,8 @@ file, and for each picture a .png, a .svg and a .json. What a model has not (att
 with the reason. From the JSON a picture is drawn again without the model:
 
     from hf_freeze.lens import WeightDrift
-    from hf_freeze.lens.plots import draw_drift
-    draw_drift(WeightDrift.from_dict(json.load(open("out/layers/drift.json"))), "drift")
+    from hf_freeze.lens.plots import draw
+    draw(WeightDrift.from_dict(json.load(open("out/layers/drift.json"))), "drift")
 """
 
 import sys
@@ -42,14 +42,7 @@ from hf_freeze.lens import (
     text_batches,
     weight_drift,
 )
-from hf_freeze.lens.plots import (
-    draw_activations,
-    draw_attention,
-    draw_drift,
-    draw_gradients,
-    draw_logit_lens,
-    draw_similarity,
-)
+from hf_freeze.lens.plots import draw
 from hf_freeze.loading import load_any, load_generator
 from hf_freeze.machine import find_device
 from hf_freeze.pages import data_uri, write_page
@@ -90,13 +83,12 @@ class InspectArguments:
 
 @dataclass
 class Picture:
-    """A result: how it is measured and drawn, and one sentence on how to read it."""
+    """A result: how it is measured, and one sentence on how to read it."""
 
     name: str
     title: str
     reading: str
     measure: Callable[[], Any]
-    draw: Callable[[Any, Path], Any]
 
 
 def main() -> None:
@@ -151,7 +143,6 @@ def main() -> None:
             "A dark square is a run of layers that hold much the same; where it ends, something new is computed. "
             "Linear CKA: 1 is the same but for rotation and scale, 0 unrelated.",
             partial(layer_similarity, model, tokenizer, texts, **read),
-            draw_similarity,
         ),
         Picture(
             "logit_lens",
@@ -159,7 +150,6 @@ def main() -> None:
             "Read the curves from left to right: the layer where they rise is where the model's final choice is made, "
             "and layers below it do not know it yet; in the table below, bold is that choice.",
             partial(logit_lens, model, tokenizer, texts, **read),
-            draw_logit_lens,
         ),
         Picture(
             "gradients",
@@ -167,7 +157,6 @@ def main() -> None:
             f"High bars are the parts that the loss of {task} asks to change most, in the lower panel in proportion to "
             "their weights. A hint where to train and no proof: recipes/sweep_depth.py measures what a depth costs.",
             partial(block_gradients, model, batches),
-            draw_gradients,
         ),
         Picture(
             "activations",
@@ -175,7 +164,6 @@ def main() -> None:
             "Each column is a token on its way up: a single dark column is where the model parks its attention, and a "
             "layer at which all columns darken is one that writes much.",
             partial(activation_map, model, tokenizer, texts[0], target=targets and targets[0]),
-            draw_activations,
         ),
         *attention_pictures(model, tokenizer, anatomy, texts[0], targets and targets[0], args.attention_block),
     ]
@@ -186,7 +174,6 @@ def main() -> None:
             "0 is a part whose weights are those of the other model, 0.01 one that moved by a hundredth of its length; "
             "hatched bars are no blocks. Adapters count as what they add.",
             partial(weight_drift, model, other),
-            draw_drift,
         )
         pictures.insert(0, drift)
     if other is not None:
@@ -196,7 +183,6 @@ def main() -> None:
             "On the right, 0 means that a layer still says the same as that layer of the other model, but for rotation "
             "and scale; where the line rises, the two begin to differ.",
             partial(layer_similarity, model, tokenizer, texts, other, **read),
-            draw_similarity,
         )
         pictures.insert(0, compared)
 
@@ -212,9 +198,9 @@ def main() -> None:
             values["reason"] = str(reason)
             continue
         write_json(folder / f"{picture.name}.json", numbers.to_dict())
-        png, _ = picture.draw(numbers, folder / picture.name)
+        png, _ = draw(numbers, folder / picture.name)
         values["source"] = data_uri(png.read_bytes(), "png")
-        if hasattr(numbers, "table"):
+        if numbers.table():
             print(numbers)
     models = f"{args.model_name_or_path} beside {args.compare_to}" if args.compare_to else args.model_name_or_path
     title = f"What each layer of {models} has learnt"
@@ -240,7 +226,7 @@ def attention_pictures(model, tokenizer, anatomy, text: str, target: str | None,
             "rest, a dark diagonal one that looks at the token itself or its neighbour."
         )
         title = f"What {stack.name} block {which % len(stack)} looks at{' in the encoder' * cross}"
-        pictures.append(Picture(kind, title, reading, measure, draw_attention))
+        pictures.append(Picture(kind, title, reading, measure))
     return pictures
 
 

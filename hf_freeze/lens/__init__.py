@@ -1,6 +1,6 @@
 """What each layer of a model has learnt, in numbers: similarity, drift, gradients, logit lens, attention, activations.
 
-Six functions, each with a frozen dataclass that goes to JSON and back; `lens_plots` draws them from that alone. Blocks
+Six functions, each with a frozen dataclass that goes to JSON and back; `lens.plots` draws them from that alone. Blocks
 are those that `read_anatomy` finds. Padding is in no figure. A model is left as it was: weights, gradients, modes,
 random state, attention implementation. One process; nothing here trains, or says what to freeze.
 

@@ -32,7 +32,7 @@ Pretrained = nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class WeightDrift(Numbers):
-    """How far each part is from its pretrained weights. Prints as a table.
+    """How far each part is from its pretrained weights.
 
     Attributes:
         parts: Labels from the bottom up, those of `FreezeMonitor`: "embeddings", "decoder.0", ..., "final", "head".
@@ -43,9 +43,6 @@ class WeightDrift(Numbers):
     parts: tuple[str, ...]
     drift: tuple[float, ...]
     left_out: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return str(self.table())
 
     def table(self) -> Table:
         """One row a part."""
@@ -142,29 +139,34 @@ def _weights_before(model: nn.Module, pretrained: Any) -> tuple[Mapping[str, tor
                 f"The drift of {type(core_of(model)).__name__} was asked for without pretrained weights; it has no "
                 "adapters that could be left out. Give the model before, its state dict, or its folder."
             )
-        weights = {_plain_name(model, n): w for n, w in _plain_weights(model, adapted=False, once=False)}
-        return weights, "the model without its adapters"
+        return _weights_by_plain_name(model, adapted=False), "the model without its adapters"
     if isinstance(pretrained, nn.Module):
         if core_of(pretrained) is core_of(model):
             raise FreezeError(
                 f"The drift of {type(core_of(model)).__name__} from itself was asked for. Give a copy from before "
                 "training; where adapters were trained, leave pretrained out."
             )
-        weights = {_plain_name(pretrained, n): w for n, w in _plain_weights(pretrained, adapted=True, once=False)}
-        return weights, f"the {type(core_of(pretrained)).__name__} that was given"
+        return _weights_by_plain_name(
+            pretrained, adapted=True
+        ), f"the {type(core_of(pretrained)).__name__} that was given"
     if isinstance(pretrained, Mapping):
         return pretrained, "the state dict"
     path = Path(pretrained).expanduser()
     files = [path] if path.is_file() and path.suffix == ".safetensors" else sorted(path.glob("model*.safetensors"))
     if not files:
-        found = ", ".join(sorted(file.name for file in path.iterdir())[:5]) if path.is_dir() else "no such folder"
+        names = ", ".join(sorted(file.name for file in path.iterdir())[:5]) if path.is_dir() else "no such folder"
         raise FreezeError(
-            f"Pretrained weights were to be read from {path}; it has no model*.safetensors ({found or 'empty'}). Give "
+            f"Pretrained weights were to be read from {path}; it has no model*.safetensors ({names or 'empty'}). Give "
             "a folder that save_pretrained wrote; for a delta, an adapter or a hub id, load it and give the model."
         )
     from safetensors.torch import load_file
 
     return {name: tensor for file in files for name, tensor in load_file(file).items()}, str(path)  # mapped, not read
+
+
+def _weights_by_plain_name(model: nn.Module, *, adapted: bool) -> dict[str, torch.Tensor]:
+    weights = _plain_weights(model, adapted=adapted, once=False)
+    return {_plain_name(model, name): weight for name, weight in weights}
 
 
 def _plain_weights(model: nn.Module, *, adapted: bool, once: bool = True) -> Iterator[tuple[str, torch.Tensor]]:

@@ -29,7 +29,7 @@ __all__ = ["BlockGradients", "block_gradients"]
 
 @dataclass(frozen=True)
 class BlockGradients(Numbers):
-    """How strongly a loss pulls at each part. Prints as a table.
+    """How strongly a loss pulls at each part.
 
     Attributes:
         parts: Labels from the bottom up, as in `WeightDrift`.
@@ -50,9 +50,6 @@ class BlockGradients(Numbers):
         """Norm of the gradient over norm of the weights; 0.0 where both are 0."""
         pairs = zip(self.norms, self.weight_norms, strict=True)
         return tuple(norm / weight if weight else norm and math.inf for norm, weight in pairs)
-
-    def __str__(self) -> str:
-        return str(self.table())
 
     def table(self) -> Table:
         """One row a part."""

@@ -29,7 +29,7 @@ SAME_LOGITS = 1e-2  # of the largest logit: the grain of bf16; blocks that are b
 
 @dataclass(frozen=True)
 class LogitLens(Numbers):
-    """What each layer would predict if it were the last. Prints as a table.
+    """What each layer would predict if it were the last.
 
     Attributes:
         stack: The stack that is looked at: the decoder, or the only one.
@@ -50,9 +50,6 @@ class LogitLens(Numbers):
     example: tuple[str, ...] = field(repr=False)
     choices: tuple[tuple[str, ...], ...] = field(repr=False)
     chances: Rows = field(repr=False)
-
-    def __str__(self) -> str:
-        return str(self.table())
 
     def table(self) -> Table:
         """One row a layer."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,31 +113,30 @@ def attention_map(
     (batch,) = text_batches(model, tokenizer, [text], target and [target], max_tokens=max_tokens)
     queries = ids_read_by(anatomy, where.name, batch)
     keys = batch["input_ids"][0] if cross else queries
-    found: dict[int, list[torch.Tensor]] = defaultdict(list)
-    handles = []
+    maps: dict[int, list[torch.Tensor]] = defaultdict(list)  # by block
 
-    def keep(index: int, _: nn.Module, __: Any, output: Any) -> None:
+    def keep(number: int, _: nn.Module, __: Any, output: Any) -> None:
         def look(value: Any) -> None:
-            if _is_attention(value, queries, keys) and all(value is not known for known in found[index]):
-                found[index].append(value)  # one is returned by several modules
+            if _is_attention(value, queries, keys) and all(value is not known for known in maps[number]):
+                maps[number].append(value)  # one is returned by several modules
 
         map_tree(look, output)
 
-    with looking(model), _eager(core_of(model)):
-        try:
-            for each in where.blocks:
-                for module in (module for piece in each.modules for module in piece.modules()):
-                    handles.append(module.register_forward_hook(functools.partial(keep, each.index)))
-            call(model, without_labels(batch))
-            if not found[index]:  # some classes return none unasked; asked, others keep hooks of their own for it
-                call(model, without_labels(batch) | {"output_attentions": True})
-        finally:
-            for handle in handles:
-                handle.remove()
+    with looking(model), ExitStack() as hooks:
+        core = core_of(model)
+        if hasattr(core, "set_attn_implementation"):
+            core.set_attn_implementation("eager")  # until `looking` puts the configs back
+        for each in where.blocks:
+            for module in (module for piece in each.modules for module in piece.modules()):
+                handle = module.register_forward_hook(functools.partial(keep, each.index))
+                hooks.callback(handle.remove)
+        call(model, without_labels(batch))
+        if not maps[index]:  # some classes return none unasked; asked, others keep hooks of their own for it
+            call(model, without_labels(batch) | {"output_attentions": True})
     if cross and len(queries) == len(keys):  # then self-attention has the same shape; a block looks at itself first
-        found = defaultdict(list, {number: maps[1:] for number, maps in found.items()})
-    if not found[index]:
-        others = [str(number) for number in sorted(found) if found[number]]
+        maps = defaultdict(list, {number: seen[1:] for number, seen in maps.items()})
+    if not maps[index]:
+        others = [str(number) for number in sorted(maps) if maps[number]]
         fix = f"Blocks that do: {', '.join(others)}." if others else "None of its blocks does; see activation_map."
         raise FreezeError(
             f"The {'cross-' * cross}attention of {where.name} block {index} was asked for; {anatomy.model_class} gives "
@@ -150,7 +148,7 @@ def attention_map(
         "cross" if cross else "self",
         token_texts(tokenizer, queries),
         token_texts(tokenizer, keys),
-        six_digits(found[index][0].reshape(-1, len(queries), len(keys))),
+        six_digits(maps[index][0].reshape(-1, len(queries), len(keys))),
     )
 
 
@@ -211,25 +209,3 @@ def _is_attention(value: Any, queries: torch.Tensor, keys: torch.Tensor) -> bool
         return False
     sums = value.sum(dim=-1)
     return bool(sums.min() > 0 and sums.max() < 1.01)
-
-
-@contextmanager
-def _eager(core: Any) -> Iterator[None]:
-    """Attention that makes its weights, for a while. A model that cannot be switched stays as it is."""
-    configs = {id(c): c for m in core.modules() for c in _configs(getattr(m, "config", None))}.values()
-    before = [(config, config._attn_implementation) for config in configs]
-    try:
-        if any(name not in (None, "eager") for _, name in before) and hasattr(core, "set_attn_implementation"):
-            core.set_attn_implementation("eager")
-        yield
-    finally:
-        for config, name in before:  # not by the setter, which hands a config's choice down to those inside it
-            config._attn_implementation_internal = name
-
-
-def _configs(config: Any) -> Iterator[Any]:
-    """A transformers config and those inside it."""
-    if hasattr(config, "_attn_implementation_internal"):
-        yield config
-        for name in config.sub_configs:
-            yield from _configs(getattr(config, name, None))

@@ -1,4 +1,4 @@
-"""Draws what `lens` has measured: one function for each result, PNG and SVG, readable in black and white.
+"""Draws what `lens` has measured, as PNG and SVG, readable in black and white.
 
 A result is all that is needed: one that was read from JSON draws the same picture, without a model. Layers are counted
 as in `lens`, and "in" is what enters block 0.
@@ -9,288 +9,203 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import singledispatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hf_freeze.errors import FreezeError
+from hf_freeze.lens import (
+    ActivationMap,
+    AttentionMap,
+    BlockGradients,
+    LayerSimilarity,
+    LogitLens,
+    WeightDrift,
+)
 from hf_freeze.plots import GREYS, plain_style, save_figure
 
-if TYPE_CHECKING:
-    from hf_freeze.lens import (
-        ActivationMap,
-        AttentionMap,
-        BlockGradients,
-        LayerSimilarity,
-        LogitLens,
-        WeightDrift,
-    )
-
-__all__ = [
-    "draw_activations",
-    "draw_attention",
-    "draw_drift",
-    "draw_gradients",
-    "draw_logit_lens",
-    "draw_similarity",
-]
-
-Target = str | os.PathLike[str]
+__all__ = ["draw"]
 
 MOST_TICKS = 16  # layers that get a number; more would touch
 LEAST_CHANGE = 1e-3  # of CKA, at the top of the axis: less is no change to draw large
 HATCH = "//"  # bars that are no block
 
+Numbers = ActivationMap | AttentionMap | BlockGradients | LayerSimilarity | LogitLens | WeightDrift
 
-def draw_similarity(similarity: LayerSimilarity, path: Target) -> tuple[Path, Path]:
-    """Draws CKA of layers as a heat map for each stack, and how far the same layer of two models differs as a line.
+
+def draw(numbers: Numbers, path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Draws what a function of `lens` returned.
+
+    - similarity: CKA of layers as a heat map for each stack; of two models also how far the same layer differs, a line
+    - drift: bars, hatched where a part is no block
+    - gradients: the norm of each part's gradient, and the same relative to its weights
+    - logit lens: how early the model's choice is made, and each layer's choice at the example's tokens
+    - attention: a heat map for each head, rows look at columns, on a square-root scale
+    - activations: the size of each token's state at each layer; logarithmic where sizes differ tenfold or more
 
     Args:
-        similarity: What `layer_similarity` returned.
+        numbers: The result, or one that its class read from JSON.
         path: Where, with or without an ending.
 
     Returns:
         The paths of the PNG and the SVG.
 
-    Example:
-        >>> import tempfile
-        >>> from hf_freeze.lens import LayerSimilarity
-        >>> similarity = LayerSimilarity({"decoder": ((1.0, 0.4), (0.4, 1.0))}, {"decoder": 900}, compared=False)
-        >>> [file.name for file in draw_similarity(similarity, f"{tempfile.mkdtemp()}/similarity")]
-        ['similarity.png', 'similarity.svg']
-    """
-    square = [stack for stack, rows in similarity.cka.items() if similarity.compared and len(rows) == len(rows[0])]
-    with _drawing() as pyplot:
-        panels = len(similarity.cka) + bool(square)
-        figure, axes = pyplot.subplots(1, panels, figsize=(4.6 * panels, 4.2), squeeze=False)
-        for axis, (stack, rows) in zip(axes[0], similarity.cka.items(), strict=False):
-            image = axis.imshow(rows, cmap=GREYS, vmin=0.0, vmax=1.0, origin="lower")
-            axis.grid(False)
-            _number_layers(axis.xaxis, len(rows[0]))
-            _number_layers(axis.yaxis, len(rows))
-            axis.set_title(f"{stack}, {similarity.tokens[stack]:,} tokens")
-            axis.set_ylabel("layer")
-            axis.set_xlabel("layer of the other model" if similarity.compared else "layer")
-            figure.colorbar(image, ax=axis, label="CKA (black: alike)", shrink=0.8)
-        if square:
-            axis = axes[0][-1]
-            for stack in square:
-                apart = [1.0 - row[layer] for layer, row in enumerate(similarity.cka[stack])]
-                axis.plot(range(len(apart)), apart, label=stack, markersize=4)
-            _number_layers(axis.xaxis, max(len(similarity.cka[stack]) for stack in square))
-            axis.set_ylim(0.0, max(1.05 * axis.get_ylim()[1], LEAST_CHANGE))
-            axis.set_title("the same layer in both models")
-            axis.set_xlabel("layer")
-            axis.set_ylabel("1 − CKA (0: unchanged)")
-            if len(square) > 1:
-                axis.legend()
-        return save_figure(figure, path)
-
-
-def draw_drift(drift: WeightDrift, path: Target) -> tuple[Path, Path]:
-    """Draws how far each part is from its pretrained weights, as bars; parts that are no block are hatched.
-
-    Args:
-        drift: What `weight_drift` returned.
-        path: Where, with or without an ending.
-
-    Returns:
-        The paths of the PNG and the SVG.
+    Raises:
+        FreezeError: Something else to draw, or no matplotlib.
 
     Example:
         >>> import tempfile
-        >>> from hf_freeze.lens import WeightDrift
         >>> drift = WeightDrift(("embeddings", "decoder.0", "decoder.1"), (0.0, 0.01, 0.03))
-        >>> draw_drift(drift, f"{tempfile.mkdtemp()}/drift")[0].name
-        'drift.png'
+        >>> [file.name for file in draw(drift, f"{tempfile.mkdtemp()}/drift")]
+        ['drift.png', 'drift.svg']
     """
-    with _drawing() as pyplot:
-        figure, axis = pyplot.subplots(figsize=(max(6.4, 0.22 * len(drift.parts)), 4.0))
-        _bars(axis, drift.parts, drift.drift)
-        axis.set_ylabel("‖w − w₀‖ / ‖w₀‖")
-        axis.set_title("Drift from the pretrained weights")
-        return save_figure(figure, path)
+    with plain_style() as pyplot, warnings.catch_warnings():
+        # A token in a script that the font lacks is drawn as a box, without a warning for each.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
+        return save_figure(_figure(numbers, pyplot), path)
 
 
-def draw_gradients(gradients: BlockGradients, path: Target) -> tuple[Path, Path]:
-    """Draws the gradient's norm of each part, and the same relative to the part's weights.
+@singledispatch
+def _figure(numbers: Any, pyplot: Any) -> Any:
+    raise FreezeError(
+        f"A picture of a {type(numbers).__name__} was asked for; what the functions of hf_freeze.lens return can be "
+        "drawn. From JSON, first use from_dict of the class of the result."
+    )
 
-    Args:
-        gradients: What `block_gradients` returned.
-        path: Where, with or without an ending.
 
-    Returns:
-        The paths of the PNG and the SVG.
+@_figure.register
+def _draw_similarity(similarity: LayerSimilarity, pyplot: Any) -> Any:
+    square = [stack for stack, rows in similarity.cka.items() if similarity.compared and len(rows) == len(rows[0])]
+    panels = len(similarity.cka) + bool(square)
+    figure, axes = pyplot.subplots(1, panels, figsize=(4.6 * panels, 4.2), squeeze=False)
+    for axis, (stack, rows) in zip(axes[0], similarity.cka.items(), strict=False):
+        image = _heat_map(axis, rows, vmin=0.0, vmax=1.0, aspect="equal")
+        _number_layers(axis.xaxis, len(rows[0]))
+        _number_layers(axis.yaxis, len(rows))
+        beside = "layer of the other model" if similarity.compared else "layer"
+        axis.set(title=f"{stack}, {similarity.tokens[stack]:,} tokens", ylabel="layer", xlabel=beside)
+        figure.colorbar(image, ax=axis, label="CKA (black: alike)", shrink=0.8)
+    if square:
+        axis = axes[0][-1]
+        for stack in square:
+            apart = [1.0 - row[layer] for layer, row in enumerate(similarity.cka[stack])]
+            axis.plot(range(len(apart)), apart, label=stack, markersize=4)
+        _number_layers(axis.xaxis, max(len(similarity.cka[stack]) for stack in square))
+        axis.set_ylim(0.0, max(1.05 * axis.get_ylim()[1], LEAST_CHANGE))
+        axis.set(title="the same layer in both models", xlabel="layer", ylabel="1 − CKA (0: unchanged)")
+        if len(square) > 1:
+            axis.legend()
+    return figure
 
-    Example:
-        >>> import tempfile
-        >>> from hf_freeze.lens import BlockGradients
-        >>> gradients = BlockGradients(("decoder.0", "head"), (0.3, 0.2), (3.0, 4.0), loss=2.1, batches=4)
-        >>> draw_gradients(gradients, f"{tempfile.mkdtemp()}/gradients")[0].name
-        'gradients.png'
-    """
+
+@_figure.register
+def _draw_drift(drift: WeightDrift, pyplot: Any) -> Any:
+    figure, axis = pyplot.subplots(figsize=(max(6.4, 0.22 * len(drift.parts)), 4.0))
+    _bars(axis, drift.parts, drift.drift)
+    axis.set(title="Drift from the pretrained weights", ylabel="‖w − w₀‖ / ‖w₀‖")
+    return figure
+
+
+@_figure.register
+def _draw_gradients(gradients: BlockGradients, pyplot: Any) -> Any:
     batches = "1 batch" if gradients.batches == 1 else f"{gradients.batches} batches"
-    with _drawing() as pyplot:
-        figure, axes = pyplot.subplots(2, 1, figsize=(max(6.4, 0.22 * len(gradients.parts)), 6.0), sharex=True)
-        _bars(axes[0], gradients.parts, gradients.norms)
-        _bars(axes[1], gradients.parts, gradients.relative)
-        axes[0].set_ylabel("‖g‖")
-        axes[1].set_ylabel("‖g‖ / ‖w‖")
-        axes[0].set_title(f"Gradient of the loss ({gradients.loss:.3g}), mean over {batches}")
-        axes[1].set_title("The same, relative to the part's weights")
-        return save_figure(figure, path)
+    figure, axes = pyplot.subplots(2, 1, figsize=(max(6.4, 0.22 * len(gradients.parts)), 6.0), sharex=True)
+    _bars(axes[0], gradients.parts, gradients.norms)
+    _bars(axes[1], gradients.parts, gradients.relative)
+    axes[0].set(title=f"Gradient of the loss ({gradients.loss:.3g}), mean over {batches}", ylabel="‖g‖")
+    axes[1].set(title="The same, relative to the part's weights", ylabel="‖g‖ / ‖w‖")
+    return figure
 
 
-def draw_logit_lens(lens: LogitLens, path: Target) -> tuple[Path, Path]:
-    """Draws how early the model's choice is made, and each layer's choice at the example's tokens.
-
-    Args:
-        lens: What `logit_lens` returned.
-        path: Where, with or without an ending.
-
-    Returns:
-        The paths of the PNG and the SVG.
-
-    Example:
-        >>> import tempfile
-        >>> from hf_freeze.lens import LogitLens
-        >>> lens = LogitLens("decoder", (0.1, 1.0), (0.1, 1.0), (0.2, 0.6), 50, ("Good",), ((" a",), (" mug",)),
-        ...     ((0.1,), (0.6,)))
-        >>> draw_logit_lens(lens, f"{tempfile.mkdtemp()}/lens")[0].name
-        'lens.png'
-    """
+@_figure.register
+def _draw_logit_lens(lens: LogitLens, pyplot: Any) -> Any:
     layers, words = len(lens.agreement), len(lens.example)
-    with _drawing() as pyplot:
-        size = (max(6.4, 0.9 * words), 3.2 + 0.24 * layers)
-        figure, (above, below) = pyplot.subplots(2, 1, figsize=size, height_ratios=(3.0, 0.24 * layers + 0.6))
-        for label, values in (
-            ("this layer's first choice is the model's", lens.agreement),
-            ("and so is that of every layer above", lens.settled),
-            ("mean probability of the model's choice", lens.probability),
-        ):
-            above.plot(range(layers), values, label=label, markersize=4)
-        _number_layers(above.xaxis, layers)
-        above.set_ylim(0.0, 1.02)
-        above.set_xlabel("layer")
-        above.set_ylabel(f"mean over {lens.tokens:,} tokens")
-        above.legend()
-        image = below.imshow(lens.chances, cmap=GREYS, vmin=0.0, vmax=1.0, origin="lower", aspect="auto")
-        below.grid(False)
-        _number_layers(below.yaxis, layers, every=1)
-        below.set_xticks(range(words), [_shown(token) for token in lens.example], rotation=45, ha="right")
-        for layer, (choices, chances) in enumerate(zip(lens.choices, lens.chances, strict=True)):
-            for place, (choice, chance) in enumerate(zip(choices, chances, strict=True)):
-                colour = "white" if chance > 0.55 else "black"
-                weight = "bold" if choice == lens.choices[-1][place] else "normal"
-                text = _shown(choice, most=10)
-                below.text(place, layer, text, ha="center", va="center", color=colour, fontsize=7, fontweight=weight)
-        below.set_ylabel("layer")
-        below.set_xlabel("token that is read; in the cells what each layer would say next, bold: the model's choice")
-        figure.colorbar(image, ax=below, label="probability", shrink=0.6)
-        return save_figure(figure, path)
+    size = (max(6.4, 0.9 * words), 3.2 + 0.24 * layers)
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=size, height_ratios=(3.0, 0.24 * layers + 0.6))
+    for label, values in (
+        ("this layer's first choice is the model's", lens.agreement),
+        ("and so is that of every layer above", lens.settled),
+        ("mean probability of the model's choice", lens.probability),
+    ):
+        above.plot(range(layers), values, label=label, markersize=4)
+    _number_layers(above.xaxis, layers)
+    above.set(ylim=(0.0, 1.02), xlabel="layer", ylabel=f"mean over {lens.tokens:,} tokens")
+    above.legend()
+    image = _heat_map(below, lens.chances, vmin=0.0, vmax=1.0)
+    _number_layers(below.yaxis, layers, every=1)
+    below.set_xticks(range(words), [_shown(token) for token in lens.example], rotation=45, ha="right")
+    for layer, (choices, chances) in enumerate(zip(lens.choices, lens.chances, strict=True)):
+        for place, (choice, chance) in enumerate(zip(choices, chances, strict=True)):
+            colour = "white" if chance > 0.55 else "black"
+            weight = "bold" if choice == lens.choices[-1][place] else "normal"
+            text = _shown(choice, most=10)
+            below.text(place, layer, text, ha="center", va="center", color=colour, fontsize=7, fontweight=weight)
+    read = "token that is read; in the cells what each layer would say next, bold: the model's choice"
+    below.set(xlabel=read, ylabel="layer")
+    figure.colorbar(image, ax=below, label="probability", shrink=0.6)
+    return figure
 
 
-def draw_attention(attention: AttentionMap, path: Target) -> tuple[Path, Path]:
-    """Draws a heat map for each head of a block: rows look at columns.
+@_figure.register
+def _draw_attention(attention: AttentionMap, pyplot: Any) -> Any:
+    from matplotlib.colors import PowerNorm
 
-    Args:
-        attention: What `attention_map` returned.
-        path: Where, with or without an ending.
-
-    Returns:
-        The paths of the PNG and the SVG.
-
-    Example:
-        >>> import tempfile
-        >>> from hf_freeze.lens import AttentionMap
-        >>> one = ((1.0, 0.0), (0.7, 0.3))
-        >>> attention = AttentionMap("decoder", 3, "self", ("Good", " mug"), ("Good", " mug"), (one, one))
-        >>> draw_attention(attention, f"{tempfile.mkdtemp()}/attention")[0].name
-        'attention.png'
-    """
     heads = len(attention.weights)
     columns = min(heads, 3 if heads <= 9 else 4 if heads <= 16 else 8)
     lines = math.ceil(heads / columns)
     cell = 0.11 if columns < 8 else 0.08  # inches a token
     keys = [_shown(token, most=10) for token in attention.keys]
     queries = [_shown(token, most=10) for token in attention.queries]
-    with _drawing() as pyplot:
-        from matplotlib.colors import PowerNorm
-
-        size = (columns * max(1.6, cell * len(keys)) + 1.8, lines * max(1.6, cell * len(queries) + 0.3) + 1.2)
-        figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
-        for head, axis in enumerate(axes.flat):
-            axis.grid(False)
-            if head >= heads:
-                axis.set_visible(False)
-                continue
-            scale = PowerNorm(0.5, vmin=0.0, vmax=1.0)  # else a head at rest hides all that the others look at
-            image = axis.imshow(attention.weights[head], cmap=GREYS, norm=scale, aspect="auto")
-            axis.set_title(f"head {head}", fontsize=9)
-            axis.set_xticks(range(len(keys)), keys, rotation=90, fontsize=60 * cell)
-            axis.set_yticks(range(len(queries)), queries, fontsize=60 * cell)
-            lowest = head + columns >= heads  # of its column, in a last row cut short too
-            axis.tick_params(labelbottom=lowest)
-        figure.colorbar(
-            image, ax=axes, label="weight, on a square-root scale", ticks=(0.0, 0.05, 0.2, 0.5, 1.0), aspect=40
-        )
-        figure.suptitle(f"{attention.stack} block {attention.block}, {attention.kind}-attention: rows look at columns")
-        return save_figure(figure, path)
+    size = (columns * max(1.6, cell * len(keys)) + 1.8, lines * max(1.6, cell * len(queries) + 0.3) + 1.2)
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
+    for head, axis in enumerate(axes.flat):
+        if head >= heads:
+            axis.set_visible(False)
+            continue
+        scale = PowerNorm(0.5, vmin=0.0, vmax=1.0)  # else a head at rest hides all that the others look at
+        image = _heat_map(axis, attention.weights[head], norm=scale, origin="upper")
+        axis.set_title(f"head {head}", fontsize=9)
+        axis.set_xticks(range(len(keys)), keys, rotation=90, fontsize=60 * cell)
+        axis.set_yticks(range(len(queries)), queries, fontsize=60 * cell)
+        lowest = head + columns >= heads  # of its column, in a last row cut short too
+        axis.tick_params(labelbottom=lowest)
+    figure.colorbar(image, ax=axes, label="weight, on a square-root scale", ticks=(0.0, 0.05, 0.2, 0.5, 1.0), aspect=40)
+    figure.suptitle(f"{attention.stack} block {attention.block}, {attention.kind}-attention: rows look at columns")
+    return figure
 
 
-def draw_activations(activations: ActivationMap, path: Target) -> tuple[Path, Path]:
-    """Draws the size of each token's state at each layer as a heat map for each stack.
+@_figure.register
+def _draw_activations(activations: ActivationMap, pyplot: Any) -> Any:
+    from matplotlib.colors import LogNorm, Normalize
 
-    The scale is logarithmic where the sizes differ by a factor of ten or more.
-
-    Args:
-        activations: What `activation_map` returned.
-        path: Where, with or without an ending.
-
-    Returns:
-        The paths of the PNG and the SVG.
-
-    Example:
-        >>> import tempfile
-        >>> from hf_freeze.lens import ActivationMap
-        >>> activations = ActivationMap({"decoder": ("Good", " mug")}, {"decoder": ((0.1, 0.1), (900.0, 1.2))})
-        >>> draw_activations(activations, f"{tempfile.mkdtemp()}/activations")[0].name
-        'activations.png'
-    """
     stacks = list(activations.rms)
     width = max(6.4, 0.17 * max(map(len, activations.tokens.values())))
     heights = [1.2 + 0.14 * len(activations.rms[stack]) for stack in stacks]
-    with _drawing() as pyplot:
-        from matplotlib.colors import LogNorm, Normalize
-
-        size = (width, sum(heights) + 0.8 * len(stacks))
-        figure, axes = pyplot.subplots(len(stacks), 1, figsize=size, squeeze=False, height_ratios=heights)
-        for axis, stack in zip(axes[:, 0], stacks, strict=True):
-            rows = activations.rms[stack]
-            seen = [value for row in rows for value in row if value > 0]
-            low, high = (min(seen), max(seen)) if seen else (1.0, 1.0)
-            logarithmic = high >= 10 * low
-            scale = LogNorm(low, high, clip=True) if logarithmic else Normalize(0.0, high)
-            image = axis.imshow(rows, cmap=GREYS, norm=scale, origin="lower", aspect="auto")
-            axis.grid(False)
-            _number_layers(axis.yaxis, len(rows))
-            tokens = [_shown(token, most=10) for token in activations.tokens[stack]]
-            axis.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
-            axis.set_ylabel("layer")
-            axis.set_title(f"{stack}: size of the states")
-            figure.colorbar(image, ax=axis, label=f"root mean square{', logarithmic' * logarithmic}")
-        return save_figure(figure, path)
+    size = (width, sum(heights) + 0.8 * len(stacks))
+    figure, axes = pyplot.subplots(len(stacks), 1, figsize=size, squeeze=False, height_ratios=heights)
+    for axis, stack in zip(axes[:, 0], stacks, strict=True):
+        rows = activations.rms[stack]
+        seen = [value for row in rows for value in row if value > 0]
+        low, high = (min(seen), max(seen)) if seen else (1.0, 1.0)
+        logarithmic = high >= 10 * low
+        scale = LogNorm(low, high, clip=True) if logarithmic else Normalize(0.0, high)
+        image = _heat_map(axis, rows, norm=scale)
+        _number_layers(axis.yaxis, len(rows))
+        tokens = [_shown(token, most=10) for token in activations.tokens[stack]]
+        axis.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
+        axis.set(title=f"{stack}: size of the states", ylabel="layer")
+        figure.colorbar(image, ax=axis, label=f"root mean square{', logarithmic' * logarithmic}")
+    return figure
 
 
 # ------------------------------------------------------------------------------------------------------------- details
 
 
-@contextmanager
-def _drawing() -> Iterator[Any]:
-    """The plain style; a token in a script that the font lacks is drawn as a box, without a warning for each."""
-    with plain_style() as pyplot, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
-        yield pyplot
+def _heat_map(axis: Any, rows: Any, *, origin: str = "lower", aspect: str = "auto", **scale: Any) -> Any:
+    """Dark is much; row 0 is the lowest."""
+    axis.grid(False)
+    return axis.imshow(rows, cmap=GREYS, origin=origin, aspect=aspect, **scale)
 
 
 def _number_layers(axis: Any, count: int, every: int | None = None) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from hf_freeze.anatomy import Anatomy, Part
 from hf_freeze.errors import FreezeError
+from hf_freeze.tables import Table
 
 __all__ = ["Numbers", "Rows", "label_of", "layer_name", "part_of", "parts_of", "six_digits"]
 
@@ -20,11 +21,19 @@ Rows = tuple[tuple[float, ...], ...]
 
 
 class Numbers:
-    """Base of a frozen dataclass that goes to JSON and back: what a picture is drawn from."""
+    """Base of a frozen dataclass that goes to JSON and back: what a picture is drawn from. Prints as its table."""
+
+    def table(self) -> Table | None:
+        """The figures as a table; None where only a picture shows them."""
+        return None
+
+    def __str__(self) -> str:
+        table = self.table()
+        return repr(self) if table is None else str(table)
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers as JSON-ready values."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -33,11 +42,11 @@ class Numbers:
         Raises:
             FreezeError: They are those of something else.
         """
-        names = [each.name for each in fields(cls)]  # type: ignore[arg-type]
-        found = list(values) if isinstance(values, Mapping) else [f"a {type(values).__name__}"]
-        if set(found) != set(names):
+        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        given = list(values) if isinstance(values, Mapping) else [f"a {type(values).__name__}"]
+        if set(given) != set(names):
             raise FreezeError(
-                f"{cls.__name__} was to be made from {', '.join(map(str, found))}; it has the keys {', '.join(names)}. "
+                f"{cls.__name__} was to be made from {', '.join(map(str, given))}; it has the keys {', '.join(names)}. "
                 "Use the class whose to_dict wrote them."
             )
         return cls(**{name: _tuples(values[name]) for name in names})
@@ -88,5 +97,5 @@ def parts_of(anatomy: Anatomy) -> list[Part]:
     """The parts that hold weights, bottom up."""
     order = {"tower": 0, "embeddings": 1, "block": 2, "final": 3, "other": 4, "head": 5}
     stacks = ["", *(str(stack.name) for stack in anatomy.stacks)]
-    found = {part_of(anatomy, name) for name in anatomy.parts}
-    return sorted(found, key=lambda part: (order[part.kind], stacks.index(part.stack), part.index))
+    parts = {part_of(anatomy, name) for name in anatomy.parts}
+    return sorted(parts, key=lambda part: (order[part.kind], stacks.index(part.stack), part.index))

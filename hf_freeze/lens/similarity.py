@@ -30,7 +30,7 @@ LEAST_TOKENS = 4  # below it the unbiased estimate is 0 / 0
 
 @dataclass(frozen=True)
 class LayerSimilarity(Numbers):
-    """How alike the states of layers are. Prints as a table.
+    """How alike the states of layers are.
 
     Attributes:
         cka: For each stack a matrix: unbiased linear CKA of every layer (row) with every layer (column) of the same
@@ -42,9 +42,6 @@ class LayerSimilarity(Numbers):
     cka: dict[str, Rows] = field(repr=False)
     tokens: dict[str, int]
     compared: bool
-
-    def __str__(self) -> str:
-        return str(self.table())
 
     def table(self) -> Table:
         """One row a layer: how alike it is to the same layer of the other model, or to the layer below it."""
@@ -179,9 +176,9 @@ def layer_similarity(
 class _Alignment:
     """Sums HSIC over groups of tokens, for all pairs of layers of one stack."""
 
-    def __init__(self, models: int, group_tokens: int = GROUP_TOKENS) -> None:
+    def __init__(self, models: int, group_tokens: int | None = None) -> None:
         self.tokens = 0  # compared so far
-        self._group_tokens = group_tokens
+        self._group_tokens = group_tokens or GROUP_TOKENS
         self._waiting: list[list[torch.Tensor]] = [[] for _ in range(models)]  # [layers] of each model
         self._cross: Any = 0.0
         self._own: list[Any] = [0.0] * models

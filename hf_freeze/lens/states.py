@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,10 +118,10 @@ class Kept:
         Raises:
             FreezeError: A layer without a state for each token, or one with numbers that are not finite.
         """
-        found: list[torch.Tensor | None] = [self.entries.get(stack.name)]
-        found += [self.states.get((stack.name, block.index)) for block in stack.blocks]
+        kept: list[torch.Tensor | None] = [self.entries.get(stack.name)]
+        kept += [self.states.get((stack.name, block.index)) for block in stack.blocks]
         layers = []
-        for layer, states in enumerate(found):
+        for layer, states in enumerate(kept):
             name = layer_name(stack.name, layer)
             if states is not None and states.shape[:2] != real.shape:  # tokens before texts, as in XLNet
                 states = states.transpose(0, 1) if states.shape[:2] == real.T.shape else None
@@ -143,18 +143,16 @@ class Kept:
 def record(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, torch.Tensor]) -> Kept:
     """Runs a batch and keeps what enters and leaves every block."""
     kept = Kept(anatomy)
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for stack in anatomy.stacks:
             enter = functools.partial(kept.enter, stack.name)
-            handles.append(stack.blocks[0].modules[0].register_forward_pre_hook(enter, with_kwargs=True))
+            first = stack.blocks[0].modules[0]
+            hooks.callback(first.register_forward_pre_hook(enter, with_kwargs=True).remove)
             for block in stack.blocks:
                 leave = functools.partial(kept.leave, (stack.name, block.index))
-                handles += [piece.register_forward_hook(leave) for piece in block.modules]
+                for module in block.modules:
+                    hooks.callback(module.register_forward_hook(leave).remove)
         kept.output = call(model, without_labels(batch))
-    finally:
-        for handle in handles:
-            handle.remove()
     return kept
 
 

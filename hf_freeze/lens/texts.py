@@ -15,11 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hf_freeze.anatomy import Anatomy
 from hf_freeze.errors import FreezeError
+from hf_freeze.inputs import IGNORED_LABEL
 from hf_freeze.lens.states import core_of, takes
 
 __all__ = ["check_ids", "ids_read_by", "real_tokens", "text_batches", "token_texts"]
-
-IGNORED_LABEL = -100
 
 
 def text_batches(
@@ -86,7 +85,7 @@ def text_batches(
     batches = []
     while rows:
         chosen = rows[:batch_size]
-        while len(chosen) > 1 and len(chosen) in (max(map(len, each)) for each in _columns(chosen)):
+        while len(chosen) > 1 and len(chosen) in (max(len(row[key]) for row in chosen) for key in chosen[0]):
             chosen.pop()
         rows = rows[len(chosen) :]
         batches.append(collate(chosen))
@@ -161,10 +160,6 @@ def _length_limit(core: Any, tokenizer: Any, kind: str, max_tokens: int) -> int:
         return min(max_tokens, int(tokenizer.model_max_length))
     longest = longest_input(tokenizer, config) if kind == "text" else longest_target(config)
     return min(max_tokens, longest or max_tokens)
-
-
-def _columns(rows: list[dict[str, list[int]]]) -> list[list[list[int]]]:
-    return [[row[key] for row in rows] for key in ("input_ids", "labels")]
 
 
 def _pad(filler: int, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

@@ -7,17 +7,15 @@ import json
 import math
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BartConfig, BartModel, MambaConfig, MambaForCausalLM
 
-from hf_freeze import FreezePlan, freeze, read_anatomy
+from hf_freeze import FreezePlan, freeze
 from hf_freeze.errors import FreezeError
 from hf_freeze.lens import (
     ActivationMap,
@@ -34,143 +32,14 @@ from hf_freeze.lens import (
     text_batches,
     weight_drift,
 )
-from hf_freeze.lens.logits import logits_by_layer
-from hf_freeze.lens.states import record, without_labels
-from hf_freeze.lens.texts import real_tokens
 from hf_freeze.prefix.rows import PREFIX_KEY
-from tests.lens.cases import KINDS, TEXTS, moved, top_stack
+from tests.lens.cases import KINDS, TEXTS, lora_model, moved, top_stack
 from tests.tiny import VOCAB, tiny_model, tiny_tokenizer
 
 ONE_BLOCK: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 1},
     "bart": {"encoder_layers": 1, "decoder_layers": 1},
 }
-
-
-# --------------------------------------------------------------------------------------------------------- drift
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_drift_is_the_relative_distance_block_by_block(kind: str) -> None:
-    model = tiny_model(kind)
-    other = moved(model, f"{top_stack(model)}.2")
-    measured = weight_drift(other, model)
-    drift = dict(zip(measured.parts, measured.drift, strict=True))
-    path = f"{top_stack(model)}.2"
-    before, after = ([w.detach() for w in each.get_submodule(path).parameters()] for each in (model, other))
-    moved_by = math.sqrt(sum(float((a - b).double().square().sum()) for a, b in zip(after, before, strict=True)))
-    size = math.sqrt(sum(float(b.double().square().sum()) for b in before))
-    assert drift.pop("decoder.2") == pytest.approx(moved_by / size, rel=1e-5)
-    assert len([part for part in drift if "." in part]) == (7 if kind in ("bart", "t5") else 3)
-    assert set(drift.values()) == {0.0}
-
-
-def test_a_block_that_grew_by_half_has_drifted_by_half() -> None:
-    model = tiny_model("gpt2")
-    before = copy.deepcopy(model)
-    with torch.no_grad():
-        for weight in model.transformer.h[3].parameters():
-            weight.mul_(1.5)
-    drift = weight_drift(model, before)
-    assert drift.parts == ("embeddings", "decoder.0", "decoder.1", "decoder.2", "decoder.3", "final")
-    assert drift.drift == (0.0, 0.0, 0.0, 0.0, 0.5, 0.0)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_drift_from_a_folder_a_file_a_state_dict_and_a_model_is_the_same(kind: str, tmp_path: Path) -> None:
-    model = tiny_model(kind)
-    other = moved(model, f"{top_stack(model)}.1")
-    model.save_pretrained(tmp_path / "whole")
-    model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
-    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
-    expected = weight_drift(other, model)
-    assert expected.left_out == ()
-    sources = [tmp_path / "whole", str(tmp_path / "shards"), tmp_path / "whole" / "model.safetensors"]
-    for source in (*sources, model.state_dict()):
-        assert weight_drift(other, source) == expected
-
-
-def test_a_checkpoint_without_the_head_serves_and_the_head_is_left_out(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    model.model.save_pretrained(tmp_path)
-    drift = weight_drift(moved(model, "model.layers.0"), tmp_path)
-    assert drift.left_out == ("lm_head.weight",)
-    assert drift.drift[1] > 0
-    assert "Left out: lm_head.weight." in str(drift)
-
-
-def lora_model(kind: str = "llama", **given: Any) -> Any:
-    """A PeftModel whose adapters do something."""
-    targets = ["q_proj", "v_proj"] if kind != "gpt2" else ["c_attn"]
-    model = get_peft_model(tiny_model(kind), LoraConfig(r=2, target_modules=targets, **given))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                weight.copy_(torch.randn(weight.shape, generator=generator))
-    return model
-
-
-@pytest.mark.parametrize("given", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
-def test_adapters_count_as_what_they_add(given: dict[str, Any]) -> None:
-    model = lora_model(**given)
-    if "modules_to_save" in given:
-        with torch.no_grad():
-            model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2.0)
-    base = tiny_model("llama")
-    drift = weight_drift(model, base)
-    assert weight_drift(model) == drift
-    merged = copy.deepcopy(model).merge_and_unload()
-    assert drift.parts == weight_drift(merged, base).parts
-    assert drift.drift == pytest.approx(weight_drift(merged, base).drift, rel=1e-4)
-    assert min(drift.drift[1:5]) > 0.01
-    assert drift.drift[0] == 0.0
-    if "modules_to_save" in given:
-        assert drift.parts[-1] == "head"
-        assert drift.drift[-1] == 1.0
-
-
-def test_adapters_that_are_merged_for_now_count_once() -> None:
-    model = lora_model()
-    drift = weight_drift(model)
-    model.merge_adapter()
-    assert weight_drift(model).drift == pytest.approx(drift.drift, rel=1e-4)
-    assert weight_drift(model, tiny_model("llama")).drift == pytest.approx(drift.drift, rel=1e-4)
-
-
-def test_adapters_that_are_switched_off_count_for_nothing() -> None:
-    model = lora_model()
-    with model.disable_adapter():
-        assert set(weight_drift(model, tiny_model("llama")).drift) == {0.0}
-
-
-def test_drift_refuses_what_is_no_pretrained_model(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    with pytest.raises(FreezeError, match=r"no model\*.safetensors \(no such folder\).*hub id, load it"):
-        weight_drift(model, "meta-llama/none")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(FreezeError, match=r"no model\*.safetensors \(pytorch_model.bin\)"):
-        weight_drift(model, tmp_path)
-    with pytest.raises(FreezeError, match=r"drift of decoder block 2 .* the LlamaForCausalLM that was given has no"):
-        weight_drift(model, shallow_llama())
-    with pytest.raises(FreezeError, match=r"drift of 2 decoder blocks was asked for; .* has more: model.layers.2"):
-        weight_drift(shallow_llama(), model)
-    with pytest.raises(FreezeError, match=r"LlamaForCausalLM from itself was asked for"):
-        weight_drift(model, model)
-    adapted = lora_model()
-    with pytest.raises(FreezeError, match=r"from itself .* leave pretrained out"):
-        weight_drift(adapted, adapted.get_base_model())
-    with pytest.raises(FreezeError, match=r"without pretrained weights; it has no\s+adapters"):
-        weight_drift(model)
-    broken = moved(model, "model.layers.1", by=torch.nan)
-    with pytest.raises(FreezeError, match=r"drift of decoder block 1 .* not all finite"):
-        weight_drift(broken, model)
-
-
-def shallow_llama() -> Any:
-    model = tiny_model("llama")
-    model.model.layers = model.model.layers[:2]
-    return model
 
 
 # ----------------------------------------------------------------------------------------------------- gradients
@@ -234,7 +103,7 @@ def test_gradients_refuse_batches_without_a_loss() -> None:
     with pytest.raises(FreezeError, match="over no batch were asked for"):
         block_gradients(model, [], progress=False)
     with pytest.raises(FreezeError, match=r"a batch has input_ids, attention_mask and no labels"):
-        block_gradients(model, [without_labels(batch)], progress=False)
+        block_gradients(model, [{k: v for k, v in batch.items() if k != "labels"}], progress=False)
     with pytest.raises(FreezeError, match=r"LlamaModel computes none from labels"):
         block_gradients(model.model, [batch], progress=False)
     nothing = batch | {"labels": torch.full_like(batch["labels"], -100)}
@@ -243,62 +112,57 @@ def test_gradients_refuse_batches_without_a_loss() -> None:
     assert all(weight.requires_grad for weight in model.parameters())
 
 
-def test_a_block_that_the_loss_does_not_reach_is_named() -> None:
+class Burst(torch.autograd.Function):
+    """Passes states on, and infinities back."""
+
+    @staticmethod
+    def forward(context: Any, states: torch.Tensor) -> torch.Tensor:
+        return states.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * torch.inf
+
+
+@pytest.mark.parametrize(
+    ("block", "change", "message"),
+    [
+        (1, torch.Tensor.detach, r"gradient of decoder block 0 .* does not depend on\s+it"),
+        (0, Burst.apply, r"it is not finite, though the loss is"),
+    ],
+)
+def test_a_gradient_that_is_missing_or_not_finite_is_named(block: int, change: Any, message: str) -> None:
     model = tiny_model("llama")
     batches = text_batches(model, tiny_tokenizer("llama"), TEXTS)
-    model.model.layers[1].register_forward_hook(lambda module, args, output: output.detach())
-    with pytest.raises(FreezeError, match=r"gradient of decoder block 0 .* does not depend on\s+it"):
-        block_gradients(model, batches, progress=False)
-
-
-def test_a_gradient_that_is_not_finite_is_named() -> None:
-    model = tiny_model("llama")
-    batches = text_batches(model, tiny_tokenizer("llama"), TEXTS)
-
-    class Burst(torch.autograd.Function):
-        @staticmethod
-        def forward(context: Any, states: torch.Tensor) -> torch.Tensor:
-            return states.clone()
-
-        @staticmethod
-        def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
-            return gradient * torch.inf
-
-    model.model.layers[0].register_forward_hook(lambda module, args, output: Burst.apply(output))
-    with pytest.raises(FreezeError, match=r"it is not finite, though the loss is"):
+    model.model.layers[block].register_forward_hook(lambda module, args, output: change(output))
+    with pytest.raises(FreezeError, match=message):
         block_gradients(model, batches, progress=False)
 
 
 # ---------------------------------------------------------------------------------------------------- logit lens
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_last_layers_logits_are_the_models(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "norm"), [("gpt2", "transformer.ln_f"), ("llama", "model.norm"), ("bart", None), ("t5", None)]
+)
+def test_a_layer_says_what_norm_and_head_make_of_its_states_and_the_last_what_the_model_says(
+    kind: str, norm: str | None
+) -> None:
     model, tokenizer = tiny_model(kind).eval(), tiny_tokenizer(kind)
-    anatomy = read_anatomy(model)
-    (batch,) = text_batches(model, tokenizer, TEXTS[:2])
-    real = real_tokens(anatomy, "decoder", batch)
-    with torch.no_grad():
-        kept = record(model, anatomy, batch)
-        layers = list(logits_by_layer(model, anatomy, batch, kept, real))
-        own = model(**batch).logits[real]
-    assert len(layers) == 5
-    torch.testing.assert_close(layers[-1], own, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(layers[-2], own, rtol=1e-2)
-
-
-@pytest.mark.parametrize(("kind", "norm"), [("gpt2", "transformer.ln_f"), ("llama", "model.norm")])
-def test_each_layers_logits_are_head_of_norm_of_its_states(kind: str, norm: str) -> None:
-    model, tokenizer = tiny_model(kind).eval(), tiny_tokenizer(kind)
-    anatomy = read_anatomy(model)
+    lens = logit_lens(model, tokenizer, TEXTS[:1], progress=False)
     (batch,) = text_batches(model, tokenizer, TEXTS[:1])
     with torch.no_grad():
-        kept = record(model, anatomy, batch)
-        layers = list(logits_by_layer(model, anatomy, batch, kept, real_tokens(anatomy, "decoder", batch)))
-        states = model(**batch, output_hidden_states=True).hidden_states
-        for layer in range(4):
-            expected = model.lm_head(model.get_submodule(norm)(states[layer]))[0]
-            torch.testing.assert_close(layers[layer], expected, rtol=1e-5, atol=1e-6)
+        output = model(**batch, output_hidden_states=True)
+        states = output.hidden_states[:4] if norm else ()
+        layers = [model.lm_head(model.get_submodule(str(norm))(layer))[0] for layer in states] + [output.logits[0]]
+    own = layers[-1].argmax(dim=-1)
+    for layer, logits in enumerate(layers, start=5 - len(layers)):
+        shares = logits.softmax(dim=-1)
+        chances, first = shares.max(dim=-1)
+        assert lens.choices[layer] == tuple(tokenizer.decode([number]) for number in first[-10:].tolist())
+        assert lens.chances[layer] == pytest.approx(chances[-10:].tolist(), rel=1e-4)
+        assert lens.probability[layer] == pytest.approx(shares.gather(1, own[:, None]).mean().item(), rel=1e-4)
+        assert lens.agreement[layer] == pytest.approx((first == own).double().mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

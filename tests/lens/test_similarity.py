@@ -10,7 +10,6 @@ import torch
 
 from hf_freeze.errors import FreezeError
 from hf_freeze.lens import layer_similarity, linear_cka, text_batches
-from hf_freeze.lens.similarity import _Alignment
 from tests.lens.cases import KINDS, TEXTS, moved, top_stack
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -101,18 +100,6 @@ def test_states_that_have_no_cka_are_refused(first: torch.Tensor, second: torch.
         linear_cka(first, second)
 
 
-def test_states_that_come_in_pieces_give_what_they_give_at_once() -> None:
-    layers = [random_states(70, 6, seed) for seed in range(3)]
-    layers[1] += layers[0]
-    at_once, in_pieces = _Alignment(1, group_tokens=30), _Alignment(1, group_tokens=30)
-    at_once.add([layers])
-    for start, end in ((0, 1), (1, 28), (28, 64), (64, 70)):
-        in_pieces.add([[states[start:end] for states in layers]])
-    assert at_once.tokens == in_pieces.tokens == 60
-    assert np.array(in_pieces.matrix("decoder")) == pytest.approx(np.array(at_once.matrix("decoder")), rel=1e-5)
-    assert at_once.tokens == in_pieces.tokens == 70
-
-
 # ---------------------------------------------------------------------------------------------------- similarity
 
 
@@ -138,12 +125,17 @@ def test_similarity_is_the_cka_of_the_states_that_transformers_returns(kind: str
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
-def test_how_many_texts_run_at_once_makes_no_difference(kind: str) -> None:
+@pytest.mark.parametrize("group", [512, 10])
+def test_how_many_texts_run_at_once_makes_no_difference(kind: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_freeze.lens.similarity.GROUP_TOKENS", group)
     model, tokenizer = tiny_model(kind), tiny_tokenizer(kind)
     one, many = (layer_similarity(model, tokenizer, TEXTS, batch_size=n, progress=False) for n in (1, 3))
     assert one.tokens == many.tokens
     for stack, matrix in one.cka.items():
         assert np.array(matrix) == pytest.approx(np.array(many.cka[stack]), abs=1e-4)
+        length = sum(len(tokenizer(text)["input_ids"]) - 1 for text in TEXTS)
+        left = length % group
+        assert one.tokens[stack] == length - (left if left < 4 else 0)  # too few for a group at the end
 
 
 @pytest.mark.parametrize("kind", KINDS)

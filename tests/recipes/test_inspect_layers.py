@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from hf_freeze import FreezePlan, freeze, save_delta
 from hf_freeze.errors import FreezeError
 from hf_freeze.lens import LayerSimilarity, WeightDrift
-from hf_freeze.lens.plots import draw_drift, draw_similarity
+from hf_freeze.lens.plots import draw
 from tests.recipes.scripts import load_script
 from tests.tiny import tiny_folder, tiny_tokenizer
 
@@ -64,9 +64,9 @@ def test_a_fine_tuned_model_is_shown_beside_the_one_it_was_trained_from(
 
     drift = WeightDrift.from_dict(json.loads((output / "drift.json").read_text()))
     assert [part for part, by in zip(drift.parts, drift.drift, strict=True) if by] == ["decoder.3"]
-    assert draw_drift(drift, tmp_path / "again")[0].read_bytes() == (output / "drift.png").read_bytes()
+    assert draw(drift, tmp_path / "again")[0].read_bytes() == (output / "drift.png").read_bytes()
     similarity = LayerSimilarity.from_dict(json.loads((output / "compared.json").read_text()))
-    assert draw_similarity(similarity, tmp_path / "again")[0].read_bytes() == (output / "compared.png").read_bytes()
+    assert draw(similarity, tmp_path / "again")[0].read_bytes() == (output / "compared.png").read_bytes()
 
 
 def test_an_encoder_decoder_is_shown_on_texts_of_ones_own(inspect_layers: Callable[..., None], tmp_path: Path) -> None:
