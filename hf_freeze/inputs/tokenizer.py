@@ -28,32 +28,16 @@ MOST_UNKNOWN = 0.2  # of the tokens; a fitting tokenizer has next to none on pla
 FEW_ROWS_USED = 0.5  # checkpoints pad their tables to round numbers, never to twice the vocabulary
 LARGEST_SANE_LENGTH = 10**9  # tokenizers write 1e30 where they know no limit
 
-# Tokens that checkpoints reserve and never train on, in the order of preference. No text contains them.
-RESERVED_PADS = (
-    "<|finetune_right_pad_id|>",  # Llama 3
-    "<|pad|>",
-    "<pad>",
-    "[PAD]",
-    "<|padding|>",  # GPT-NeoX
-    "<PAD>",
-)
+# Tokens that checkpoints (Llama 3, GPT-NeoX) reserve and never train on, in the order of preference. No text holds them.
+RESERVED_PADS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<PAD>")
 
 # Names under which configs keep the longest input.
 LENGTH_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_encoder_position_embeddings")
 TARGET_LENGTH_NAMES = ("max_decoder_position_embeddings", "max_position_embeddings", "n_positions")
 
 # Model types that number positions from the padding id + 1 on, so that as many rows of their table are never used.
-POSITIONS_START_AFTER_PADDING = frozenset(
-    {
-        "camembert",
-        "data2vec-text",
-        "roberta",
-        "roberta-prelayernorm",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "xmod",
-    }
-)
+ROBERTAS = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl")
+POSITIONS_START_AFTER_PADDING = (*ROBERTAS, "camembert", "data2vec-text", "xmod")
 
 
 def underlying_model(model: Any) -> Any:

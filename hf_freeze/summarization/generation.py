@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from hf_freeze.errors import FreezeError, ModelError, ReviewsError, nearest
 from hf_freeze.given import check_model
 from hf_freeze.inputs.tokenizer import underlying_model
 from hf_freeze.processes import agreed, pulse, rank_and_world, tell_all
 from hf_freeze.summarization.prompts import SummaryPrompt, read_prompt
+from hf_freeze.tensors import is_sharded
 
-__all__ = ["generate_summaries", "share_of"]
+__all__ = ["generate_summaries"]
 
 # What is kept of a checkpoint's generation config: the ids that say how its texts begin, end and what they never
 # contain (languages among them). Its lengths, sampling, beams and penalties are settings of someone else's task:
@@ -64,7 +67,6 @@ KEPT_IN_FP32 = ("inv_freq",)
 SAME_LOGITS = 0.01
 SAME_LOGITS_IN_HALF = 0.15
 
-T = TypeVar("T")
 Row = tuple[int, list[int]]  # the review's place in the input, its prompt's ids
 
 
@@ -140,7 +142,9 @@ def generate_summaries(
     # A sharded model runs all reviews in all processes: each forward gathers weights from every one of them.
     rank, world_size = rank_and_world() if split and not _is_sharded(inner) else (0, 1)
     order = sorted((place for place, text in enumerate(reviews) if text.strip()), key=lambda at: -len(reviews[at]))
-    rows = [(place, prompt.encode(reviews[place])["input_ids"]) for place in share_of(order, rank, world_size)]
+    rows = [
+        (place, prompt.encode(reviews[place])["input_ids"]) for place in order[rank::world_size]
+    ]  # shares of a sorted list cost alike
     rows.sort(key=lambda row: -len(row[1]))
 
     done: list[tuple[int, str]] = []
@@ -150,14 +154,14 @@ def generate_summaries(
             with _ready_to_generate(inner, settings):
                 equal_lengths = not _may_pad(inner, rows, settings)
             runner = _in_bf16(inner) if precision == "bf16" else inner
-            with _ready_to_generate(runner, settings), _progress_bar(len(rows), progress, rank, world_size) as bar:
+            label = "summaries" if world_size == 1 else f"summaries (1 of {world_size} processes)"
+            bar = tqdm(total=len(rows), desc=label, unit="review", disable=not (progress and rank == 0))
+            with _ready_to_generate(runner, settings), bar:
                 for batch in _batches(rows, batch_size, equal_lengths=equal_lengths):
                     if world_size > 1:  # else all ranks may be in one forward together, and none can wait for a word
                         pulse()
                     ids = _generate(runner, [ids for _, ids in batch], settings, model_kwargs)
-                    texts = tokenizer.batch_decode(
-                        [_until(row, settings.eos_token_id) for row in ids], skip_special_tokens=True
-                    )
+                    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
                     done += [(place, prompt.clean(text)) for (place, _), text in zip(batch, texts, strict=True)]
                     bar.update(len(batch))
         shares = tell_all(done) if world_size > 1 else [done]
@@ -166,15 +170,6 @@ def generate_summaries(
     for place, summary in (pair for share in shares for pair in share):
         summaries[place] = summary
     return summaries
-
-
-def share_of(order: Sequence[T], rank: int, world_size: int) -> list[T]:
-    """What one process takes of a list: every world_size-th, so that shares of a sorted list cost alike.
-
-    >>> [share_of([9, 8, 7, 6, 5], rank, 2) for rank in (0, 1)]
-    [[9, 7, 5], [8, 6]]
-    """
-    return list(order[rank::world_size])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,11 +236,11 @@ def _settings(
     """The generation config to run with, and what is left of the caller's arguments for the model's forward."""
     from transformers import GenerationConfig
 
-    found = model.generation_config
-    kept = {name: getattr(found, name, None) for name in KEPT_SETTINGS}
+    own = model.generation_config
+    kept = {name: getattr(own, name, None) for name in KEPT_SETTINGS}
     if kept["decoder_start_token_id"] is None:
         kept["decoder_start_token_id"] = getattr(model.config, "decoder_start_token_id", None)
-    ends = found.eos_token_id if isinstance(found.eos_token_id, (list, tuple)) else [found.eos_token_id]
+    ends = own.eos_token_id if isinstance(own.eos_token_id, (list, tuple)) else [own.eos_token_id]
     stops = sorted({*prompt.stop_ids, *(end for end in ends if end is not None and end >= 0)})
     pad = tokenizer.special_tokens_map.get("pad_token")
     kept["pad_token_id"] = stops[0] if pad is None else tokenizer.convert_tokens_to_ids(pad)
@@ -334,22 +329,9 @@ def _generate(model: Any, prompts: list[list[int]], settings: Any, model_kwargs:
     # `generate` counts positions from the mask, so those of left-padded rows begin with their first token.
     inputs = _inputs(model, ids.to(model.device), mask.to(model.device))
     output = model.generate(**inputs, generation_config=settings, **model_kwargs)
-    return output[:, width if left else 1 :].tolist()  # type: ignore[no-any-return]
-
-
-def _until(ids: list[int], stops: Sequence[int]) -> list[int]:
-    """What stands before the first stop id: an end token need not be special to the tokenizer."""
-    end = next((at for at, id_ in enumerate(ids) if id_ in stops), len(ids))
-    return ids[:end]
-
-
-@contextmanager
-def _progress_bar(total: int, shown: bool, rank: int, world_size: int) -> Iterator[Any]:
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-    label = "summaries" if world_size == 1 else f"summaries (1 of {world_size} processes)"
-    with tqdm(total=total, desc=label, unit="review", disable=not (shown and rank == 0)) as bar:
-        yield bar
+    answers = output[:, width if left else 1 :].tolist()
+    # Up to the first stop id: an end token need not be special to the tokenizer.
+    return [list(itertools.takewhile(lambda id_: id_ not in settings.eos_token_id, answer)) for answer in answers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,20 +346,17 @@ def _ready_to_generate(model: Any, settings: Any) -> Iterator[None]:
     a checkpoint's max_length would come back, with a warning about both.
     """
     modes = [(module, module.training) for module in model.modules()]
-    handles: list[Any] = []
-    found = model.generation_config
+    own, head = model.generation_config, model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(_contiguous) if isinstance(head, nn.Linear) else None
     try:
         model.eval()
         model.generation_config = settings
-        head = model.get_output_embeddings()
-        if isinstance(head, nn.Linear):
-            handles.append(head.register_forward_pre_hook(_contiguous))
         # no_grad and not inference_mode: a table that the model builds on first use must serve in training too.
         with torch.no_grad():
             yield
     finally:
-        model.generation_config = found
-        for handle in handles:
+        model.generation_config = own
+        if handle is not None:
             handle.remove()
         for module, mode in modes:
             module.training = mode  # module.train() would switch the children too
@@ -416,10 +395,5 @@ def _in_bf16(model: Any) -> Any:
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    """Whether other processes hold parts of the weights: FSDP2's DTensors, FSDP1's flat ones, ZeRO-3."""
-    from torch.distributed.tensor import DTensor
-
-    return any(
-        isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") or hasattr(parameter, "_is_flat_param")
-        for parameter in model.parameters()
-    )
+    """Whether other processes hold parts of the weights, FSDP1's flat ones among them."""
+    return any(is_sharded(weight) or hasattr(weight, "_is_flat_param") for weight in model.parameters())

@@ -138,19 +138,6 @@ def test_a_batch_with_some_labels_is_an_error():
         SummaryCollator(prompt.tokenizer)([prompt.encode(REVIEW, SUMMARY), prompt.encode(REVIEW)])
 
 
-def test_a_collator_without_a_pad_token_is_an_error():
-    with pytest.raises(TokenizerMismatch, match=r"no pad token.*check_tokenizer"):
-        SummaryCollator(byte_level(["</s>"], eos_token="</s>"))
-
-
-def test_an_encoder_decoder_without_a_start_token_is_an_error():
-    model = T5ForConditionalGeneration(t5_config(decoder_start_token_id=None))
-    with pytest.raises(
-        ModelError, match=r"T5ForConditionalGeneration cannot make decoder_input_ids.*decoder_start_tok"
-    ):
-        SummaryCollator(metaspace("", " </s>"), model)
-
-
 def encoder_decoder_stand_in(**methods: Any) -> torch.nn.Module:
     model = torch.nn.Linear(1, 1)
     model.config = SimpleNamespace(is_encoder_decoder=True)
@@ -159,12 +146,21 @@ def encoder_decoder_stand_in(**methods: Any) -> torch.nn.Module:
     return model
 
 
-def test_an_unknown_way_of_shifting_labels_is_an_error():
-    model = encoder_decoder_stand_in(prepare_decoder_input_ids_from_labels=lambda labels: labels.flip(1))
-    with pytest.raises(ModelError, match="by a rule of its own"):
-        SummaryCollator(metaspace("", " </s>"), model)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: T5ForConditionalGeneration(t5_config(decoder_start_token_id=None)),
+         r"T5ForConditionalGeneration cannot make decoder_input_ids.*decoder_start_tok"),
+        (lambda: encoder_decoder_stand_in(prepare_decoder_input_ids_from_labels=lambda labels: labels.flip(1)),
+         "by a rule of its own"),
+        (encoder_decoder_stand_in, "its module has no function for it"),
+    ],
+)  # fmt: skip
+def test_an_encoder_decoder_whose_way_of_shifting_labels_is_not_known_is_an_error(make, message):
+    with pytest.raises(ModelError, match=message):
+        SummaryCollator(metaspace("", " </s>"), make())
 
 
-def test_a_model_without_a_way_of_shifting_labels_is_an_error():
-    with pytest.raises(ModelError, match="its module has no function for it"):
-        SummaryCollator(metaspace("", " </s>"), encoder_decoder_stand_in())
+def test_a_collator_without_a_pad_token_is_an_error():
+    with pytest.raises(TokenizerMismatch, match=r"no pad token.*check_tokenizer"):
+        SummaryCollator(byte_level(["</s>"], eos_token="</s>"))

@@ -22,10 +22,37 @@ from hf_freeze.inputs.tokenizer import check_tokenizer, underlying_model
 from tests.tokenizer_makers import ROWS, byte_level, chat_tokenizer, llama_config, metaspace, t5_config
 
 
-def test_ids_past_the_embedding_table_are_an_error():
-    tokenizer = chat_tokenizer()
-    with pytest.raises(TokenizerMismatch, match=r"ids go up to \d+; .* has 100 rows.* would index past it.*resize"):
-        check_tokenizer(llama_config(vocab_size=100), tokenizer)
+def nameless() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.add_special_tokens(["</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+def changed(tokenizer, **tokens):
+    for name, token in tokens.items():
+        setattr(tokenizer, name, token)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "config", "samples", "message"),
+    [
+        (chat_tokenizer, {"vocab_size": 100}, {}, r"ids go up to \d+; .* has 100 rows.* would index past it.*resize"),
+        (lambda: changed(chat_tokenizer(), sep_token="[SEP]"), {}, {},
+         r"names '\[SEP\]' as its sep_token, but .* not in its vocabulary"),
+        (lambda: changed(chat_tokenizer(), eos_token=None), {"eos_token_id": None}, {},
+         "no model eos, so generation could never stop"),
+        (lambda: changed(chat_tokenizer(), eos_token=None), {"eos_token_id": 900}, {},
+         r"eos ids \[900\] are past its 400 rows, so generation could never"),
+        (lambda: byte_level([]), {"eos_token_id": 399}, {}, r"no pad token, and none of .*Set tokenizer.pad_token"),
+        (metaspace, {}, {"samples": ["Отличный чайник"]},
+         r"turns \d+ of \d+ tokens of 1 sample reviews into '<unk>'"),
+        (nameless, {}, {}, "into no token at all"),
+    ],
+)  # fmt: skip
+def test_what_does_not_belong_together_is_an_error(tokenizer, config, samples, message):
+    with pytest.raises(TokenizerMismatch, match=message):
+        check_tokenizer(llama_config(**config), tokenizer(), **samples)
 
 
 def test_the_rows_are_those_of_the_model_not_of_its_config():
@@ -54,22 +81,6 @@ def test_a_config_without_a_vocabulary_size_is_noted():
     assert fit.embedding_rows is None
     assert "names no vocabulary size" in fit.notes[0]
     assert "an unknown number of embedding rows" in str(fit)
-
-
-def test_a_special_token_outside_the_vocabulary_is_an_error():
-    tokenizer = chat_tokenizer()
-    tokenizer.sep_token = "[SEP]"
-    with pytest.raises(TokenizerMismatch, match=r"names '\[SEP\]' as its sep_token, but .* not in its vocabulary"):
-        check_tokenizer(llama_config(), tokenizer)
-
-
-def test_a_model_that_could_never_stop_is_an_error():
-    tokenizer = chat_tokenizer()
-    tokenizer.eos_token = None
-    with pytest.raises(TokenizerMismatch, match="no model eos, so generation could never stop"):
-        check_tokenizer(llama_config(eos_token_id=None), tokenizer)
-    with pytest.raises(TokenizerMismatch, match=r"eos ids \[900\] are past its 400 rows, so generation could never"):
-        check_tokenizer(llama_config(eos_token_id=900), tokenizer)
 
 
 def test_end_and_begin_ids_that_differ_are_named():
@@ -106,11 +117,6 @@ def test_a_missing_pad_token_is_chosen_with_a_reason(special, named, chosen, rea
 def test_without_any_token_of_its_own_the_models_end_token_pads():
     tokenizer = byte_level(["</s>"])
     assert check_tokenizer(llama_config(eos_token_id=0, pad_token_id=None), tokenizer).pad_token == "</s>"
-
-
-def test_a_tokenizer_with_nothing_to_pad_with_is_an_error():
-    with pytest.raises(TokenizerMismatch, match=r"no pad token, and none of .*Set tokenizer.pad_token"):
-        check_tokenizer(llama_config(eos_token_id=399), byte_level([]))
 
 
 def test_a_missing_pad_id_is_set_in_the_model_and_said():
@@ -154,20 +160,6 @@ def test_relative_positions_have_no_limit():
 def test_positions_that_start_after_the_padding_id_are_not_counted():
     config = RobertaConfig(vocab_size=ROWS, max_position_embeddings=514, pad_token_id=1, eos_token_id=2)
     assert check_tokenizer(config, metaspace()).max_tokens == 512
-
-
-def test_reviews_that_come_out_as_unknown_tokens_are_an_error():
-    tokenizer = metaspace()
-    with pytest.raises(TokenizerMismatch, match=r"turns \d+ of \d+ tokens of 1 sample reviews into '<unk>'"):
-        check_tokenizer(llama_config(), tokenizer, samples=["Отличный чайник"])
-
-
-def test_reviews_that_come_out_as_nothing_are_an_error():
-    backend = Tokenizer(models.BPE())
-    backend.add_special_tokens(["</s>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    with pytest.raises(TokenizerMismatch, match="into no token at all"):
-        check_tokenizer(llama_config(), tokenizer)
 
 
 def test_a_fit_prints_its_limits_and_its_notes():

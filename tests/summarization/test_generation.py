@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from transformers import (
     BertConfig,
     BertModel,
     GenerationConfig,
+    GenerationMixin,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -26,7 +29,7 @@ from transformers import (
 from hf_freeze.errors import FreezeError, ModelError, ReviewsError
 from hf_freeze.inputs.tokenizer import SAMPLE_REVIEWS
 from hf_freeze.summarization import generation
-from hf_freeze.summarization.generation import generate_summaries, share_of
+from hf_freeze.summarization.generation import generate_summaries
 from hf_freeze.summarization.prompts import read_prompt
 from tests.tokenizer_makers import ROWS, bart_sizes, chat_tokenizer, llama_config, metaspace, t5_config
 
@@ -77,6 +80,11 @@ def tokenizer_for(model: Any) -> Any:
     return metaspace("<s> ", " </s>") if model.config.is_encoder_decoder else chat_tokenizer()
 
 
+def summaries_of(model: Any, tokenizer: Any = None, reviews: list[str] = REVIEWS, **asked: Any) -> list[str]:
+    asked = {"max_new_tokens": 4, "progress": False} | asked
+    return generate_summaries(model, tokenizer or chat_tokenizer(), reviews, **asked)
+
+
 def one_by_one(model: Any, tokenizer: Any, reviews: list[str], new_tokens: int) -> list[str]:
     """The slow, obvious path: each review alone, unpadded, the whole sequence again for every token."""
     model.eval()
@@ -98,24 +106,27 @@ def one_by_one(model: Any, tokenizer: Any, reviews: list[str], new_tokens: int) 
     return summaries
 
 
-class Recorder:
-    """Stands in for `model.generate` and keeps what it was called with."""
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Each call of `generate`: the model that ran, and what it was given; its arguments are those of the call."""
+    calls: list[Any] = []
+    real = GenerationMixin.generate
 
-    def __init__(self, model: Any) -> None:
-        self.calls: list[dict[str, Any]] = []
-        self.configs: list[Any] = []
-        self.real, self.model = model.generate, model
+    def generate(self: Any, **arguments: Any) -> Any:
+        calls.append(SimpleNamespace(model=self, config=arguments["generation_config"], **arguments))
+        return real(self, **arguments)
 
-    def __call__(self, **arguments: Any) -> Any:
-        self.calls.append(arguments)
-        self.configs.append(self.model.generation_config)
-        return self.real(**arguments)
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    return calls
 
 
-def recorded(model: Any) -> Recorder:
-    recorder = Recorder(model)
-    model.generate = recorder
-    return recorder
+@pytest.fixture
+def spoken(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What transformers logs, whose logger does not propagate."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 # --- the same answers as the obvious path ----------------------------------------------------------------------------
@@ -128,8 +139,7 @@ def test_batched_summaries_equal_those_made_one_by_one(name):
     expected = one_by_one(model, tokenizer, REVIEWS, 8)
     assert len(set(expected)) > 2, "the answers must depend on the reviews"
     for batch_size in (1, 2, 16):
-        found = generate_summaries(model, tokenizer, REVIEWS, batch_size=batch_size, max_new_tokens=8, progress=False)
-        assert found == expected
+        assert summaries_of(model, tokenizer, batch_size=batch_size, max_new_tokens=8) == expected
 
 
 def test_gpt2_would_answer_otherwise_without_its_positions():
@@ -145,205 +155,190 @@ def test_gpt2_would_answer_otherwise_without_its_positions():
 def test_the_tokenizers_padding_side_does_not_matter_and_stays():
     model, tokenizer = gpt2(), chat_tokenizer()
     tokenizer.padding_side = "right"
-    found = generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=4, progress=False)
-    assert found == one_by_one(model, tokenizer, REVIEWS, 4)
+    assert summaries_of(model, tokenizer) == one_by_one(model, tokenizer, REVIEWS, 4)
     assert tokenizer.padding_side == "right"
 
 
-def test_decoder_only_pads_left_and_encoder_decoder_right():
-    for model, edge in ((llama(), -1), (bart(), 0)):
-        calls = recorded(model).calls
-        generate_summaries(model, tokenizer_for(model), REVIEWS, max_new_tokens=4, progress=False)
-        mask = calls[-1]["attention_mask"]
-        assert (mask == 0).any()
-        assert mask[:, edge].all()
+@pytest.mark.parametrize(("make", "edge"), [(llama, -1), (bart, 0)])
+def test_decoder_only_pads_left_and_encoder_decoder_right(make, edge, runs):
+    model = make()
+    summaries_of(model, tokenizer_for(model))
+    mask = runs[-1].attention_mask
+    assert (mask == 0).any()
+    assert mask[:, edge].all()
 
 
-def test_the_longest_batch_comes_first():
-    model = llama()
-    calls = recorded(model).calls
-    generate_summaries(model, chat_tokenizer(), REVIEWS, batch_size=2, max_new_tokens=2, progress=False)
-    widths = [call["input_ids"].shape[1] for call in calls if len(call["input_ids"]) == 2]
+def test_the_longest_batch_comes_first(runs):
+    summaries_of(llama(), batch_size=2)
+    widths = [run.input_ids.shape[1] for run in runs if len(run.input_ids) == 2]
     assert widths == sorted(widths, reverse=True)
     assert len(set(widths)) == 2
 
 
-def test_a_model_that_padding_misleads_gets_prompts_of_one_length_at_a_time():
+def test_a_model_that_padding_misleads_gets_prompts_of_one_length_at_a_time(runs):
     model, tokenizer = trocr(), chat_tokenizer()
     reviews = [*REVIEWS, "bad", "bat"]
     expected = one_by_one(model, tokenizer, reviews, 4)
-    calls = recorded(model).calls
-    assert generate_summaries(model, tokenizer, reviews, max_new_tokens=4, progress=False) == expected
-    batches = calls[2:]  # the first two ask whether padding matters
-    assert all(call["attention_mask"].all() for call in batches)
-    assert any(len(call["input_ids"]) > 1 for call in batches)
+    assert summaries_of(model, tokenizer, reviews) == expected
+    batches = runs[2:]  # the first two ask whether padding matters
+    assert all(run.attention_mask.all() for run in batches)
+    assert any(len(run.input_ids) > 1 for run in batches)
 
 
-def test_a_model_without_a_mask_gets_none():
+def test_rounding_of_a_bf16_copy_does_not_forbid_padding(runs):
+    """A deep bf16 model's logits move by several percent under padding; the fp32 model, which they do not, is asked."""
+    model = llama()
+    summaries_of(model, precision="bf16")
+    assert [run.model is model for run in runs] == [True, True, False]
+
+
+def test_a_model_that_trainer_wrapped_in_autocast_is_still_padded(runs):
+    """Autocast rounds as a bf16 copy does; judged by it, every batch would hold one length and be slow."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    model = llama().eval()
+
+    def rounded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Rounds so coarsely that padding seems to be read."""
+        output = type(self).forward(self, *args, **kwargs)
+        output.logits = output.logits + torch.randn_like(output.logits)
+        return output
+
+    model.forward = convert_outputs_to_fp32(rounded.__get__(model))
+    model._original_forward = type(model).forward  # accelerate's mark
+    wrapped = model.forward
+    summaries_of(model, reviews=["Good mug.", "A mug that broke at once."])
+    assert len(runs[-1].input_ids) == 2
+    assert model.forward is wrapped
+
+
+def test_a_model_without_a_mask_gets_none(runs):
     class Unmasked(LlamaForCausalLM):
         def forward(self, input_ids=None, past_key_values=None, use_cache=None, **_):
             return super().forward(input_ids=input_ids)
 
-    model = spread(Unmasked(llama_config(use_cache=False)))
-    calls = recorded(model).calls
-    generate_summaries(model, chat_tokenizer(), ["bad"], max_new_tokens=2, progress=False)
-    assert "attention_mask" not in calls[0]
+    summaries_of(spread(Unmasked(llama_config(use_cache=False))), reviews=["bad"])
+    assert not hasattr(runs[0], "attention_mask")
 
 
 # --- what is summarised ----------------------------------------------------------------------------------------------
 
 
-def test_no_reviews_give_no_summaries():
+def test_blank_reviews_get_empty_summaries_without_running_the_model(runs):
     model = llama()
-    calls = recorded(model).calls
-    assert generate_summaries(model, chat_tokenizer(), []) == []
-    assert not calls
+    assert summaries_of(model, reviews=[]) == []
+    assert summaries_of(model, reviews=["", " \n\t"]) == ["", ""]
+    assert not runs
+    mixed = summaries_of(model, reviews=["", REVIEWS[1], "  "])
+    assert mixed == ["", *summaries_of(model, reviews=REVIEWS[1:2]), ""]
 
 
-def test_blank_reviews_get_empty_summaries_without_running_the_model():
-    model = llama()
-    calls = recorded(model).calls
-    assert generate_summaries(model, chat_tokenizer(), ["", " \n\t"]) == ["", ""]
-    assert not calls
-    mixed = generate_summaries(model, chat_tokenizer(), ["", REVIEWS[1], "  "], max_new_tokens=4, progress=False)
-    assert mixed[0] == mixed[2] == ""
-    assert mixed[1] == generate_summaries(model, chat_tokenizer(), REVIEWS[1:2], max_new_tokens=4, progress=False)[0]
-
-
-def test_a_review_that_is_not_a_text_is_an_error():
-    with pytest.raises(ReviewsError, match="Review 1 is NoneType"):
-        generate_summaries(llama(), chat_tokenizer(), ["good", None])
-    with pytest.raises(ReviewsError, match=r"one text; a list of texts is expected. Use \[review\]"):
-        generate_summaries(llama(), chat_tokenizer(), "good")
-
-
-def test_the_prompt_given_is_the_one_used():
+def test_the_prompt_given_is_the_one_used(runs):
     model, tokenizer = llama(), chat_tokenizer()
     prompt = read_prompt(tokenizer, model.config, template="{review} ->")
-    calls = recorded(model).calls
-    generate_summaries(model, tokenizer, ["bad"], prompt=prompt, max_new_tokens=2, progress=False)
-    assert calls[0]["input_ids"].tolist() == [prompt.encode("bad")["input_ids"]]
+    summaries_of(model, tokenizer, ["bad"], prompt=prompt)
+    assert runs[0].input_ids.tolist() == [prompt.encode("bad")["input_ids"]]
 
 
-def test_a_prompt_of_the_other_kind_is_an_error():
-    prompt = read_prompt(metaspace("", " </s>"), t5_config())
-    with pytest.raises(FreezeError, match="prompt is 'encoder-decoder', and LlamaForCausalLM is decoder-only"):
-        generate_summaries(llama(), metaspace(), ["bad"], prompt=prompt)
-
-
-def test_a_model_that_cannot_generate_is_an_error():
+def cannot_generate() -> BertModel:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    with pytest.raises(ModelError, match=r"BertModel cannot generate text.*AutoModelForCausalLM"):
-        generate_summaries(BertModel(BertConfig(vocab_size=ROWS, **sizes)), chat_tokenizer(), ["bad"])
-    with pytest.raises(ModelError, match="Linear cannot generate text"):
-        generate_summaries(nn.Linear(1, 1), chat_tokenizer(), ["bad"])
+    return BertModel(BertConfig(vocab_size=ROWS, **sizes))
 
 
-@pytest.mark.parametrize("name", generation.OWN_ARGUMENTS)
-def test_arguments_that_are_set_here_are_refused(name):
-    with pytest.raises(FreezeError, match=f"{name}= was given, but generate_summaries sets it itself"):
-        generate_summaries(llama(), chat_tokenizer(), ["bad"], **{name: 1})
+def prompt_tuned() -> Any:
+    from peft import PromptTuningConfig, get_peft_model
+
+    return get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
 
 
-def test_more_new_tokens_than_room_is_an_error():
-    model, tokenizer = llama(max_position_embeddings=256), chat_tokenizer()
-    prompt = read_prompt(tokenizer, model.config)
-    with pytest.raises(FreezeError, match=r"max_new_tokens=100 after a prompt of up to 192 tokens.*<= 64"):
-        generate_summaries(model, tokenizer, ["bad"], prompt=prompt, max_new_tokens=100)
+@pytest.mark.parametrize(
+    ("make", "asked", "error", "message"),
+    [
+        (llama, {"reviews": ["good", None]}, ReviewsError, "Review 1 is NoneType"),
+        (llama, {"reviews": "good"}, ReviewsError, r"one text; a list of texts is expected. Use \[review\]"),
+        (llama, {"prompt": lambda: read_prompt(metaspace("", " </s>"), t5_config())}, FreezeError,
+         "prompt is 'encoder-decoder', and LlamaForCausalLM is decoder-only"),
+        (lambda: llama(max_position_embeddings=256), {"max_new_tokens": 100,
+         "prompt": lambda: read_prompt(chat_tokenizer(), llama_config(max_position_embeddings=256))}, FreezeError,
+         r"max_new_tokens=100 after a prompt of up to 192 tokens.*<= 64"),
+        (llama, {"precision": "bf61"}, FreezeError,
+         r"precision='bf61'; known are None \(the model as it is\) and 'bf16'"),
+        (cannot_generate, {}, ModelError, r"BertModel cannot generate text.*AutoModelForCausalLM"),
+        (lambda: nn.Linear(1, 1), {}, ModelError, "Linear cannot generate text"),
+        (prompt_tuned, {}, ModelError, "prompt-learning adapter"),
+        *((llama, {name: 1}, FreezeError, f"{name}= was given, but generate_summaries sets it itself")
+          for name in generation.OWN_ARGUMENTS),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_summarised_is_an_error(make, asked, error, message):
+    asked = {name: value() if callable(value) else value for name, value in asked.items()}
+    with pytest.raises(error, match=message):
+        generate_summaries(make(), chat_tokenizer(), asked.pop("reviews", ["bad"]), **asked)
 
 
 # --- how it is decoded -----------------------------------------------------------------------------------------------
 
+BART_CNN = {"min_length": 56, "max_length": 142, "early_stopping": True, "length_penalty": 2.0, "num_beams": 4}
+OTHERS = {"max_new_tokens": 90, "min_new_tokens": 30, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 7}
+OTHERS |= {"no_repeat_ngram_size": 3, "num_return_sequences": 2, "return_dict_in_generate": True}
 
-def test_decoding_is_greedy_and_ours_whatever_the_checkpoint_says(caplog):
+
+def test_decoding_is_greedy_and_ours_whatever_the_checkpoint_says(spoken):
     """Settings like those of BART-CNN and of chat models; nothing of them may show, nor any warning."""
     tokenizer = metaspace("<s> ", " </s>")
-    expected = generate_summaries(bart(), tokenizer, REVIEWS, max_new_tokens=6, progress=False)
+    expected = summaries_of(bart(), tokenizer, max_new_tokens=6)
     model = bart()
-    model.generation_config = GenerationConfig(
-        **{name: getattr(model.generation_config, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")},
-        decoder_start_token_id=2,
-        min_length=56,
-        max_length=142,
-        max_new_tokens=90,
-        min_new_tokens=30,
-        early_stopping=True,
-        length_penalty=2.0,
-        num_beams=4,
-        do_sample=True,
-        temperature=0.6,
-        top_p=0.9,
-        top_k=7,
-        no_repeat_ngram_size=3,
-        num_return_sequences=2,
-        return_dict_in_generate=True,
-    )
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            found = generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=6, progress=False)
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert found == expected
-    assert not caplog.records
+    ids = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
+    model.generation_config = GenerationConfig(**ids, decoder_start_token_id=2, **BART_CNN, **OTHERS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert summaries_of(model, tokenizer, max_new_tokens=6) == expected
+    assert not spoken.records
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
-def test_a_decoder_that_samples_by_default_is_decoded_greedily_without_a_warning(make, caplog):
+def test_a_decoder_that_samples_by_default_is_decoded_greedily_without_a_warning(make, spoken):
     model, tokenizer = make(), chat_tokenizer()
     expected = one_by_one(model, tokenizer, REVIEWS, 6)
     model.generation_config.update(do_sample=True, temperature=0.6, max_length=20, min_length=9, top_p=0.9)
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    try:
-        assert generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=6, progress=False) == expected
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert not caplog.records
+    assert summaries_of(model, tokenizer, max_new_tokens=6) == expected
+    assert not spoken.records
 
 
 def test_forced_and_suppressed_tokens_are_kept():
     model, tokenizer = bart(), metaspace("<s> ", " </s>")
     word = tokenizer("kettle", add_special_tokens=False)["input_ids"][0]
     model.generation_config.forced_bos_token_id = word
-    said = generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=4, progress=False)
-    assert all(summary.startswith(tokenizer.decode([word]).strip()) for summary in said)
+    assert all(summary.startswith(tokenizer.decode([word]).strip()) for summary in summaries_of(model, tokenizer))
 
 
-def test_a_callers_arguments_are_followed():
-    model, tokenizer = llama(), chat_tokenizer()
-    recorder = recorded(model)
-    generate_summaries(model, tokenizer, REVIEWS, num_beams=3, max_new_tokens=5, no_repeat_ngram_size=2, progress=False)
-    used = recorder.calls[-1]["generation_config"]
+def test_a_callers_arguments_are_followed(runs):
+    summaries_of(llama(), num_beams=3, max_new_tokens=5, no_repeat_ngram_size=2)
+    used = runs[-1].config
     assert (used.num_beams, used.max_new_tokens, used.no_repeat_ngram_size) == (3, 5, 2)
 
 
-def test_generation_stops_at_the_prompts_end_and_at_every_eos():
-    model, tokenizer = llama(eos_token_id=7), chat_tokenizer(eos_token="<|endoftext|>")
-    recorder = recorded(model)
-    generate_summaries(model, tokenizer, ["bad"], max_new_tokens=2, progress=False)
-    assert recorder.calls[0]["generation_config"].eos_token_id == [0, 2, 7]
+def test_generation_stops_at_the_prompts_end_and_at_every_eos(runs):
+    summaries_of(llama(eos_token_id=7), chat_tokenizer(eos_token="<|endoftext|>"), ["bad"])
+    assert runs[0].config.eos_token_id == [0, 2, 7]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_nothing_after_a_stop_shows_also_where_it_is_no_special_token(batch_size):
     model, tokenizer = llama(), chat_tokenizer()
-    plain = generate_summaries(model, tokenizer, REVIEWS[:3], max_new_tokens=6, progress=False)
+    plain = summaries_of(model, tokenizer, REVIEWS[:3])
     ids = read_prompt(tokenizer, model.config).encode(REVIEWS[0])["input_ids"]
     first = int(model(torch.tensor([ids])).logits[0, -1].argmax())
     model.generation_config.eos_token_id = [2, first]
-    stopped = generate_summaries(model, tokenizer, REVIEWS[:3], max_new_tokens=6, batch_size=batch_size, progress=False)
     assert plain[0] != ""
-    assert stopped[0] == ""
+    assert summaries_of(model, tokenizer, REVIEWS[:3], batch_size=batch_size)[0] == ""
 
 
 def test_a_tokenizer_without_a_pad_token_is_served_and_left_without():
     model, tokenizer = llama(pad_token_id=None), chat_tokenizer()
-    expected = generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=4, progress=False)
+    expected = summaries_of(model, tokenizer)
     tokenizer.pad_token = None
-    assert generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=4, progress=False) == expected
+    assert summaries_of(model, tokenizer) == expected
     assert tokenizer.pad_token is None
 
 
@@ -357,12 +352,10 @@ def test_each_module_gets_its_own_mode_back():
     modes = [module.training for module in model.modules()]
     seen = []
     model.model.layers[1].register_forward_hook(lambda module, *_: seen.append(module.training))
-    generate_summaries(model, chat_tokenizer(), REVIEWS[:2], max_new_tokens=2, progress=False)
+    summaries_of(model)
     assert [module.training for module in model.modules()] == modes
-    assert True in modes
-    assert False in modes
-    assert seen
-    assert not any(seen)
+    assert set(modes) == {True, False}
+    assert set(seen) == {False}
 
 
 def test_mode_and_settings_come_back_after_an_error():
@@ -374,23 +367,22 @@ def test_mode_and_settings_come_back_after_an_error():
 
     model.generate = fail
     with pytest.raises(RuntimeError, match="out of memory"):
-        generate_summaries(model, chat_tokenizer(), ["bad"], progress=False)
+        summaries_of(model, reviews=["bad"])
     assert model.generation_config is settings
     assert all(module.training for module in model.modules())
 
 
-def test_the_configs_are_left_as_found_and_the_cache_is_used():
+def test_the_configs_are_left_as_found_and_the_cache_is_used(runs):
     model = llama(use_cache=False)
     config, settings = model.config.to_dict(), model.generation_config
     before = settings.to_dict()
-    recorder = recorded(model)
     widths = []
     model.model.embed_tokens.register_forward_hook(lambda _, args, __: widths.append(args[0].shape[1]))
-    generate_summaries(model, chat_tokenizer(), ["bad"], max_new_tokens=4, progress=False)
+    summaries_of(model, reviews=["bad"])
     assert model.config.to_dict() == config
     assert model.generation_config is settings
     assert settings.to_dict() == before
-    assert recorder.calls[0]["generation_config"].use_cache
+    assert runs[0].config.use_cache
     assert widths[1:] == [1] * (len(widths) - 1)
 
 
@@ -400,7 +392,7 @@ def test_checkpointed_training_does_not_slow_or_change_generation():
     model.activation_checkpointing_enable()
     model.enable_input_require_grads()
     model.train()
-    assert generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=4, progress=False) == expected
+    assert summaries_of(model, tokenizer) == expected
     assert model.is_activation_checkpointing
     assert model.training
 
@@ -414,7 +406,7 @@ def test_what_a_model_keeps_while_generating_serves_in_training():
         return output * kept.setdefault("table", torch.ones(()) * 1.0)
 
     model.model.embed_tokens.register_forward_hook(scale)
-    generate_summaries(model, chat_tokenizer(), REVIEWS, max_new_tokens=4, progress=False)
+    summaries_of(model)
     assert kept
     ids = torch.tensor([[5, 6, 7]])
     model(input_ids=ids, labels=ids).loss.backward()
@@ -428,29 +420,28 @@ def test_what_a_model_keeps_while_generating_serves_in_training():
 def test_a_bf16_run_leaves_the_model_bit_for_bit(name):
     model = MODELS[name]()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    summaries = generate_summaries(
-        model, tokenizer_for(model), REVIEWS, precision="bf16", max_new_tokens=4, progress=False
-    )
-    assert len(summaries) == len(REVIEWS)
+    assert len(summaries_of(model, tokenizer_for(model), precision="bf16")) == len(REVIEWS)
     after = model.state_dict()
     assert all(torch.equal(after[key], value) and after[key].dtype == value.dtype for key, value in before.items())
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_bf16_run_is_in_bf16(monkeypatch):
+def copy_of(model: Any, runs: list[Any]) -> Any:
+    """What runs where bf16 is asked for."""
+    summaries_of(model, reviews=["bad"], precision="bf16")
+    return runs[-1].model
+
+
+def test_a_bf16_run_is_in_bf16(runs):
     model = llama()
-    seen = []
-    real = generation._generate
-    monkeypatch.setattr(generation, "_generate", lambda runner, *rest: (seen.append(runner), real(runner, *rest))[1])
-    generate_summaries(model, chat_tokenizer(), ["bad"], precision="bf16", max_new_tokens=2, progress=False)
-    generate_summaries(model, chat_tokenizer(), ["bad"], max_new_tokens=2, progress=False)
-    assert {parameter.dtype for parameter in seen[0].parameters()} == {torch.bfloat16}
-    assert seen[1] is model
+    assert {parameter.dtype for parameter in copy_of(model, runs).parameters()} == {torch.bfloat16}
+    summaries_of(model, reviews=["bad"])
+    assert runs[-1].model is model
 
 
-def test_a_bf16_copy_keeps_ties_and_rotary_frequencies():
+def test_a_bf16_copy_keeps_ties_and_rotary_frequencies(runs):
     model = llama(tie_word_embeddings=True)
-    copied = generation._in_bf16(model)
+    copied = copy_of(model, runs)
     assert copied.lm_head.weight is copied.model.embed_tokens.weight
     assert torch.equal(copied.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
     assert copied.model.rotary_emb.inv_freq.dtype == torch.float32
@@ -462,17 +453,17 @@ def test_a_bf16_copy_keeps_ties_and_rotary_frequencies():
 def test_parameters_that_the_class_keeps_in_fp32_stay_so():
     model = llama()
     model._keep_in_fp32_modules_strict = {"lm_head"}
-    copied = generation._in_bf16(model)
+    copied = generation._in_bf16(model)  # whose head takes no bf16 states: no run of it
     assert copied.lm_head.weight.dtype == torch.float32
     assert copied.model.norm.weight.dtype == torch.bfloat16
 
 
-def test_a_bf16_model_is_not_copied():
+def test_a_bf16_model_is_not_copied(runs):
     model = llama().to(torch.bfloat16)
-    assert generation._in_bf16(model) is model
+    assert copy_of(model, runs) is model
 
 
-def test_a_bf16_copy_sheds_the_autocast_of_training():
+def test_a_bf16_copy_sheds_the_autocast_of_training(runs):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -480,7 +471,7 @@ def test_a_bf16_copy_sheds_the_autocast_of_training():
     try:
         model = Accelerator(cpu=True, mixed_precision="bf16").prepare(llama())
         assert hasattr(model, "_original_forward")
-        copied = generation._in_bf16(model)
+        copied = copy_of(model, runs)
         assert not hasattr(copied, "_original_forward")
         assert copied.forward.__self__ is copied
         assert copied(torch.tensor([[5, 6]])).logits.dtype == torch.bfloat16
@@ -493,67 +484,46 @@ def test_weights_that_are_not_here_cannot_be_copied():
     model = llama()
     model.model.layers[0].mlp.to("meta")
     with pytest.raises(ModelError, match=r"some weights of this LlamaForCausalLM are not in this process.*precision="):
-        generate_summaries(model, chat_tokenizer(), ["bad"], precision="bf16", progress=False)
-
-
-def test_an_unknown_precision_is_an_error():
-    with pytest.raises(FreezeError, match=r"precision='bf61'; known are None \(the model as it is\) and 'bf16'"):
-        generate_summaries(llama(), chat_tokenizer(), ["bad"], precision="bf61")
+        summaries_of(model, reviews=["bad"], precision="bf16")
 
 
 # --- wrappers --------------------------------------------------------------------------------------------------------
 
 
 def test_a_data_parallel_model_is_unwrapped():
-    model, tokenizer = llama(), chat_tokenizer()
-    expected = generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=4, progress=False)
-    assert generate_summaries(nn.DataParallel(model), tokenizer, REVIEWS, max_new_tokens=4, progress=False) == expected
+    model = llama()
+    assert summaries_of(nn.DataParallel(model)) == summaries_of(model)
 
 
 @pytest.mark.parametrize("precision", [None, "bf16"])
 def test_the_adapters_of_a_peft_model_speak(precision):
     from peft import LoraConfig, get_peft_model
 
-    tokenizer, asked = chat_tokenizer(), {"max_new_tokens": 6, "progress": False, "precision": precision}
-    base = generate_summaries(llama(), tokenizer, REVIEWS, **asked)
+    base = summaries_of(llama(), max_new_tokens=6, precision=precision)
     adapted = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
-    assert generate_summaries(adapted, tokenizer, REVIEWS, **asked) == base, "an untrained adapter changes nothing"
+    untrained = summaries_of(adapted, max_new_tokens=6, precision=precision)
+    assert untrained == base, "an untrained adapter changes nothing"
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=2.0)
-    assert generate_summaries(adapted, tokenizer, REVIEWS, **asked) != base
-
-
-def test_a_prompt_learning_adapter_is_an_error():
-    from peft import PromptTuningConfig, get_peft_model
-
-    model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
-    with pytest.raises(ModelError, match="prompt-learning adapter"):
-        generate_summaries(model, chat_tokenizer(), ["bad"])
+    assert summaries_of(adapted, max_new_tokens=6, precision=precision) != base
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_shares_cover_everything_once_and_differ_by_one_at_most(world_size):
-    shares = [share_of(range(5), rank, world_size) for rank in range(world_size)]
-    assert sorted(item for share in shares for item in share) == list(range(5))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-@pytest.mark.parametrize("world_size", [2, 7])
+@pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_processes_together_give_what_one_gives(monkeypatch, world_size):
-    model, tokenizer = llama(), chat_tokenizer()
+    model = llama()
     reviews = [*REVIEWS[:2], " ", *REVIEWS[2:]]
-    expected = generate_summaries(model, tokenizer, reviews, max_new_tokens=4, progress=False)
+    expected = summaries_of(model, reviews=reviews)
     shares: dict[int, Any] = {}
 
     def run(rank: int, gather: Any) -> list[str]:
         monkeypatch.setattr(generation, "rank_and_world", lambda: (rank, world_size))
         monkeypatch.setattr(generation, "tell_all", gather)
-        return generate_summaries(model, tokenizer, reviews, max_new_tokens=4, progress=False)
+        return summaries_of(model, reviews=reviews)
 
     for rank in range(world_size):
 
@@ -563,83 +533,31 @@ def test_processes_together_give_what_one_gives(monkeypatch, world_size):
 
         with pytest.raises(InterruptedError):
             run(rank, keep)
-    assert sum(map(len, shares.values())) == len(REVIEWS)
-
-    def gather(own: Any) -> list[Any]:
-        return [shares[rank] for rank in range(world_size)]
-
-    assert all(run(rank, gather) == expected for rank in range(world_size))
+    sizes = [len(share) for share in shares.values()]
+    assert sum(sizes) == len(REVIEWS)
+    assert max(sizes) - min(sizes) <= 1
+    assert all(run(rank, lambda own: list(shares.values())) == expected for rank in range(world_size))
 
 
-def test_a_process_may_work_alone(monkeypatch):
-    model, tokenizer = llama(), chat_tokenizer()
-    expected = generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=4, progress=False)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_process_may_work_alone_and_a_sharded_model_runs_everything_in_every_process(monkeypatch, sharded):
+    model = llama()
+    expected = summaries_of(model)
+    if sharded:
+        model.lm_head.weight.ds_id = 0
     monkeypatch.setattr(generation, "rank_and_world", lambda: (1, 2))
-    alone = generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=4, progress=False, split=False)
-    assert alone == expected
-
-
-def test_a_sharded_model_runs_everything_in_every_process(monkeypatch):
-    model, tokenizer = llama(), chat_tokenizer()
-    expected = generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=4, progress=False)
-    model.lm_head.weight.ds_id = 0
-    monkeypatch.setattr(generation, "rank_and_world", lambda: (1, 2))
-    assert generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=4, progress=False) == expected
+    assert summaries_of(model, split=sharded) == expected
 
 
 # --- progress --------------------------------------------------------------------------------------------------------
 
 
 def test_the_progress_bar_counts_reviews_and_can_be_silent(capsys, monkeypatch):
-    model, tokenizer = llama(), chat_tokenizer()
-    generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=2)
+    model = llama()
+    summaries_of(model, progress=True)
     assert "5/5" in capsys.readouterr().err
-    generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=2, progress=False)
+    summaries_of(model)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(generation, "rank_and_world", lambda: (1, 2))
-    generate_summaries(model, tokenizer, REVIEWS, max_new_tokens=2)
+    summaries_of(model, progress=True)
     assert capsys.readouterr().err == "", "only the first process shows a bar"
-
-
-def test_rounding_of_a_bf16_copy_does_not_forbid_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A deep bf16 model's logits move by several percent under padding; asked of the fp32 model they do not."""
-    tokenizer = chat_tokenizer()
-    model = LlamaForCausalLM(llama_config()).eval()
-    asked: list[torch.dtype] = []
-    original = generation._may_pad
-
-    def spy(asked_model: Any, *rest: Any) -> bool:
-        asked.append(asked_model.dtype)
-        return original(asked_model, *rest)
-
-    monkeypatch.setattr(generation, "_may_pad", spy)
-    generate_summaries(
-        model, tokenizer, ["Good mug.", "A mug that broke."], precision="bf16", progress=False, max_new_tokens=2
-    )
-    assert asked == [torch.float32]
-
-
-def test_a_model_that_trainer_wrapped_in_autocast_is_still_padded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Autocast rounds as a bf16 copy does; judged by it, every batch would hold one length and be slow."""
-    from accelerate.utils import convert_outputs_to_fp32
-
-    tokenizer = chat_tokenizer()
-    model = LlamaForCausalLM(llama_config()).eval()
-
-    def rounded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Rounds so coarsely that padding seems to be read."""
-        output = type(self).forward(self, *args, **kwargs)
-        output.logits = output.logits + torch.randn_like(output.logits)
-        return output
-
-    model.forward = convert_outputs_to_fp32(rounded.__get__(model))
-    model._original_forward = type(model).forward  # accelerate's mark
-    wrapped = model.forward
-    widths: list[int] = []
-    original = generation._generate
-    monkeypatch.setattr(
-        generation, "_generate", lambda m, ids, *rest: widths.append(len(ids)) or original(m, ids, *rest)
-    )
-    generate_summaries(model, tokenizer, ["Good mug.", "A mug that broke at once."], progress=False, max_new_tokens=2)
-    assert widths == [2]
-    assert model.forward is wrapped

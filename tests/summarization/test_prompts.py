@@ -148,40 +148,35 @@ def test_a_template_that_ends_in_white_space_gets_no_second_space():
     assert prompt.tokenizer.decode(labelled(prompt.encode(REVIEW, SUMMARY))) == SUMMARY + "<|im_end|>"
 
 
-@pytest.mark.parametrize(("template", "times"), [("Summarize:", 0), ("{review} {review}", 2)])
-def test_a_template_without_exactly_one_review_is_an_error(template, times):
-    with pytest.raises(FreezeError, match=rf"holds \{{review\}} {times} times; it must hold it exactly once"):
-        read_prompt(chat_tokenizer(), llama_config(), template=template)
-
-
-def test_a_source_prefix_for_a_decoder_is_an_error():
-    with pytest.raises(FreezeError, match="is for encoder-decoder models, and this model is decoder-only"):
-        read_prompt(chat_tokenizer(), llama_config(), source_prefix="summarize: ")
-
-
-def test_a_source_prefix_beside_a_template_is_an_error():
-    with pytest.raises(FreezeError, match="source_prefix and template both"):
-        read_prompt(metaspace("", " </s>"), t5_config(), source_prefix="a: ", template="b: {review}")
-
-
-def test_a_tokenizer_without_an_end_is_an_error():
-    tokenizer = byte_level(["<pad>"], pad_token="<pad>")
-    with pytest.raises(TokenizerMismatch, match="no eos_token, so a summary would have no end to learn"):
-        read_prompt(tokenizer, llama_config())
-
-
-@pytest.mark.parametrize("limits", [{"max_source_tokens": 0}, {"max_summary_tokens": -1}])
-def test_limits_below_one_are_an_error(limits):
-    with pytest.raises(FreezeError, match="must be at least 1"):
-        read_prompt(chat_tokenizer(), llama_config(), **limits)
+T5 = {"tokenizer": lambda: metaspace("", " </s>"), "config": t5_config}
+SHORT_BART = {"tokenizer": lambda: metaspace("<s> ", " </s>"), "config": lambda: BartConfig(**bart_sizes(**SHORT))}
+SHORT = {"max_position_embeddings": 32}
+NO_ROOM = r"No room: the text around a review takes \d+ tokens"
+ONCE = r"holds \{{review\}} {} times; it must hold it exactly once"
 
 
 @pytest.mark.parametrize(
-    ("positions", "limits"), [(64, {}), (512, {"max_source_tokens": 20}), (512, {"max_summary_tokens": 1})]
-)
-def test_no_room_for_prompt_and_summary_is_an_error(positions, limits):
-    with pytest.raises(TokenizerMismatch, match=r"No room: the text around a review takes \d+ tokens"):
-        read_prompt(chat_tokenizer(), llama_config(max_position_embeddings=positions), **limits)
+    ("asked", "error", "message"),
+    [
+        ({"template": "Summarize:"}, FreezeError, ONCE.format(0)),
+        ({"template": "{review} {review}"}, FreezeError, ONCE.format(2)),
+        ({"source_prefix": "summarize: "}, FreezeError, "for encoder-decoder models, and this model is decoder-only"),
+        (T5 | {"source_prefix": "a: ", "template": "b: {review}"}, FreezeError, "source_prefix and template both"),
+        ({"tokenizer": lambda: byte_level(["<pad>"], pad_token="<pad>")}, TokenizerMismatch,
+         "no eos_token, so a summary would have no end to learn"),
+        ({"max_source_tokens": 0}, FreezeError, "must be at least 1"),
+        ({"max_summary_tokens": -1}, FreezeError, "must be at least 1"),
+        ({"config": lambda: llama_config(max_position_embeddings=64)}, TokenizerMismatch, NO_ROOM),
+        ({"max_source_tokens": 20}, TokenizerMismatch, NO_ROOM),
+        ({"max_summary_tokens": 1}, TokenizerMismatch, NO_ROOM),
+        (SHORT_BART, TokenizerMismatch, r"max_summary_tokens=64, but the decoder takes 32"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_prompt_is_an_error(asked, error, message):
+    makers = {"tokenizer": chat_tokenizer, "config": llama_config} | asked
+    tokenizer, config = (makers.pop(name)() for name in ("tokenizer", "config"))
+    with pytest.raises(error, match=message):
+        read_prompt(tokenizer, config, **makers)
 
 
 def test_a_prompt_shortened_by_the_model_is_noted():
@@ -372,11 +367,6 @@ def test_a_long_review_keeps_the_encoders_end_token():
     ids = prompt.encode(REVIEW * 20, SUMMARY)["input_ids"]
     assert len(ids) <= 40
     assert (ids[0], ids[-1]) == (1, 2)
-
-
-def test_a_summary_longer_than_the_decoder_is_an_error():
-    with pytest.raises(TokenizerMismatch, match=r"max_summary_tokens=64, but the decoder takes 32"):
-        read_prompt(metaspace("<s> ", " </s>"), BartConfig(**bart_sizes(max_position_embeddings=32)))
 
 
 # --- data sets -------------------------------------------------------------------------------------------------------

@@ -26,24 +26,9 @@ from hf_freeze.summarization.rouge import (
 
 # few words, so that random texts share some; stems, capitals and sentence ends among them
 WORDS = st.sampled_from(
-    [
-        "shoes",
-        "shoe",
-        "running",
-        "runs",
-        "Small",
-        "small.",
-        "great!",
-        "the",
-        "The",
-        "4.5",
-        "e.g.",
-        "Mr.",
-        "...",
-        "café",
-        "wool\n",
-    ]
-)
+    ["shoes", "shoe", "running", "runs", "Small", "small.", "great!", "the", "The", "4.5", "e.g.", "Mr.", "...", "café",
+     "wool\n"]
+)  # fmt: skip
 TEXTS = st.lists(WORDS, max_size=12).map(" ".join) | st.text(max_size=30)
 NOT_LATIN = pytest.mark.filterwarnings("ignore:.*no Latin letter")
 

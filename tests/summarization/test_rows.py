@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,59 +54,6 @@ def test_parquet_rows_come_in_order_and_keep_their_types(tmp_path: Path) -> None
     rows = [{"id": number, "text": f"review {number}", "tags": ["a"]} for number in range(3000)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=700)
     assert values(tmp_path / "a.parquet") == rows
-
-
-def test_a_folder_is_read_in_the_order_of_its_names_and_its_files_must_agree(tmp_path: Path) -> None:
-    written(tmp_path, "2.csv", "id,text\n2,b\n")
-    written(tmp_path, "1.csv", "id,text\n1,a\n")
-    written(tmp_path, "notes.md", "not a table")
-    assert [row["id"] for row in values(tmp_path)] == ["1", "2"]
-    written(tmp_path, "3.csv", "id,review\n3,c\n")
-    with pytest.raises(ReviewsError, match=r"3\.csv has the columns .*Files of one folder must agree"):
-        RowFiles(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("id,text\n1,a\n2,b,c\n", r"line 3 has 3 cells, but the header has 2: '2,b,c'\. Put quotes around"),
-        ("id,text\n1,a\n2\n3,c\n", r"line 3 has 1 cells.*empty ones too: it has none for 'text'"),
-        ('id,text\n1,a\n2,"never closed\n3,c\n', r"begins at line 3 is broken.*never closed"),
-        ('id,text\n1,"a" b\n', r"begins at line 2 is broken.*text follows a closing quote"),
-        ('id,text\n1,"two\nlines"\n2,b,c\n', r"line 4 has 3 cells"),
-        ("id,id\n1,a\n", "header names 'id' more than once"),
-        ("i\0d\0,\0t\0\n\0", r"line 1 holds a NUL"),
-        ("", "is empty .0 bytes."),
-        ("\n \n", "is empty .blank lines only."),
-    ],
-)
-def test_a_broken_table_is_an_error_that_names_the_line(content: str, message: str, tmp_path: Path) -> None:
-    path = written(tmp_path, "a.csv", content)
-    with pytest.raises(ReviewsError, match=message):
-        values(path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"text": "a"}\n{"text": \n', r"line 2 is not JSON"),
-        ('{"text": "a"}\n["a"]\n', r"line 2 is an array, not an object"),
-        ('{"text": "a"}\n{"text": "\\ud83d"}\n', r"line 2 holds half a character"),
-        ("[" * 5000, r"line 1 is not JSON"),
-        ('{"text": "a"}\n\u00a0\n', r"line 2 is not JSON"),
-        ('{"text": "a", "n": ' + "9" * 5000 + "}", r"line 1 is not JSON \(Exceeds the limit"),
-        ('{"text": "a", "n": [' + '{"a": 1, "a": 2}]}', r"line 1 names 'a' more than once"),
-    ],
-)
-def test_a_broken_json_line_is_an_error_that_names_it(content: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ReviewsError, match=message):
-        values(written(tmp_path, "a.jsonl", content))
-
-
-def test_bytes_that_are_no_utf8_are_named_by_line_wherever_they_stand(tmp_path: Path) -> None:
-    for content in (b"id,t\xe9xt\n1,a\n", b"id,text\n" + b"1,a\n" * 5000 + b"2,caf\xe9\n"):
-        with pytest.raises(ReviewsError, match=r"not UTF-8: byte 0xe9 at offset \d+ \(line (1|5002)\)"):
-            values(written(tmp_path, "a.csv", content))
 
 
 def test_a_quote_that_is_never_closed_does_not_swallow_a_large_file(
@@ -175,16 +120,6 @@ def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path: Path) -> None:
         RowFiles(tmp_path / "a.parquet")
 
 
-def test_a_missing_file_names_the_nearest_and_an_unknown_ending_those_that_are_known(tmp_path: Path) -> None:
-    written(tmp_path, "reviews.csv", "text\na\n")
-    with pytest.raises(ReviewsError, match=r"No file or folder.*holds 'reviews\.csv'"):
-        RowFiles(tmp_path / "reviws.csv")
-    with pytest.raises(ReviewsError, match=r"ends in '\.xlsx'.*\.csv, \.tsv"):
-        RowFiles(written(tmp_path, "a.xlsx", "x"))
-    with pytest.raises(ReviewsError, match="neither a file nor a folder"):
-        RowFiles("/dev/null")
-
-
 def test_position_ends_at_the_size_of_all_files(tmp_path: Path) -> None:
     for name in ("1.jsonl", "2.jsonl"):
         written(tmp_path, name, '{"text": "a"}\n' * 10)
@@ -233,19 +168,6 @@ def test_a_cell_that_is_no_text_is_an_error_and_a_missing_one_is_blank() -> None
     assert row_text(Row({"id": 1}, "row 1"), "text") == ""
     with pytest.raises(ReviewsError, match=r"row 1 holds a number in column 'text', and a text is expected: 7"):
         row_text(Row({"text": 7}, "row 1"), "text")
-
-
-def test_ten_times_the_rows_take_no_more_memory() -> None:
-    def rows(count: int) -> Iterator[dict[str, str]]:
-        return ({"id": str(number), "review": f"review {number} " + "x" * 200} for number in range(count))
-
-    peaks = []
-    for count in (2_000, 20_000):
-        tracemalloc.start()
-        assert sum(1 for _ in GivenRows(rows(count))) == count
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 20_000, "200 bytes a row would be 3.6 MB more"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
