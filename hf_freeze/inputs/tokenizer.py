@@ -28,7 +28,7 @@ MOST_UNKNOWN = 0.2  # of the tokens; a fitting tokenizer has next to none on pla
 FEW_ROWS_USED = 0.5  # checkpoints pad their tables to round numbers, never to twice the vocabulary
 LARGEST_SANE_LENGTH = 10**9  # tokenizers write 1e30 where they know no limit
 
-# Tokens that checkpoints (Llama 3, GPT-NeoX) reserve and never train on, in the order of preference. No text holds them.
+# Tokens that checkpoints (Llama 3, GPT-NeoX) reserve and never train on, in the order of preference. No text has them.
 RESERVED_PADS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<PAD>")
 
 # Names under which configs keep the longest input.
