@@ -48,7 +48,7 @@ from hf_freeze.given import check_callable, check_kind, check_path
 from hf_freeze.machine import device_name, peak_bytes, reset_peak
 from hf_freeze.plan import FreezePlan, given_plan, plan_at_depth
 from hf_freeze.tensors import named_tensors, tensor_digest
-from hf_freeze.training.checkpoints import data_digest
+from hf_freeze.training.data_digest import data_digest
 
 __all__ = ["sweep_depths"]
 

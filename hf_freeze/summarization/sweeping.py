@@ -11,7 +11,7 @@ from hf_freeze.summarization.generation import generate_summaries
 from hf_freeze.summarization.rouge import compute_rouge
 from hf_freeze.summarization.runs import encode_splits
 from hf_freeze.summarization.training import SummaryTrainer, SummaryTrainingArguments
-from hf_freeze.training.checkpoints import data_digest
+from hf_freeze.training.data_digest import data_digest
 
 __all__ = ["sweep_reviews"]
 

@@ -9,26 +9,17 @@ writes into a folder. What is in a checkpoint is Trainer's business, but for `De
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import re
 import shutil
 import time
 import uuid
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from datetime import date, timedelta
-from datetime import time as time_of_day
-from decimal import Decimal
-from enum import Enum
-from fractions import Fraction
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
@@ -39,8 +30,9 @@ from hf_freeze.files import json_digest, write_json
 from hf_freeze.freezing import freeze_record
 from hf_freeze.given import check_path, check_trainer
 from hf_freeze.locks import leave_folder, take_folder
-from hf_freeze.processes import agreed, barrier, pulse
+from hf_freeze.processes import agreed, barrier
 from hf_freeze.tensors import unwrap
+from hf_freeze.training.data_digest import data_digest
 
 __all__ = ["CheckpointGuard", "DeltaCheckpoints", "guard_checkpoints", "last_whole_checkpoint", "resume_from"]
 
@@ -112,9 +104,11 @@ class CheckpointGuard(TrainerCallback):
         if record is not None:
             record[1].plan.save_pretrained(folder)
         sizes = {}
-        for path in _files(folder):
-            _flush(path)
-            sizes[str(path.relative_to(folder))] = path.stat().st_size
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and not path.name.startswith(MANIFEST):  # nor what a kill left of an earlier one
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                sizes[str(path.relative_to(folder))] = path.stat().st_size
         values = {"version": VERSION, "step": state.global_step, "written": time.time_ns(), "files": sizes}
         write_json(folder / MANIFEST, values | {"run_id": self.run_id, "run": self.facts})
         if self.limit is not None and self.limit >= 1:
@@ -129,8 +123,7 @@ def remove_checkpoints(folder: Path, run_id: str, limit: int, kept: Sequence[Pat
     highest. What carries no manifest of this run is another's: it stays.
     """
     own = [path for path in _checkpoints(folder) if read_manifest(path).get("run_id") == run_id]
-    last = [path for path in _last_first(own) if not _damage(path)][:limit]
-    keep = {path.resolve() for path in (*last, *kept)}
+    keep = {path.resolve() for path in (*_whole_ones(own)[:limit], *kept)}
     for path in own:
         if path.resolve() not in keep:
             shutil.rmtree(path, ignore_errors=True)
@@ -181,81 +174,9 @@ def run_facts(trainer: Any) -> dict[str, Any]:
     }
 
 
-def data_digest(dataset: Any) -> str | None:
-    """Digest of all rows in their order; None where they can only be iterated, or where nothing tells two rows apart.
-
-    That is so where a row comes otherwise at each reading, as with random augmentation, and where it holds something
-    that is neither a plain value, a tensor nor an image; a warning then names it.
-
-    >>> data_digest([{"input_ids": [1, 2]}]) == data_digest([{"input_ids": torch.tensor([1, 2])}])
-    True
-    """
-    if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__getitem__"):
-        return None
-    digest = hashlib.blake2b(digest_size=16)
-    for number in range(len(dataset)):
-        pulse()
-        try:
-            row = _row_bytes(dataset[number])
-            stable = number > 0 or row == _row_bytes(dataset[number])
-        except _NoContent as error:
-            warnings.warn(
-                f"Row {number} of the data holds {error}, by whose content it cannot be told from another; so a resume "
-                "cannot make sure that the rows are those of the run. Hand out plain values, tensors or images.",
-                stacklevel=2,
-            )
-            return None
-        if not stable:
-            warnings.warn(
-                "The first row of the data comes otherwise at each reading, as with random augmentation; so a resume "
-                "cannot make sure that the rows are those of the run. See to it that they are.",
-                stacklevel=2,
-            )
-            return None
-        digest.update(row)
-    return digest.hexdigest()
-
-
-class _NoContent(Exception):
-    """What a row holds has no content that a digest could be taken of; the text names it and its column."""
-
-
-def _row_bytes(row: Any) -> bytes:
-    try:
-        return json.dumps(row, sort_keys=True, default=_plain).encode()
-    except (_NoContent, TypeError, ValueError, RecursionError) as error:
-        if isinstance(row, Mapping):
-            for name, value in row.items():
-                try:
-                    json.dumps(value, sort_keys=True, default=_plain)
-                except (_NoContent, TypeError, ValueError, RecursionError) as inner:
-                    raise _NoContent(f"{inner} in column {name!r}") from error
-        raise _NoContent(str(error)) from error
-
-
-def _plain(value: Any) -> Any:
-    """What stands for a value that is none of JSON's own."""
-    if callable(getattr(value, "tolist", None)):
-        return value.tolist()  # tensors, arrays and numbers of theirs
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, set | frozenset):
-        return sorted(json.dumps(item, sort_keys=True, default=_plain) for item in value)
-    if isinstance(
-        value, bytes | date | time_of_day | timedelta | PurePath | Decimal | Fraction | Enum | uuid.UUID | complex
-    ):
-        return str(value)
-    if callable(getattr(value, "tobytes", None)) and hasattr(value, "mode") and hasattr(value, "size"):  # of PIL
-        palette = value.getpalette() if callable(getattr(value, "getpalette", None)) else None
-        return [value.mode, value.size, palette, hashlib.blake2b(value.tobytes(), digest_size=16).hexdigest()]
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
-    raise _NoContent(f"a {type(value).__module__}.{type(value).__qualname__}")
-
-
 def last_whole_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The newest checkpoint in an output folder that is whole; None where there is none."""
-    return next((path for path in _last_first(_checkpoints(Path(folder))) if not _damage(path)), None)
+    return next(iter(_whole_ones(_checkpoints(Path(folder)))), None)
 
 
 def _checkpoint(args: Any, state: Any) -> Path:
@@ -271,8 +192,9 @@ def _checkpoints(folder: Path) -> list[Path]:
         return []
 
 
-def _last_first(checkpoints: Sequence[Path]) -> list[Path]:
-    return sorted(checkpoints, key=lambda path: -read_manifest(path).get("written", 0))
+def _whole_ones(checkpoints: Sequence[Path]) -> list[Path]:
+    """The last written one first."""
+    return sorted((path for path in checkpoints if not _damage(path)), key=lambda path: -read_manifest(path)["written"])
 
 
 def resume_from(trainer: Any, asked: str | os.PathLike[str] | Literal[True]) -> str | None:
@@ -295,18 +217,16 @@ def resume_from(trainer: Any, asked: str | os.PathLike[str] | Literal[True]) -> 
     check_trainer("resume_from", trainer)
     if asked is not True:
         check_path("resume_from", "asked", asked)
-    output = Path(trainer.args.output_dir)
     if asked is True or str(asked).lower() in ("last", "true"):
-        found = last_whole_checkpoint(output)
-        if found is None:
+        newest = last_whole_checkpoint(trainer.args.output_dir)
+        if newest is None:
             return None
-        checkpoint = found
-    else:
-        checkpoint = Path(asked)
-        if damage := _damage(checkpoint):
-            other = last_whole_checkpoint(checkpoint.parent)
-            fix = f"The newest whole one is {other}." if other else "There is no whole one beside it: start anew."
-            raise ResumeError(f"--resume_from_checkpoint {checkpoint} was asked for; {damage}. {fix}")
+        asked = newest
+    checkpoint = Path(asked)
+    if damage := _damage(checkpoint):
+        other = last_whole_checkpoint(checkpoint.parent)
+        fix = f"The newest whole one is {other}." if other else "There is no whole one beside it: start anew."
+        raise ResumeError(f"--resume_from_checkpoint {checkpoint} was asked for; {damage}. {fix}")
     guard, manifest = guard_checkpoints(trainer), read_manifest(checkpoint)
     then, now = manifest["run"], guard.read_facts()
     differing = [name for name in FIXES if then.get(name) != now[name]]
@@ -365,17 +285,6 @@ class DeltaCheckpoints:
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _files(folder: Path) -> list[Path]:
-    """All but the manifest, and what a kill left of an earlier one."""
-    own = re.compile(rf"{re.escape(MANIFEST)}(\..*)?")
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and not own.fullmatch(path.name)]
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

@@ -8,29 +8,19 @@ import os
 import shutil
 import signal
 import socket
-import time
-from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
-from transformers import BatchEncoding
 
 from hf_freeze import FreezePlan, freeze
-from hf_freeze.depth.report import rewrite_runs
 from hf_freeze.errors import FreezeError, ResumeError
-from hf_freeze.files import write_json, write_whole
 from hf_freeze.freezing import freeze_record, verify_frozen
-from hf_freeze.locks import LOCK, leave_folder, take_folder
-from hf_freeze.training import checkpoints
+from hf_freeze.locks import LOCK
 from hf_freeze.training.checkpoints import (
     MANIFEST,
-    data_digest,
     guard_checkpoints,
     last_whole_checkpoint,
     read_manifest,
@@ -262,86 +252,6 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path: P
     os.waitpid(child, 0)
 
 
-def test_a_run_that_was_interrupted_leaves_its_folder_to_the_next_of_its_process_and_to_no_other(
-    tmp_path: Path,
-) -> None:
-    take_folder(tmp_path)
-    take_folder(tmp_path / ".." / tmp_path.name)
-    child = os.fork()
-    if not child:
-        try:
-            take_folder(tmp_path)
-        except FreezeError:
-            os._exit(3)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
-    leave_folder(tmp_path)
-    leave_folder(tmp_path)
-
-
-def test_a_copy_of_the_folder_and_a_worker_that_outlives_the_run_change_nothing_about_who_has_it(
-    tmp_path: Path,
-) -> None:
-    folder, runs = tmp_path / "run", tmp_path / "ends"
-    parent = os.fork()
-    if not parent:
-        take_folder(folder)
-        shutil.copytree(folder, tmp_path / "backup")  # which opens and closes the file of the lock
-        worker = os.fork()
-        if not worker:
-            time.sleep(30)
-            os._exit(0)
-        runs.with_suffix(".tmp").write_text(str(worker))
-        os.replace(runs.with_suffix(".tmp"), runs)
-        time.sleep(30)
-        os._exit(0)
-    while not runs.exists():
-        time.sleep(0.01)
-    try:
-        with pytest.raises(FreezeError, match=rf"process {parent} on .* is writing there"):
-            take_folder(folder)
-    finally:
-        os.kill(parent, signal.SIGKILL)
-        os.waitpid(parent, 0)
-    try:
-        take_folder(folder)
-        leave_folder(folder)
-    finally:
-        os.kill(int(runs.read_text()), signal.SIGKILL)
-
-
-def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("a file")
-    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(FreezeError, match=rf"into {folder}; no folder can be made there: .*output_dir\."):
-            take_folder(folder)
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda path: write_json(path, {}),
-        lambda path: rewrite_runs(path, []),
-        lambda path: write_whole(path, "text"),
-        lambda path: FreezePlan().save_pretrained(path),
-    ],
-    ids=["write_json", "rewrite_runs", "write_whole", "save_pretrained"],
-)
-def test_two_that_write_one_file_do_not_take_each_others_half(
-    write: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    replace = os.replace
-
-    def overtaken(*paths: Any) -> None:
-        monkeypatch.setattr(os, "replace", replace)
-        write(tmp_path / "place")
-        replace(*paths)
-
-    monkeypatch.setattr(os, "replace", overtaken)
-    write(tmp_path / "place")
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
 def test_a_manifest_half_written_by_a_kill_does_no_harm(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, max_steps=2)
     (tmp_path / "checkpoint-2").mkdir()
@@ -419,34 +329,31 @@ def test_without_any_whole_checkpoint_the_last_one_is_none(tmp_path: Path) -> No
         resume_from(trainer, tmp_path / "checkpoint-2")
 
 
+def other_weights() -> nn.Module:
+    model = pretrained()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    return model
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"plan": FreezePlan(decoder_blocks=1)}, r"its plan differs \(decoder_blocks was 2, is 1\)\. Give the plan"),
         ({"per_device_train_batch_size": 2}, r"its rows a step differ \(4, now 2\)"),
         ({"gradient_accumulation_steps": 2}, r"its rows a step differ \(4, now 8\)"),
+        ({"model": other_weights}, r"its frozen part differs\. Start from the model"),
+        ({"rows": lambda: Rows(reversed(review_rows("llama")))}, "its training data differs"),
     ],
 )
-def test_another_plan_or_batch_is_refused(whole: Any, given: dict[str, Any], message: str, tmp_path: Path) -> None:
-    plan = given.pop("plan", PLAN)
-    folder = broken(whole, tmp_path)
+def test_another_plan_batch_model_or_dataset_is_refused(
+    whole: Any, given: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    given = {name: value() if callable(value) else value for name, value in given.items()}
+    rows = given.pop("rows", None)
+    trainer = trainer_in(tmp_path, **given)
+    trainer.train_dataset = rows or trainer.train_dataset
     with pytest.raises(ResumeError, match=message):
-        resume_from(trainer_in(tmp_path, plan, **given), folder / "checkpoint-8")
-
-
-def test_another_model_is_refused(whole: Any, tmp_path: Path) -> None:
-    other = pretrained()
-    with torch.no_grad():
-        other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
-    with pytest.raises(ResumeError, match=r"its frozen part differs\. Start from the model"):
-        resume_from(trainer_in(tmp_path, model=other), broken(whole, tmp_path) / "checkpoint-8")
-
-
-def test_other_rows_are_refused(whole: Any, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, max_steps=8)
-    trainer.train_dataset = Rows(reversed(review_rows("llama")))
-    freeze(trainer.model, PLAN)
-    with pytest.raises(ResumeError, match="its training data differs"):
         resume_from(trainer, broken(whole, tmp_path) / "checkpoint-8")
 
 
@@ -464,68 +371,6 @@ def test_the_plan_lies_in_the_checkpoint(whole: Any) -> None:
     assert json.loads((folder / MANIFEST).read_text())["run"]["processes"] == 1
 
 
-def test_rows_that_can_only_be_iterated_have_no_digest() -> None:
-    class Stream(torch.utils.data.IterableDataset[Any]):
-        def __iter__(self) -> Any:
-            return iter([1])
-
-        def __len__(self) -> int:
-            return 1
-
-    assert data_digest(iter([1])) is None
-    assert data_digest(Stream()) is None
-    assert data_digest([{"a": [1]}]) != data_digest([{"a": [2]}])
-
-
-def image(level: int, mode: str = "L") -> Any:
-    return Image.new(mode, (4, 3), level)
-
-
-def test_rows_with_images_are_told_apart_by_their_pixels() -> None:
-    digest = data_digest([{"image": image(3), "label": 1}])
-    assert digest == data_digest([{"image": image(3), "label": 1}])  # other objects, at other addresses
-    others = [image(4), image(3, "P"), image(3, "RGB"), image(3).resize((3, 4))]
-    assert len({digest, *(data_digest([{"image": other, "label": 1}]) for other in others)}) == 5
-    assert data_digest([{"images": [image(3)]}]) != data_digest([{"images": [image(4)]}])
-
-
-@dataclass
-class Pair:
-    first: Any
-    second: Any = None
-
-
-@pytest.mark.parametrize(
-    ("one", "same", "other"),
-    [
-        (BatchEncoding({"ids": torch.arange(5000)}), BatchEncoding({"ids": torch.arange(5000)}),
-         BatchEncoding({"ids": torch.arange(5000).roll(1)})),
-        ({"a": {"x", "y", "z"}}, {"a": {"z", "y", "x"}}, {"a": {"x", "y"}}),
-        (Pair(b"1", date(2020, 1, 2)), Pair(b"1", date(2020, 1, 2)), Pair(b"1", date(2020, 1, 3))),
-        ({"a": np.array([1, "x"], dtype=object)}, {"a": [1, "x"]}, {"a": [1, "y"]}),
-    ],
-)  # fmt: skip
-def test_rows_of_all_kinds_have_a_digest_of_their_content(one: Any, same: Any, other: Any) -> None:
-    assert data_digest([one]) == data_digest([same]) != data_digest([other])
-    assert data_digest([one]) is not None
-
-
-def test_rows_without_content_have_no_digest_and_are_named() -> None:
-    with pytest.warns(
-        UserWarning, match=r"Row 1 of the data holds a builtins\.object in column 'audio', by whose content"
-    ):
-        assert data_digest([{"audio": [1]}, {"audio": [object()], "label": 1}]) is None
-    with pytest.warns(UserWarning, match=r"Row 0 of the data holds .* not supported between .* in column 'a'"):
-        assert data_digest([{"a": {1: 2, "b": 3}}]) is None
-
-    class Augmented(list[Any]):
-        def __getitem__(self, key: Any) -> Any:
-            return {"pixels": torch.rand(4)}
-
-    with pytest.warns(UserWarning, match=r"The first row of the data comes otherwise at each reading"):
-        assert data_digest(Augmented([1, 2])) is None
-
-
 def test_the_callers_arguments_are_left_alone(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     given = trainer.args
@@ -533,10 +378,3 @@ def test_the_callers_arguments_are_left_alone(tmp_path: Path) -> None:
     assert given.save_total_limit == 1 == guard.limit
     assert trainer.args.save_total_limit is None
     assert guard_checkpoints(trainer) is guard
-
-
-def test_ranks_hear_of_each_other_while_the_rows_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[int] = []
-    monkeypatch.setattr(checkpoints, "pulse", lambda: told.append(1))
-    data_digest([{"input_ids": [number]} for number in range(5)])
-    assert len(told) == 5
