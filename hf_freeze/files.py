@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,18 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(values, indent=1))
 
 
-def json_digest(values: Any) -> str:
-    """Digest of JSON values."""
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
+def _blake2b(content: bytes) -> Any:
+    return hashlib.blake2b(content, digest_size=16)
+
+
+def json_digest(values: Any, hasher: Callable[[bytes], Any] = _blake2b) -> str:
+    """Digest of JSON values.
+
+    Args:
+        hasher: For what lies on disks with another kind of digest already.
+    """
+    digest: str = hasher(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return digest
 
 
 def cache_folder() -> Path:

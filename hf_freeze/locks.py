@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hf_freeze.errors import FreezeError
 
-__all__ = ["alone_in", "leave_folder", "take_folder"]
+__all__ = ["alone_in", "flock", "leave_folder", "take_folder"]
 
 LOCK = "_hf_freeze_run.lock"  # a Trainer's upload leaves out what begins with an underscore
 _taken: dict[Path, int] = {}  # the open file that has the lock
@@ -115,12 +115,10 @@ def alone_in(folder: Path, wait_seconds: float = 0.0) -> Iterator[bool]:
 
 
 def _lock(descriptor: int, deadline: float) -> bool:
-    """By flock: a lock of POSIX would go as soon as this process closes the file anywhere, as by a copy of it."""
-    import fcntl
-
+    """Whether it could be locked here at all."""
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(descriptor)
             return True
         except BlockingIOError:
             if time.monotonic() >= deadline:
@@ -128,3 +126,17 @@ def _lock(descriptor: int, deadline: float) -> bool:
             time.sleep(0.01)
         except OSError:
             return False
+
+
+def flock(descriptor: int, *, shared: bool = False) -> None:
+    """Locks an open file for its holder alone or, `shared`, with others who share it; never waits. Not on Windows.
+
+    By flock: a lock of POSIX would go as soon as this process closes the file anywhere, as by a copy of it.
+
+    Raises:
+        BlockingIOError: Others hold it.
+        OSError: It cannot be locked, as on some network disks.
+    """
+    import fcntl
+
+    fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

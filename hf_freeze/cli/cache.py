@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from hf_freeze.cli import Say, Told
 from hf_freeze.errors import FreezeError
@@ -44,13 +41,10 @@ def run(args: argparse.Namespace, say: Say) -> Told:
 
 
 def _listed(folder: Path) -> Told:
+    from hf_freeze.prefix import describe_caches
     from hf_freeze.tables import Table, count_text
 
-    caches: list[dict[str, Any]] = []
-    for manifest in _manifests(folder):
-        with suppress(FileNotFoundError):  # removed by another process meanwhile
-            caches.append(_describe(manifest))
-    caches.sort(key=lambda cache: cache["last_used"], reverse=True)
+    caches = describe_caches(folder)
     rows = tuple(
         (
             Path(cache["folder"]).name,
@@ -70,36 +64,12 @@ def _listed(folder: Path) -> Told:
     return Told(text, {"cache_dir": str(folder), "bytes": total, "caches": caches})
 
 
-def _manifests(folder: Path) -> list[Path]:
-    from hf_freeze.prefix import MANIFEST
-
-    return sorted(folder.glob(f"*/{MANIFEST}"))
-
-
-def _describe(manifest: Path) -> dict[str, Any]:
-    """What a manifest and the headers of its shards say; no state is read, and nothing is marked as used."""
-    from hf_freeze.prefix import folder_bytes, read_manifest, stored_rows
-
-    place = manifest.parent
-    used = datetime.fromtimestamp(manifest.lstat().st_mtime, UTC).isoformat(timespec="seconds")
-    told: dict[str, Any] = {"folder": str(place), "bytes": folder_bytes(place), "rows": None, "last_used": used}
-    try:
-        key, _, model = read_manifest(place)
-        # A store knows its model by the digest of the frozen weights; the name is of the one that built it.
-        told |= {"model": model or f"weights {str(key['weights'])[:8]}", "precision": key["precision"], "key": key}
-        told["cuts"] = ", ".join(f"{stack} {blocks}" for stack, blocks in key["cuts"])
-        told["rows"] = stored_rows(place)
-    except (FreezeError, KeyError, TypeError, ValueError) as error:
-        told = {"model": "damaged", "cuts": "", "damage": str(error), **told}
-    return told
-
-
 def _cleared(folder: Path) -> Told:
-    from hf_freeze.prefix import PrefixCache
+    from hf_freeze.prefix import PrefixCache, describe_caches
 
-    before = len(_manifests(folder))
+    before = len(describe_caches(folder))
     freed = PrefixCache.clear(folder)
-    kept = len(_manifests(folder))
+    kept = len(describe_caches(folder))
     text = f"{before - kept} caches removed from {folder}, {freed / 1e6:,.1f} MB freed"
     if kept:
         text += f"; {kept} stay: runs train from them, or they are no caches of this version"

@@ -35,8 +35,7 @@ from hf_freeze.forecast import Forecast, forecast
 from hf_freeze.freezing import freeze_record
 from hf_freeze.given import check_model
 from hf_freeze.plan import FreezePlan, given_plan, plan_at_depth
-from hf_freeze.prefix.build import move
-from hf_freeze.prefix.replay import autocast
+from hf_freeze.prefix.states import autocast, move
 from hf_freeze.processes import rank_and_world
 from hf_freeze.tables import count_text
 from hf_freeze.tensors import unwrap

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,8 @@ from hf_freeze.errors import CannotCache, FreezeError
 from hf_freeze.freezing import freeze, thaw
 from hf_freeze.plan import FreezePlan
 from hf_freeze.prefix import PrefixCache, PreparedCache
-from hf_freeze.prefix.build import move
-from hf_freeze.prefix.replay import autocast
 from hf_freeze.prefix.rows import PREFIX_KEY
+from hf_freeze.prefix.states import autocast, move
 from hf_freeze.training.supervised import all_logits, supervised_logits_only
 from hf_freeze.trial import on_trial, seed_all
 
@@ -155,8 +154,7 @@ class Probe:
         """The states of a depth; `ready` has proved that they can be replayed."""
         if self._prepared is None or not (cuts := self.cuts(depth)):
             return None
-        prefix = next(p for p in self._prepared.prepared.prefixes if tuple(map(tuple, p.cuts)) == tuple(cuts))
-        return replace(self._prepared, prepared=replace(self._prepared.prepared, prefixes=(prefix,))).open()
+        return self._prepared.open(cuts)
 
     @staticmethod
     def _restore(weights: list[tuple[nn.Parameter, torch.Tensor]]) -> None:

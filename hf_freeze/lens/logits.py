@@ -19,7 +19,7 @@ from hf_freeze.errors import FreezeError
 from hf_freeze.lens.results import Numbers, Rows, layer_name, six_digits
 from hf_freeze.lens.states import Kept, call, looking, record, without_labels
 from hf_freeze.lens.texts import ids_read_by, real_tokens, text_batches, token_texts
-from hf_freeze.prefix.replay import map_tree
+from hf_freeze.prefix.states import map_tree
 from hf_freeze.tables import Table
 
 __all__ = ["LogitLens", "logit_lens"]

@@ -16,7 +16,7 @@ from hf_freeze.errors import FreezeError
 from hf_freeze.lens.results import Numbers, Rows, six_digits
 from hf_freeze.lens.states import call, core_of, looking, record, without_labels
 from hf_freeze.lens.texts import ids_read_by, real_tokens, text_batches, token_texts
-from hf_freeze.prefix.replay import map_tree
+from hf_freeze.prefix.states import map_tree
 
 __all__ = ["ActivationMap", "AttentionMap", "activation_map", "attention_map"]
 

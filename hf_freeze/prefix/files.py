@@ -1,4 +1,4 @@
-"""Files of a cache, read as what they are and not as what they should be; written whole or not at all.
+"""Files of a cache, read as what they are and not as what they should be; written by `hf_freeze.files`.
 
 Only regular files are opened, and every number in one is checked before it is used. Nothing is memory-mapped: a map of
 a file that another process cuts short ends this process (SIGBUS), and shows the bytes that it writes. What `pread` does
@@ -16,7 +16,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ import xxhash
 from safetensors.torch import save_file
 
 from hf_freeze.errors import CacheDamaged, FreezeError
+from hf_freeze.files import whole
 
 __all__ = ["DTYPES", "Identity", "Place", "TensorFile", "identity_of", "is_regular", "is_shape", "open_regular",
            "read_json", "read_tensor", "set_aside", "tensors_checksum", "write_tensors"]  # fmt: skip
@@ -111,8 +112,8 @@ def _unreadable(path: Path, error: OSError) -> FreezeError:
 
 def identity_of(descriptor: int) -> Identity:
     """Which file it is, and as of when."""
-    found = os.fstat(descriptor)
-    return Identity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    status = os.fstat(descriptor)
+    return Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 _SEEKING = threading.Lock()
@@ -325,25 +326,19 @@ def read_tensor(path: Path, descriptor: int, place: Place) -> torch.Tensor:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> tuple[TensorFile, Identity]:
-    """Writes a safetensors file by a rename, with its checksum in the metadata; returns which file that is."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    """Writes a safetensors file whole, with its checksum in the metadata; returns which file that is."""
     # Contiguous, since safetensors writes nothing else: an image model may keep its channels last.
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(tensors, temporary, metadata={"checksum": tensors_checksum(tensors), **metadata})
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-            written = TensorFile.read(temporary, file.fileno())
+    with ExitStack() as opened:
+        with whole(path) as temporary:
+            save_file(tensors, temporary, metadata={"checksum": tensors_checksum(tensors), **metadata})
+            with open_regular(temporary) as descriptor:
+                written = TensorFile.read(temporary, descriptor)
             if sys.platform != "win32":  # where an open file cannot be renamed
-                os.replace(temporary, path)
-                return written, identity_of(file.fileno())
-        os.replace(temporary, path)
-        with open_regular(path) as descriptor:
-            return written, identity_of(descriptor)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+                descriptor = opened.enter_context(open_regular(temporary))
+        if sys.platform == "win32":
+            descriptor = opened.enter_context(open_regular(path))
+        return written, identity_of(descriptor)
 
 
 def tensors_checksum(tensors: Mapping[str, torch.Tensor]) -> str:

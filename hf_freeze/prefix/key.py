@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_freeze.errors import FreezeError
+from hf_freeze.files import json_digest
 from hf_freeze.marks import is_mark
-from hf_freeze.prefix.leases import MANIFEST
-from hf_freeze.prefix.replay import Prefix
-from hf_freeze.prefix.store import read_manifest
+from hf_freeze.prefix.folder import known_caches
+from hf_freeze.prefix.states import Prefix, device_of
 from hf_freeze.tensors import tensor_digest
 
 __all__ = ["cache_key", "describe", "folder_of", "nearest_key", "own_hooks"]
@@ -42,24 +41,24 @@ REQUIRES_GRAD_ONLY = "make_inputs_require_grads"  # what transformers puts on em
 DEPTH = 5  # of objects within objects; deeper, a class's name stands for the object
 
 
-def cache_key(model: Any, prefix: Prefix) -> dict[str, Any]:
-    """What a store was computed with, as JSON-ready values. Reads every weight of the prefix once.
+def cache_key(model: Any, prefix: Prefix, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What a store was computed with, as JSON-ready values.
 
     Args:
         model: The unwrapped model.
+        digests: Of the prefix's tensors.
     """
     import transformers
 
-    weights = hashlib.sha256(json.dumps(sorted(prefix.digest().items())).encode()).hexdigest()
     streams = [[leaf.name, leaf.kind, list(leaf.dims), str(leaf.dtype)] for kind in ("stream", "table")
                for leaf in prefix.leaves(kind).values()]  # fmt: skip
-    inside = [module for part in prefix.replaced for module in part.module.modules()]
+    inside = prefix.modules()
     settings = [_module(module, private=True) for module in inside]
     settings += [_module(module, private=False) for module in prefix.around]
     classes = {type(module) for module in (*inside, *prefix.around)}
     code = sorted(json.dumps(_class(kind), sort_keys=True) for kind in classes)
     return {
-        "weights": weights[:32],
+        "weights": _digest(sorted(digests.items())),
         "settings": _digest(settings),
         "code": _digest(code),
         "config": _digest(_config(getattr(model, "config", None))),
@@ -67,7 +66,7 @@ def cache_key(model: Any, prefix: Prefix) -> dict[str, Any]:
         "precision": prefix.precision,
         "attention": prefix.attention,
         "streams": streams,
-        "arithmetic": _arithmetic(next(model.parameters()).device),
+        "arithmetic": _arithmetic(device_of(model)),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -75,20 +74,15 @@ def cache_key(model: Any, prefix: Prefix) -> dict[str, Any]:
 
 def folder_of(folder: Path, key: dict[str, Any]) -> Path:
     """Where the store of a key lies in a folder of caches."""
-    return folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    return folder / _digest(key)[:24]
 
 
 def nearest_key(folder: Path, key: dict[str, Any]) -> str:
     """What the cache there that is most alike was built for instead."""
-    differences: list[list[str]] = []
-    for path in folder.glob(f"*/{MANIFEST}"):
-        with suppress(FreezeError):
-            other, _, _ = read_manifest(path.parent)
-            differences.append([name for name in key if key[name] != other.get(name)])
+    differences = [[name for name in key if key[name] != other.get(name)] for other, _ in known_caches(folder)]
     if not differences:
         return ""
-    nearest = sorted(differences, key=len)[0]
-    return f"The nearest one there differs in: {', '.join(nearest)}. "
+    return f"The nearest one there differs in: {', '.join(sorted(differences, key=len)[0])}. "
 
 
 def own_hooks(module: nn.Module) -> list[Any]:
@@ -233,4 +227,4 @@ def _name(thing: Any) -> str:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return json_digest(value, hashlib.sha256)[:32]

@@ -1,8 +1,7 @@
 """Who uses a store: trainers and builders share its lease, and only who has it alone may remove the store.
 
 The lease is a lock on a file of its own, which is made once, never written or replaced, and goes with the store only:
-a lock belongs to an inode, and whoever waits on one that is gone holds nothing. Removes of a store what a store
-consists of, and nothing that somebody else has put there.
+a lock belongs to an inode, and whoever waits on one that is gone holds nothing.
 """
 
 from __future__ import annotations
@@ -10,43 +9,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import sys
 import time
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 
 from hf_freeze.errors import CacheDamaged, FreezeError
+from hf_freeze.locks import flock
 from hf_freeze.prefix.files import is_regular
 
-__all__ = [
-    "LOCK",
-    "MANIFEST",
-    "SHARDS",
-    "TABLES",
-    "clear_caches",
-    "evict_caches",
-    "folder_bytes",
-    "remove_leftovers",
-    "shard_paths",
-    "share_store",
-]  # fmt: skip
+__all__ = ["LOCK", "PATIENCE_SECONDS", "alone_with", "share_store"]
 
-MANIFEST = "manifest.json"
-SHARDS = "rows-*.safetensors"
-TABLES = "tables.safetensors"
 LOCK = "lock"
 PATIENCE_SECONDS = 30.0  # for who removes a store of some TB; who only looks holds the lock for a moment
-_SHARD = re.compile(r"rows-[0-9a-f]{32}\.safetensors")
-
-
-def shard_paths(folder: Path) -> list[Path]:
-    """What bears a shard's name in a store, whatever it is."""
-    return sorted(path for path in folder.glob(SHARDS) if _SHARD.fullmatch(path.name))
-
-
-# ----------------------------------------------------------------------------------------------------------- lease
 
 
 def share_store(folder: Path) -> int | None:
@@ -92,8 +67,6 @@ def _lock(folder: Path, *, shared: bool) -> int | None:
     """
     if sys.platform == "win32":
         return None
-    import fcntl
-
     path = folder / LOCK
     while True:
         if os.path.lexists(path) and not is_regular(path):
@@ -109,7 +82,7 @@ def _lock(folder: Path, *, shared: bool) -> int | None:
             except FileNotFoundError:  # the folder is there, and no lock can be made in it
                 raise error from None
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            flock(descriptor, shared=shared)
             # Who waited for one that removed the store holds the lock of a file that is gone.
             if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                 return descriptor
@@ -121,7 +94,7 @@ def _lock(folder: Path, *, shared: bool) -> int | None:
         os.close(descriptor)
 
 
-def _alone(folder: Path, *, asked: bool = False) -> contextlib.ExitStack | None:
+def alone_with(folder: Path, *, asked: bool = False) -> contextlib.ExitStack | None:
     """Keeps everybody else from a store for the length of a `with`; None where somebody uses it.
 
     Args:
@@ -138,86 +111,3 @@ def _alone(folder: Path, *, asked: bool = False) -> contextlib.ExitStack | None:
     if descriptor is not None:
         stack.callback(os.close, descriptor)
     return stack
-
-
-# -------------------------------------------------------------------------------------------------------- many caches
-
-
-def _caches(cache_dir: Path) -> list[Path]:
-    """The stores in a folder, least recently used first; nothing that is not one."""
-    used: dict[Path, float] = {}
-    with contextlib.suppress(OSError):
-        for folder in cache_dir.iterdir():
-            if re.fullmatch("[0-9a-f]{24}", folder.name) and is_regular(folder / MANIFEST):
-                with contextlib.suppress(OSError):  # another process has removed it since
-                    used[folder] = (folder / MANIFEST).stat().st_mtime
-    return sorted(used, key=lambda folder: used[folder])
-
-
-def _parts(folder: Path) -> list[Path]:
-    """The files that a store consists of, in the order in which it is removed.
-
-    A store that is half removed must be one still, to be removed the next time; its lock goes last.
-    """
-    leftovers = [path for pattern in ("*.tmp", "*.weights") for path in folder.glob(pattern)]
-    named = [folder / TABLES, folder / MANIFEST, folder / LOCK]
-    return [path for path in (*leftovers, *shard_paths(folder), *named) if is_regular(path)]
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of the files of a store."""
-    total = 0
-    for path in _parts(folder):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size
-    return total
-
-
-def clear_caches(cache_dir: str | os.PathLike[str]) -> int:
-    """Removes every prefix cache in a folder that nobody uses, and nothing else; returns the bytes freed.
-
-    On Windows, which has no leases, those in use go too, but for what the system keeps because it is open.
-    """
-    return sum(_remove(folder, asked=True) for folder in _caches(Path(cache_dir)))
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes what killed runs have left in a store, where nobody uses it."""
-    if not is_regular(folder / MANIFEST) or (alone := _alone(folder)) is None:
-        return
-    with alone:
-        for leftover in (*folder.glob("*.tmp"), *folder.glob("*.weights")):
-            if is_regular(leftover):
-                with contextlib.suppress(OSError):
-                    leftover.unlink()
-
-
-def _remove(folder: Path, *, asked: bool = False) -> int:
-    """Removes a store, unless somebody uses it; returns the bytes freed. What is not of the store stays."""
-    if (alone := _alone(folder, asked=asked)) is None:
-        return 0
-    freed = 0
-    with alone:
-        for path in _parts(folder):
-            with contextlib.suppress(OSError):
-                size = path.stat().st_size
-                path.unlink()
-                freed += size
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-    return freed
-
-
-def evict_caches(cache_dir: Path, limit_bytes: int, keep: Iterable[Path], needed_bytes: int = 0) -> list[Path]:
-    """Removes the least recently used caches until the rest and `needed_bytes` fit in the limit; returns them."""
-    kept = {path.resolve() for path in keep}
-    sizes = {folder: folder_bytes(folder) for folder in _caches(cache_dir)}
-    total = sum(sizes.values()) + needed_bytes
-    gone = []
-    for folder in sizes:
-        if total <= limit_bytes:
-            break
-        if folder.resolve() not in kept and (freed := _remove(folder)):
-            gone.append(folder)
-            total -= freed
-    return gone

@@ -7,10 +7,10 @@ cache that can be told before the first byte is here or in what this module call
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -22,15 +22,15 @@ from hf_freeze.freezing import freeze_record
 from hf_freeze.given import check_callable, check_kind, check_model
 from hf_freeze.marks import REPLAY
 from hf_freeze.plan import FreezePlan
-from hf_freeze.prefix.build import move
-from hf_freeze.prefix.crossing import find_prefix
-from hf_freeze.prefix.dataset import Collator, Rows, progress_bar, read_dataset
 from hf_freeze.prefix.proof import check_states, check_training
-from hf_freeze.prefix.replay import AUTOCAST, Prefix
+from hf_freeze.prefix.rows import Collator, Rows, progress_bar, read_dataset
+from hf_freeze.prefix.search import find_prefix
+from hf_freeze.prefix.states import AUTOCAST, Prefix, device_of, move
+from hf_freeze.processes import rank_and_world
 from hf_freeze.tensors import unwrap
 from hf_freeze.trial import autocast_left, is_being_trained, take_off_autocast
 
-__all__ = ["Prepared", "prepare", "refuse_moving_positions", "two_sided", "wider_sample"]
+__all__ = ["Prepared", "refuse_moving_positions", "wider_sample"]
 
 CHECKED_ROWS, CHECKED_TOKENS = 8, 1024  # of the proof that a row's states are its own: seconds on a CPU
 MOVING_ROPES = ("dynamic", "longrope")  # transformers' names of positions that follow the batch
@@ -47,74 +47,92 @@ class Prepared:
         known: The dataset's rows as a cut with the decoder's side sees them (True) and as one without does (False).
         sample: Three rows of unlike length.
         folder: Where caches live.
+        token_budget, max_cache_bytes, progress: As of `PrefixCache.build`; bars are the first process's.
     """
 
     model: Any
     anatomy: Anatomy
     collator: Collator
     prefixes: tuple[Prefix, ...]
-    known: dict[bool, Rows]
+    known: Mapping[bool, Rows]
     sample: list[int]
     folder: Path
+    token_budget: int | None
+    max_cache_bytes: int | None
+    progress: bool
 
     def rows_of(self, prefix: Prefix) -> Rows:
         """The rows as this prefix knows them."""
-        return self.known[two_sided(prefix.cuts)]
+        return self.known[prefix.with_target]
 
+    @classmethod
+    def decide(
+        cls,
+        model: nn.Module,
+        dataset: Any,
+        collator: Collator | None,
+        *,
+        cache_dir: str | os.PathLike[str] | None,
+        precision: str | None,
+        also: Sequence[FreezePlan],
+        blocks: BlocksGiven | None,
+        progress: bool,
+        token_budget: int | None,
+        max_cache_bytes: int | None,
+    ) -> Self:
+        """Everything that must be known and hold before a row is computed. Arguments as of `PrefixCache.build`."""
+        check_model("PrefixCache.build", model)
+        _check_precision_name(precision)
+        if collator is None:
+            from transformers import default_data_collator
 
-def prepare(
-    model: nn.Module,
-    dataset: Any,
-    collator: Collator | None,
-    *,
-    cache_dir: str | os.PathLike[str] | None,
-    precision: str | None,
-    also: Sequence[FreezePlan],
-    blocks: BlocksGiven | None,
-    progress: bool,
-) -> Prepared:
-    """Everything that must be known and hold before a row is computed. Arguments as of `PrefixCache.build`."""
-    check_model("PrefixCache.build", model)
-    _check_precision_name(precision)
-    if collator is None:
-        from transformers import default_data_collator
-
-        collator = default_data_collator
-    check_callable("PrefixCache.build", "data_collator", collator, "the model's keyword arguments for a list of rows")
-    for plan in also:
-        check_kind("PrefixCache.build", "also", plan, FreezePlan, "a sequence of FreezePlans", "also=[plan]")
-    core: Any = unwrap(model)
-    _refuse_wrapped(core)
-    if REPLAY in core.__dict__:
-        raise FreezeError(
-            f"A prefix cache was asked for a {type(core).__name__} that trains from another one already. Call its "
-            "close() first, or add(dataset) for more rows."
+            collator = default_data_collator
+        check_callable(
+            "PrefixCache.build", "data_collator", collator, "the model's keyword arguments for a list of rows"
         )
-    _settle_autocast(core, precision)
-    anatomy = read_anatomy(core, blocks=blocks)
-    cuts = _cuts_of(core, anatomy)
-    every = [cuts, *(_cuts_of_plan(plan, anatomy, cuts) for plan in also)]
-    known = {  # a cut that ends in the encoder knows its rows by the source alone
-        two: read_dataset(dataset, collator, core, with_target=two, progress=progress)
-        for two in {two_sided(wanted) for wanted in every}
-    }
-    rows = known[two_sided(cuts)]
-    refuse_moving_positions(core, rows)
-    sample = _sample(rows)
-    prefixes = []
-    wanted_cuts = list(dict.fromkeys(every))
-    with progress_bar(None, "proving the prefix", " checks", progress, total=3 * len(wanted_cuts)) as bar:
-        for wanted in wanted_cuts:
-            batch = move(collator([rows.features[row] for row in sample]), next(core.parameters()).device)
-            prefix = find_prefix(core, anatomy, wanted, batch, None if precision == "fp32" else precision)
-            bar.update()
-            check_states(core, prefix, rows, wider_sample(rows), collator)
-            bar.update()
-            check_training(core, prefix, rows, sample, collator)
-            bar.update()
-            prefixes.append(prefix)
-    folder = Path(cache_dir) if cache_dir is not None else cache_folder() / "prefix"
-    return Prepared(core, anatomy, collator, tuple(prefixes), known, sample, folder)
+        for plan in also:
+            check_kind("PrefixCache.build", "also", plan, FreezePlan, "a sequence of FreezePlans", "also=[plan]")
+        core: Any = unwrap(model)
+        _refuse_wrapped(core)
+        if REPLAY in core.__dict__:
+            raise FreezeError(
+                f"A prefix cache was asked for a {type(core).__name__} that trains from another one already. Call its "
+                "close() first, or add(dataset) for more rows."
+            )
+        _settle_autocast(core, precision)
+        anatomy = read_anatomy(core, blocks=blocks)
+        cuts = _cuts_of(core, anatomy)
+        wanted_cuts = list(dict.fromkeys([cuts, *(_cuts_of_plan(plan, anatomy, cuts) for plan in also)]))
+        progress = progress and rank_and_world()[0] == 0
+        kinds = dict.fromkeys(_two_sided(wanted) for wanted in wanted_cuts)
+        known = read_dataset(dataset, collator, core, kinds=kinds, progress=progress)
+        rows = known[_two_sided(cuts)]
+        refuse_moving_positions(core, rows)
+        sample = _sample(rows)
+        prefixes = []
+        with progress_bar(None, "proving the prefix", " checks", progress, total=3 * len(wanted_cuts)) as bar:
+            for wanted in wanted_cuts:
+                batch = move(collator([rows.features[row] for row in sample]), device_of(core))
+                prefix = find_prefix(core, anatomy, wanted, batch, None if precision == "fp32" else precision)
+                bar.update()
+                check_states(core, prefix, rows, wider_sample(rows), collator)
+                bar.update()
+                check_training(core, prefix, rows, sample, collator)
+                bar.update()
+                prefixes.append(prefix)
+        folder = Path(cache_dir) if cache_dir is not None else cache_folder() / "prefix"
+        return cls(
+            core,
+            anatomy,
+            collator,
+            tuple(prefixes),
+            known,
+            sample,
+            folder,
+            token_budget,
+            max_cache_bytes,
+            progress,
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
@@ -193,7 +211,7 @@ def _cuts_of(core: nn.Module, anatomy: Anatomy) -> tuple[Cut, ...]:
     return cuts
 
 
-def two_sided(cuts: Sequence[tuple[str, int]]) -> bool:
+def _two_sided(cuts: Sequence[tuple[str, int]]) -> bool:
     """Whether a part of the decoder above an encoder is cached, so that the decoder's input counts."""
     return len({stack for stack, _ in cuts}) == 2
 
@@ -206,14 +224,14 @@ def _cuts_of_plan(plan: FreezePlan, anatomy: Anatomy, cuts: tuple[Cut, ...]) -> 
     trained = {
         id(tensors[name]) for name in plan.resolve(anatomy).trained if tensors[name].requires_grad or name in ours
     }
-    found, _ = find_cuts(anatomy, {name for name, tensor in tensors.items() if id(tensor) in trained})
+    shallower, _ = find_cuts(anatomy, {name for name, tensor in tensors.items() if id(tensor) in trained})
     depth = dict(cuts)
-    if not found or any(blocks > depth.get(stack, 0) for stack, blocks in found):
+    if not shallower or any(blocks > depth.get(stack, 0) for stack, blocks in shallower):
         raise CannotCache(
-            f"PrefixCache.build was asked to take {plan} in the same pass; its cut {list(map(tuple, found))} is not "
-            f"within {list(map(tuple, cuts))}, what is frozen now. Freeze the deepest plan first."
+            f"PrefixCache.build was asked to take {plan} in the same pass; its cut {list(map(tuple, shallower))} is "
+            f"not within {list(map(tuple, cuts))}, what is frozen now. Freeze the deepest plan first."
         )
-    return found
+    return shallower
 
 
 # ------------------------------------------------------------------------------------------------------------- finding
@@ -230,9 +248,7 @@ def _sample(rows: Rows) -> list[int]:
 
 def wider_sample(rows: Rows) -> list[int]:
     """Rows for the proof: of all lengths as far as a few thousand tokens go, else of the shorter ones."""
-    ordered = sorted(
-        dict(zip(reversed(rows.digests), reversed(range(len(rows))), strict=True)).values(), key=rows.tokens
-    )
+    ordered = sorted(rows.unique(), key=rows.tokens)
     while len(ordered) > CHECKED_ROWS and rows.tokens(ordered[-1]) * CHECKED_ROWS > CHECKED_TOKENS:
         ordered = ordered[: max(CHECKED_ROWS, len(ordered) * 3 // 4)]
     step = (len(ordered) - 1) / max(1, CHECKED_ROWS - 1)

@@ -16,11 +16,20 @@ from torch import nn
 
 from hf_freeze.errors import CannotCache
 from hf_freeze.exactness import ROUNDING, compare, copy_row, grain_of, relative_gaps, row_gap, step_tensors
-from hf_freeze.prefix.build import capture, move, pad_states, split_rows
-from hf_freeze.prefix.crossing import same_results
-from hf_freeze.prefix.dataset import Collator, Rows, collate
-from hf_freeze.prefix.replay import Prefix, Replay, autocast
-from hf_freeze.prefix.rows import PREFIX_KEY, TARGET, read_rows
+from hf_freeze.prefix.replay import replaying
+from hf_freeze.prefix.rows import PREFIX_KEY, Collator, Rows, collate, read_rows
+from hf_freeze.prefix.search import same_results
+from hf_freeze.prefix.states import (
+    Prefix,
+    autocast,
+    capture,
+    device_of,
+    move,
+    pad_states,
+    running,
+    states_alone,
+    states_of,
+)
 from hf_freeze.trial import on_trial
 
 __all__ = ["check_states", "check_training"]
@@ -40,28 +49,24 @@ def check_states(model: nn.Module, prefix: Prefix, rows: Rows, sample: list[int]
     Raises:
         CannotCache: A row's states change with its neighbours, its padding or the mode.
     """
-    device = next(model.parameters()).device
-    leaves = prefix.leaves("stream")
     exact, grain = _exact(model, prefix)
     batch = collate(collator, [rows.features[row] for row in sample])
-    moved = move(batch, device)
-    with autocast(exact.precision, device), on_trial(model, training=True):
-        in_training = capture(model, exact, moved)
-    with autocast(exact.precision, device), on_trial(model, training=False):
-        taken = capture(model, exact, moved)
+    with running(model, exact.precision, training=True):
+        in_training = capture(model, exact, move(batch, device_of(model)))
+    with running(model, exact.precision, training=False):
+        taken, among_others = states_of(model, exact, batch)
         if moving := [name for name in taken if not _close(in_training[name], taken[name], BLIND_TO_PADDING)]:
             raise CannotCache(
                 f"The frozen prefix gives other states in training than in evaluation ({moving[0].split(':')[0]}): a "
                 "dropout that stands outside of its modules is on, so its states change at every step. Set that "
                 "dropout in model.config to 0, or train without the cache."
             )
-        together = read_rows(batch, with_target=TARGET in prefix.sides)
-        for place, among in enumerate(split_rows(taken, leaves, together)):
-            alone = _states_alone(model, exact, rows, sample[place], collator)
+        for row, among in zip(sample, among_others, strict=True):
+            alone = states_alone(model, exact, collator, rows.features[row])
             for name, tensor in alone.items():
                 if not _close(among[name], tensor, INDEPENDENT if grain == "fp32" else INDEPENDENT_LOW):
                     raise CannotCache(
-                        f"The frozen prefix gives row {sample[place]} other states among longer rows than alone "
+                        f"The frozen prefix gives row {row} other states among longer rows than alone "
                         f"({name.split(':')[0]}). A model with absolute positions needs padding on the right, or "
                         "position_ids; experts with a capacity and batch norms look at the whole batch and cannot be "
                         "cached."
@@ -79,19 +84,17 @@ def check_training(model: nn.Module, prefix: Prefix, rows: Rows, sample: list[in
         CannotCache: Loss or gradients differ, or change with what stands at padded places; or they would not differ
             with the states of other rows either.
     """
-    device = next(model.parameters()).device
-    leaves = prefix.leaves("stream")
-    sides = {name: leaf.side for name, leaf in leaves.items()}
+    sides = prefix.stream_sides()
     exact, grain = _exact(model, prefix)
     low = grain != "fp32"
     batch = collate(collator, [rows.features[row] for row in sample])
-    together = read_rows(batch, with_target=TARGET in prefix.sides)
-    moved = move(batch, device)
-    with autocast(exact.precision, device), on_trial(model, training=False):
-        taken = capture(model, exact, moved)
-        alone = [_states_alone(model, exact, rows, row, collator) for row in sample]
+    together = read_rows(batch, with_target=prefix.with_target)
+    moved = move(batch, device_of(model))
+    with running(model, exact.precision, training=False):
+        taken, among_others = states_of(model, exact, batch)
+        alone = [states_alone(model, exact, collator, rows.features[row]) for row in sample]
     states, noisy = pad_states(alone, sides, together), pad_states(alone, sides, together, noise=True)
-    own = pad_states(list(split_rows(taken, leaves, together)), sides, together)
+    own = pad_states(among_others, sides, together)
     if states is None or noisy is None or own is None or any(own[name].shape != states[name].shape for name in own):
         raise CannotCache(
             "The frozen prefix gives rows states of unlike shapes; they cannot be one batch. Train without the cache."
@@ -101,7 +104,7 @@ def check_training(model: nn.Module, prefix: Prefix, rows: Rows, sample: list[in
             f"The frozen prefix gives rows other states among longer rows than alone ({far[0].split(':')[0]}); they "
             "cannot be stored one by one. Train without the cache."
         )
-    replay = Replay(exact, {name: taken[name] for name in prefix.leaves("table")}, {})
+    tables = {name: taken[name] for name in prefix.leaves("table")}
     rounding = ROUNDING[grain] if low else SAME_GRADIENT
     noise: list[dict[str, float]] = []
 
@@ -121,10 +124,9 @@ def check_training(model: nn.Module, prefix: Prefix, rows: Rows, sample: list[in
         both = (own, _rounded_otherwise(own, states, draw))
         return relative_gaps(*(_run(model, moved | {PREFIX_KEY: given})[1] for given in both))
 
-    with autocast(exact.precision, device):
+    with autocast(exact.precision, device_of(model)):
         plain, gradients = _run(model, moved)
-        handles = replay.attach([model])
-        try:
+        with replaying(model, exact, tables):
             replayed, from_own = run_from(states), ""
             with torch.no_grad(), on_trial(model, training=True):
                 disturbed = model(**moved, **{PREFIX_KEY: noisy})
@@ -136,17 +138,15 @@ def check_training(model: nn.Module, prefix: Prefix, rows: Rows, sample: list[in
             seen = any(differs(*run_from(copy_row(states, *pair))) for pair in pairs)
             if pairs and not seen:  # rows that differ where no label looks, such as in their last token
                 seen = bool(differs(*run_from(_turned(states))))
-        finally:
-            replay.detach([model], handles)
-    if told := same_results(replayed[0], disturbed, BLIND_TO_PADDING, together):
+    if difference := same_results(replayed[0], disturbed, BLIND_TO_PADDING, together):
         raise CannotCache(
-            f"What stands above the cut looks at padding: {told} when the padding's states change. Experts with a "
-            "capacity and balancing losses over all tokens do so; rows stored without padding cannot replay them."
+            f"What stands above the cut looks at padding: {difference} when the padding's states change. Experts with "
+            "a capacity and balancing losses over all tokens do so; rows stored without padding cannot replay them."
         )
-    if told := from_own or differs(*replayed):
+    if difference := from_own or differs(*replayed):
         raise CannotCache(
-            f"Training from the stored states is not plain training: {told}. What stands above the cut looks at more "
-            "of the prefix than its states. Train without the cache."
+            f"Training from the stored states is not plain training: {difference}. What stands above the cut looks at "
+            "more of the prefix than its states. Train without the cache."
         )
     if pairs and not seen:
         raise CannotCache(
@@ -191,12 +191,6 @@ def _rounded_otherwise(
         signs = torch.randint(0, 2, tensor.shape, generator=generator, device=tensor.device) * 2 - 1
         moved[name] = (tensor.float() + signs * (states[name].float() - tensor.float())).to(tensor.dtype)
     return moved
-
-
-def _states_alone(model: nn.Module, exact: Prefix, rows: Rows, row: int, collator: Collator) -> dict[str, torch.Tensor]:
-    single = collate(collator, [rows.features[row]])
-    states = capture(model, exact, move(single, next(model.parameters()).device))
-    return next(split_rows(states, exact.leaves("stream"), read_rows(single, with_target=TARGET in exact.sides)))
 
 
 def _run(model: nn.Module, batch: Mapping[str, Any], *, training: bool = True) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -19,7 +19,8 @@ from torch import nn
 from hf_freeze.errors import CacheDamaged, FreezeError
 from hf_freeze.marks import RELEASED
 from hf_freeze.prefix.files import Identity, TensorFile, identity_of, open_regular, read_tensor
-from hf_freeze.prefix.replay import Prefix, Replay
+from hf_freeze.prefix.replay import Replay
+from hf_freeze.prefix.states import Prefix
 from hf_freeze.tensors import tensor_digest
 
 __all__ = ["Released"]
@@ -40,7 +41,7 @@ class Released:
         self.file: Path | None = None
         self.identity: Identity | None = None  # of the file as it was written
         self.folder = folder
-        self.modules = [module for part in prefix.replaced for module in part.module.modules()]
+        self.modules = prefix.modules()
         inside = set(self.modules)
         outside = {
             id(p) for module in model.modules() if module not in inside for p in module.parameters(recurse=False)
@@ -87,16 +88,15 @@ class Released:
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> Path:
         path = self.folder / f"prefix-{os.getpid()}-{id(self):x}.weights"
-        temporary = path.with_suffix(".tmp")
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-            os.replace(temporary, path)
+            path.unlink(missing_ok=True)  # of an earlier release: what stands there now may lead elsewhere
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
             with open_regular(path) as descriptor:
                 TensorFile.read(path, descriptor)  # what cannot be read back must not leave
                 self.identity = identity_of(descriptor)
         except Exception as error:
             with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
             raise FreezeError(
                 f"release_prefix was asked for; the prefix's weights could not be written to {path}: {error}. They "
                 "stay in memory; free space there, or leave release_prefix out."

@@ -1,18 +1,17 @@
 """Replays a frozen prefix from stored states: for the length of one forward, placeholders stand where its modules are.
 
-A `Prefix` says which modules a cut makes superfluous and which of their outputs are needed above it. A batch that
-carries states gets them from the placeholders, and no module of the prefix is called; a batch without runs the whole
-model. State lives on the model as plain values and the hooks are functions of this module, so a deepcopy or a pickle
-of the model replays as well. The model's `forward` is never assigned. What to store is `crossing`'s business.
+A batch that carries states gets them from the placeholders, and no module of the prefix is called; a batch without
+runs the whole model. State lives on the model as plain values and the hooks are functions of this module, so a deepcopy
+or a pickle of the model replays as well. The model's `forward` is never assigned. What to store is `search`'s business.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,143 +20,13 @@ from hf_freeze.errors import CannotCache
 from hf_freeze.marks import ON_TRIAL, REPLAY
 from hf_freeze.prefix.casts import Casts
 from hf_freeze.prefix.rows import PREFIX_KEY
-from hf_freeze.prefix.store import StreamSpec, TableSpec
-from hf_freeze.tensors import is_sharded, tensor_digest
+from hf_freeze.prefix.states import AUTOCAST, Leaf, Prefix, Replaced, map_tree
+from hf_freeze.tensors import is_sharded
 
-__all__ = ["Leaf", "Prefix", "Replaced", "Replay", "autocast", "map_tree"]
+__all__ = ["Replay", "replaying"]
 
 MISSES = 10  # training batches without states before a warning
 FULL_CHECK_EVERY = 64  # forwards between two looks at every module of the prefix; its known tensors are seen each time
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-Dim = int | str  # a size, or "rows", "source", "target", "rows*source", "rows*target"
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One tensor in what a replaced module returns.
-
-    Attributes:
-        kind: "stream" is read from the store; "table" is the same for all rows and cut to the batch's lengths;
-            "input" hands on the module's own first input; "zeros" is needed by nothing but for its shape.
-        name: Of the stream or table.
-        dims: The tensor's shape, with the batch's sizes by name.
-    """
-
-    kind: Literal["stream", "table", "input", "zeros"]
-    name: str
-    dims: tuple[Dim, ...]
-    dtype: torch.dtype
-
-    @property
-    def side(self) -> str:
-        """The side whose length it follows, "" for none."""
-        return next((dim for dim in ("source", "target") if dim in self.dims), "")
-
-    def spec(self) -> StreamSpec:
-        """How the store keeps it: rows and tokens first."""
-        rest = tuple(dim for dim in self.dims if isinstance(dim, int))
-        return StreamSpec(self.name, self.side, str(self.dtype).removeprefix("torch."), rest)
-
-    def to_rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """From the module's layout to [rows, tokens, ...]."""
-        axes = [self.dims.index("rows")] + ([self.dims.index(self.side)] if self.side else [])
-        return tensor.movedim(axes, list(range(len(axes))))
-
-    def from_rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """From [rows, tokens, ...] to the module's layout."""
-        axes = [self.dims.index("rows")] + ([self.dims.index(self.side)] if self.side else [])
-        return tensor.movedim(list(range(len(axes))), axes)
-
-
-def map_tree(function: Callable[[Any], Any], value: Any) -> Any:
-    """The same structure of tuples, lists and mappings (transformers' outputs too) with the function applied inside."""
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tree(function, item) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)(map_tree(function, item) for item in value)
-    if isinstance(value, Mapping):
-        items = {key: map_tree(function, item) for key, item in value.items()}
-        return dict(items) if type(value) is dict else type(value)(**items)
-    return function(value)
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """A module of the prefix: where it stands, and what each of its calls in one forward returns, tensors as leaves."""
-
-    name: str
-    module: nn.Module = field(repr=False, compare=False)
-    slots: tuple[tuple[nn.Module, str], ...] = field(repr=False, compare=False)
-    outputs: tuple[Any, ...] = ()
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What of a model is replaced, for which cuts, and in which precision its states are computed.
-
-    Attributes:
-        beside: Frozen tensors that the states depend on and that stay in use, by name: a learnt scale before the first
-            block, an embedding that is also called above the cut.
-        around: Modules that decide about the states and are not replaced: the stacks themselves, rotary tables.
-    """
-
-    cuts: tuple[tuple[str, int], ...]
-    replaced: tuple[Replaced, ...]
-    precision: str | None
-    attention: str
-    sides: tuple[str, ...]
-    beside: tuple[tuple[str, torch.Tensor], ...] = field(default=(), repr=False, compare=False)
-    around: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
-
-    def leaves(self, kind: str) -> dict[str, Leaf]:
-        """The leaves of a kind by name, in the order in which the model makes them."""
-        found: dict[str, Leaf] = {}
-
-        def look(leaf: Any) -> None:
-            if isinstance(leaf, Leaf) and leaf.kind == kind:
-                found[leaf.name] = leaf
-
-        for module in self.replaced:
-            map_tree(look, module.outputs)
-        return found
-
-    def streams(self) -> tuple[StreamSpec, ...]:
-        """What a store of it holds of each row."""
-        return tuple(leaf.spec() for leaf in self.leaves("stream").values())
-
-    def tables(self) -> tuple[TableSpec, ...]:
-        """What a store of it holds for all rows."""
-        return tuple(TableSpec(leaf.name, leaf.dtype, leaf.dims) for leaf in self.leaves("table").values())
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What the states depend on: parameters and buffers of the replaced modules, beside and around them.
-
-        Buffers that no checkpoint holds count too: rotary frequencies, position ids.
-        """
-        tensors: dict[str, torch.Tensor] = {}
-        for part in self.replaced:
-            own = part.module.state_dict(keep_vars=True) | dict(part.module.named_buffers())
-            tensors |= {f"{part.name}.{name}": tensor for name, tensor in own.items()}
-        tensors |= dict(self.beside)
-        for place, module in enumerate(self.around):
-            named = module.named_buffers(recurse=False)
-            tensors |= {f"{type(module).__name__} {place}.{name}": buffer for name, buffer in named}
-        once: dict[int, str] = {}
-        for name, tensor in tensors.items():
-            if isinstance(tensor, torch.Tensor):
-                once.setdefault(id(tensor), name)
-        return {name: tensors[name] for name in once.values()}
-
-    def digest(self) -> dict[str, str]:
-        """Digest of every tensor of the prefix."""
-        return {name: tensor_digest(tensor) for name, tensor in self.tensors().items()}
-
-
-def autocast(precision: str | None, device: torch.device) -> torch.autocast:
-    """The autocast context of a precision; off for None and "fp32"."""
-    dtype = AUTOCAST.get(precision or "")
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 class Placeholder(nn.Module):
@@ -209,6 +78,11 @@ class Replay:
         self._calls: dict[str, int] = {}
         self._seen: tuple[Any, ...] = ()
         self._casts = Casts([])
+        self._entries: list[nn.Module] = []
+        self._handles: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_entries": [], "_handles": []}  # a copy of the model is not this cache's to let go
 
     # ------------------------------------------------------------------------------------------------ one forward
 
@@ -393,36 +267,50 @@ class Replay:
 
     # -------------------------------------------------------------------------------------------------------- hooks
 
-    def attach(self, entries: list[nn.Module]) -> list[Any]:
-        """Hooks the modules that a batch may reach first; returns the handles.
+    def attach(self, entries: list[nn.Module]) -> None:
+        """Hooks the modules that a batch may reach first.
 
         PEFT calls the inner model's forward without its hooks, so the outermost module, the model inside and its
         stacks are all entries; the first that sees the states takes them.
         """
-        handles: list[Any] = []
         self.outermost = entries[0]
-        below = {module for part in self.prefix.replaced for module in part.module.modules()}
+        below = set(self.prefix.modules())
         self._casts = Casts([module for module in entries[0].modules() if module not in below])
-        for module in dict.fromkeys(entries):
+        self._entries = list(dict.fromkeys(entries))
+        for module in self._entries:
             module.__dict__[REPLAY] = self
             # Before the hooks of others, whose notes about this call a comparison with fresh states would wipe out.
-            handles.append(module.register_forward_pre_hook(_take_states, with_kwargs=True, prepend=True))
-            handles.append(module.register_forward_hook(_put_back, always_call=True))
-            handles.append(module.register_state_dict_pre_hook(_put_back))  # type: ignore[no-untyped-call]
+            self._handles += [
+                module.register_forward_pre_hook(_take_states, with_kwargs=True, prepend=True),
+                module.register_forward_hook(_put_back, always_call=True),
+                module.register_state_dict_pre_hook(_put_back),  # type: ignore[no-untyped-call]
+            ]
             if callable(getattr(module, "generate", None)) and "generate" not in module.__dict__:
                 module.__dict__["generate"] = functools.partial(_generate, module)
-        return handles
 
-    def detach(self, entries: list[nn.Module], handles: list[Any]) -> None:
-        """Undoes `attach`, in the middle of a forward that the keyboard has interrupted too."""
+    def detach(self) -> bool:
+        """Undoes `attach`, after a forward that the keyboard has interrupted too; says whether it was attached."""
         self.leave()
-        for handle in handles:
+        attached, self._handles = self._handles, []
+        for handle in attached:
             handle.remove()
-        for module in dict.fromkeys(entries):
+        for module in self._entries:
             module.__dict__.pop(REPLAY, None)
             own = module.__dict__.get("generate")
             if isinstance(own, functools.partial) and own.func is _generate:
                 del module.__dict__["generate"]
+        return bool(attached)
+
+
+@contextmanager
+def replaying(model: nn.Module, prefix: Prefix, tables: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """A model that takes states for the length of a `with`: a trial of a replay, with no store behind it."""
+    replay = Replay(prefix, tables, {})
+    replay.attach([model])
+    try:
+        yield
+    finally:
+        replay.detach()
 
 
 def _address(tensor: torch.Tensor) -> int:

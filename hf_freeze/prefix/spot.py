@@ -20,14 +20,11 @@ from torch import nn
 from hf_freeze.errors import CannotCache, FreezeError, worded
 from hf_freeze.exactness import RowGap, row_gap
 from hf_freeze.marks import is_mark
-from hf_freeze.prefix.build import capture, move, split_rows
-from hf_freeze.prefix.dataset import Collator, Rows, collate
 from hf_freeze.prefix.key import HOOKS, INTERNAL, own_hooks
-from hf_freeze.prefix.replay import Prefix, autocast
-from hf_freeze.prefix.rows import TARGET, read_rows
+from hf_freeze.prefix.rows import TARGET, Collator, Rows, collate, read_rows
+from hf_freeze.prefix.states import Prefix, capture, device_of, running, states_alone, states_of
 from hf_freeze.prefix.store import Store
 from hf_freeze.tensors import is_sharded
-from hf_freeze.trial import on_trial
 
 __all__ = ["SpotCheck", "check_stored_rows"]
 
@@ -57,19 +54,11 @@ def check_stored_rows(
     Raises:
         CannotCache: A row's stored states are not what the model computes; the message has the row and the size.
     """
-    device = next(model.parameters()).device
     leaves = prefix.leaves("stream")
-    with_target = TARGET in prefix.sides
-    batch = collate(collator, [rows.features[row] for row in sample])
     bars: dict[str, tuple[float, float]] = {}
-    with on_trial(model, training=False), autocast(prefix.precision, device):
-        together = capture(model, prefix, move(batch, device))
-        among = split_rows(together, leaves, read_rows(batch, with_target=with_target))
-        fresh = []
-        for row in sample:
-            single = collate(collator, [rows.features[row]])
-            states = capture(model, prefix, move(single, device))
-            fresh.append(next(split_rows(states, leaves, read_rows(single, with_target=with_target))))
+    with running(model, prefix.precision, training=False):
+        together, among = states_of(model, prefix, collate(collator, [rows.features[row] for row in sample]))
+        fresh = [states_alone(model, prefix, collator, rows.features[row]) for row in sample]
     for one, other in zip(fresh, among, strict=True):
         for name in leaves:
             own, least = row_gap(other[name], one[name]), _least(one[name], prefix.precision)
@@ -165,9 +154,8 @@ class SpotCheck:
             self._other_since = self._other_since or batch
             places = list(range(rows))
         chosen = {name: _rows_at(value, places, rows) for name, value in (*inputs.items(), *_by_name(module, args))}
-        device = next(module.parameters()).device
         try:
-            with on_trial(module, training=True), autocast(self.prefix.precision, device):
+            with running(module, self.prefix.precision, training=True):
                 fresh = capture(module, self.prefix, chosen)
         except CannotCache:
             raise
@@ -196,15 +184,13 @@ class SpotCheck:
 
     def at_the_end(self, model: nn.Module, store: Store, rows: Rows, collator: Collator, used: int) -> None:
         """Checks a row of the dataset after the last batch, where one was trained since the last check."""
-        device = next(model.parameters()).device
-        if device != self.device or any(p.device.type == "meta" for p in self._parameters()):
+        if device_of(model) != self.device or any(p.device.type == "meta" for p in self._parameters()):
             return  # other kernels round otherwise
         row = random.Random(used).randrange(len(rows))
-        leaves = self.prefix.leaves("stream")
         try:
             single = collate(collator, [rows.features[row]])
-            with on_trial(model, training=False), autocast(self.prefix.precision, device):  # it may be thawed by now
-                fresh = capture(model, self.prefix, move(single, device))
+            with running(model, self.prefix.precision, training=False):  # it may be thawed by now
+                _, (states,) = states_of(model, self.prefix, single)
         except CannotCache:
             raise
         except Exception as error:  # rows that lie no longer where they lay, a model that went elsewhere
@@ -214,12 +200,11 @@ class SpotCheck:
                 stacklevel=1,
             )
             return
-        known = read_rows(single, with_target=TARGET in self.prefix.sides)
-        if known.digests[0] not in store:
+        (digest,) = read_rows(single, with_target=self.prefix.with_target).digests
+        if digest not in store:
             return
-        states = next(split_rows(fresh, leaves, known))
         try:
-            stored = store.read(known.digests[0])
+            stored = store.read(digest)
         except FreezeError as error:  # every row was whole when it was trained from; what came later does no harm
             warnings.warn(
                 f"The states of the last cached batches go unchecked: row {row} cannot be read again. {error}",
@@ -283,8 +268,7 @@ class SpotCheck:
     def _look_at_modules(self) -> list[Any]:
         """What a module keeps, by identity: cheap, and another where a hook, adapter, attribute or class changed."""
         if not self._modules:
-            inside = [module for part in self.prefix.replaced for module in part.module.modules()]
-            self._modules = [(module, True) for module in inside]
+            self._modules = [(module, True) for module in self.prefix.modules()]
             self._modules += [(module, False) for module in self.prefix.around]
         seen: list[Any] = []
         for module, inside_it in self._modules:

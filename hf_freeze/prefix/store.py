@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import time
@@ -23,82 +22,42 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from safetensors import SafetensorError
 
 from hf_freeze.errors import CacheDamaged, FreezeError
 from hf_freeze.files import write_whole
 from hf_freeze.prefix.files import (
-    DTYPES,
     Identity,
     Place,
     TensorFile,
     identity_of,
     is_regular,
-    is_shape,
     open_regular,
-    read_json,
     read_tensor,
     set_aside,
     tensors_checksum,
     write_tensors,
 )
-from hf_freeze.prefix.leases import LOCK, MANIFEST, PATIENCE_SECONDS, SHARDS, TABLES, shard_paths, share_store
+from hf_freeze.prefix.folder import (
+    DIGESTS,
+    FORMAT,
+    LENGTHS,
+    MANIFEST,
+    SHARDS,
+    TABLES,
+    checksum_of,
+    manifest_checksum,
+    read_manifest,
+    shard_paths,
+    short,
+)
+from hf_freeze.prefix.leases import LOCK, PATIENCE_SECONDS, share_store
+from hf_freeze.prefix.states import StreamSpec, TableSpec, same_states
 from hf_freeze.processes import pulse
 
-__all__ = ["Store", "StreamSpec", "TableSpec", "read_manifest", "same_states", "stored_rows"]
+__all__ = ["Store"]
 
-FORMAT = 1
 SHARD_BYTES = 64 << 20  # what a kill can cost: a few seconds of building
-_DIGESTS, _LENGTHS = "row_digests", "row_lengths"
-# Two builds of a row differ by rounding; another row's states, or another model's, by more.
-SAME_ROW, SAME_ROW_LOW = 2e-3, 0.05
-
-
-@dataclass(frozen=True)
-class StreamSpec:
-    """One tensor that crosses the cut.
-
-    Attributes:
-        name: Unique in the store.
-        side: Whose tokens its length follows: "source", "target", or "" for one entry a row.
-        dtype: As torch names it, e.g. "bfloat16".
-        shape: Shape of one token's entry.
-    """
-
-    name: str
-    side: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token's entry."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return math.prod(self.shape) * dtype.itemsize
-
-
-@dataclass(frozen=True)
-class TableSpec:
-    """A tensor that is the same for every row, such as T5's position bias, and wide enough for the widest batch.
-
-    Attributes:
-        dims: Its shape; a size that follows the tokens of a side bears the side's name.
-    """
-
-    name: str
-    dtype: torch.dtype
-    dims: tuple[int | str, ...]
-
-    def fits(self, place: Place, tokens: Mapping[str, int]) -> bool:
-        """Whether a stored tensor is such a one, wide enough for so many tokens of each side."""
-        if place.dtype != self.dtype or len(place.shape) != len(self.dims):
-            return False
-        sizes: dict[str, int] = {}
-        return all(
-            size == dim if isinstance(dim, int) else size >= tokens.get(dim, 1) and size == sizes.setdefault(dim, size)
-            for size, dim in zip(place.shape, self.dims, strict=True)
-        )
 
 
 @dataclass
@@ -151,7 +110,7 @@ class Store:
         """
         reasons = [] if mend is None else mend
         manifest = {"format": FORMAT, "key": key, "streams": [asdict(spec) for spec in specs], "model": model}
-        manifest["checksum"] = _manifest_checksum(manifest)
+        manifest["checksum"] = manifest_checksum(manifest)
         try:
             lease = _lease_of_new(folder, reasons)
             try:
@@ -205,12 +164,12 @@ class Store:
     def _check_request(self, key: dict[str, Any] | None, specs: Sequence[StreamSpec] | None) -> None:
         """Refuses a store that was built for something else."""
         if key is not None and self.key != key:
-            told = "; ".join(
-                f"{name} was {_short(self.key.get(name))}, is {_short(key.get(name))}"
+            differences = "; ".join(
+                f"{name} was {short(self.key.get(name))}, is {short(key.get(name))}"
                 for name in sorted({*key, *self.key})
                 if self.key.get(name) != key.get(name)
             )
-            raise CacheDamaged(f"{self.folder} was built for something else: {told}.")
+            raise CacheDamaged(f"{self.folder} was built for something else: {differences}.")
         if specs is not None and self.specs != tuple(specs):
             raise CacheDamaged(f"{self.folder / MANIFEST} names other streams than cross the cut of this prefix.")
 
@@ -237,21 +196,21 @@ class Store:
             _tell_others()
             try:
                 self._adopt(path)
-            except CacheDamaged as damage:
+            except CacheDamaged as error:
                 if not os.path.lexists(path):
                     continue  # another process has mended it
                 if mend is None:
                     raise
-                self._give_up(path, str(damage), mend)
+                self._give_up(path, str(error), mend)
         pairs = self._contradictions()
         for one, other in pairs:
-            told = (
+            damage = CacheDamaged(
                 f"{self.folder / one} and {other} hold other states for the same row: one of them is not what it says."
             )
             if mend is None:
-                raise CacheDamaged(told)
+                raise damage
             for name in (one, other):  # nothing tells which one
-                self._give_up(self.folder / name, told, mend)
+                self._give_up(self.folder / name, str(damage), mend)
         if pairs:
             self._shards, self._place, self._doubles = [], {}, []
             self._adopt_all(mend)
@@ -278,11 +237,11 @@ class Store:
             checksum = file.checksum(path, descriptor)
             if file.metadata.get("checksum") != checksum:
                 raise CacheDamaged(f"{path} does not hold the bytes that were written.")
-            if file.metadata.get("key") != _digest_of(self.key):
+            if file.metadata.get("key") != checksum_of(self.key):
                 raise CacheDamaged(f"{path} was built for something else.")
             self._check_index(path, file)
-            digests = read_tensor(path, descriptor, file.places[_DIGESTS]).numpy()
-            lengths = read_tensor(path, descriptor, file.places[_LENGTHS]).numpy()
+            digests = read_tensor(path, descriptor, file.places[DIGESTS]).numpy()
+            lengths = read_tensor(path, descriptor, file.places[LENGTHS]).numpy()
             if identity_of(descriptor) != identity:
                 raise CacheDamaged(f"{path} was written to while it was read.")
         for column, spec in enumerate(self.specs):
@@ -294,8 +253,8 @@ class Store:
 
     def _check_index(self, path: Path, file: TensorFile) -> None:
         """Refuses other streams than the manifest's, and an index that doesn't fit them."""
-        rows = next(iter(file.places[_DIGESTS].shape), 0) if _DIGESTS in file.places else 0
-        wanted = {_DIGESTS: (torch.uint8, (rows, 16)), _LENGTHS: (torch.int64, (rows, len(self.specs)))}
+        rows = next(iter(file.places[DIGESTS].shape), 0) if DIGESTS in file.places else 0
+        wanted = {DIGESTS: (torch.uint8, (rows, 16)), LENGTHS: (torch.int64, (rows, len(self.specs)))}
         names = {*wanted, *(spec.name for spec in self.specs)}
         if not rows or file.places.keys() != names:
             raise CacheDamaged(f"{path} holds other streams than the manifest names, or no rows.")
@@ -426,7 +385,7 @@ class Store:
         digests = np.frombuffer(b"".join(self._waiting), dtype=np.uint8).reshape(-1, 16)
         lengths = np.array([[len(row[spec.name]) for spec in self.specs] for row in rows], dtype=np.int64)
         tensors = {spec.name: torch.cat([row[spec.name] for row in rows]) for spec in self.specs}
-        tensors |= {_DIGESTS: torch.from_numpy(digests.copy()), _LENGTHS: torch.from_numpy(lengths)}
+        tensors |= {DIGESTS: torch.from_numpy(digests.copy()), LENGTHS: torch.from_numpy(lengths)}
         name = SHARDS.replace("*", uuid.uuid4().hex)
         file, identity = self._write(self.folder / name, tensors)
         self._register(name, identity, file.metadata["checksum"], file.places, digests, lengths)
@@ -434,7 +393,7 @@ class Store:
 
     def _write(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[TensorFile, Identity]:
         try:
-            return write_tensors(path, tensors, {"key": _digest_of(self.key)})
+            return write_tensors(path, tensors, {"key": checksum_of(self.key)})
         except (OSError, SafetensorError, CacheDamaged) as error:
             raise _disk_error(error, self.folder) from error
 
@@ -468,7 +427,7 @@ class Store:
                 tables = {name: read_tensor(path, descriptor, place) for name, place in file.places.items()}
             if file.metadata.get("checksum") != tensors_checksum(tables):
                 raise CacheDamaged(f"{path} does not hold the bytes that were written.")
-            if file.metadata.get("key") != _digest_of(self.key):
+            if file.metadata.get("key") != checksum_of(self.key):
                 owner = "for something else" if "key" in file.metadata else "by an earlier version, for what isn't said"
                 raise CacheDamaged(f"{path} was built {owner}.")
             if tables.keys() != {spec.name for spec in specs}:
@@ -480,77 +439,6 @@ class Store:
                         f"need {list(spec.dims)}."
                     )
         return tables
-
-
-# ------------------------------------------------------------------------------------------------------------ manifest
-
-
-def read_manifest(folder: Path) -> tuple[dict[str, Any], tuple[StreamSpec, ...], str]:
-    """A store's key, its streams, and what people call its model.
-
-    Raises:
-        CacheDamaged: It is not there, of another version, or not what was written.
-        FreezeError: It cannot be read.
-    """
-    path = folder / MANIFEST
-    values = read_json(path)
-    version, key, streams = values.get("format"), values.get("key"), values.get("streams")
-    if type(version) is int and version != FORMAT:
-        raise CacheDamaged(
-            f"{folder} is a prefix cache of format {_short(version)}; this version reads format {FORMAT}."
-        )
-    if type(version) is not int or not isinstance(key, dict) or not isinstance(streams, list):
-        raise CacheDamaged(f"{path} cannot be read (it is no manifest of a prefix cache).")
-    try:
-        specs = tuple(map(_read_spec, streams))
-    except (ValueError, TypeError) as error:
-        raise CacheDamaged(f"{path} cannot be read ({error}).") from error
-    if not specs or len({spec.name for spec in specs}) < len(specs):
-        raise CacheDamaged(f"{path} cannot be read (it names no streams, or one of them twice).")
-    if values.get("checksum") != _manifest_checksum(values):
-        raise CacheDamaged(f"{path} does not hold what was written.")
-    model = values.get("model")
-    return key, specs, model if isinstance(model, str) else ""
-
-
-_DTYPE_NAMES = {str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
-
-
-def _read_spec(value: Any) -> StreamSpec:
-    if not isinstance(value, dict) or value.keys() != {"name", "side", "dtype", "shape"}:
-        raise ValueError("a stream is not described as one")
-    name, side, dtype, shape = value["name"], value["side"], value["dtype"], value["shape"]
-    if not isinstance(name, str) or name in ("", _DIGESTS, _LENGTHS) or side not in ("source", "target", ""):
-        raise ValueError(f"a stream has the name {_short(name)} and the side {_short(side)}")
-    if not isinstance(dtype, str) or dtype not in _DTYPE_NAMES or not is_shape(shape):
-        raise ValueError(f"the stream {name[:80]} has the dtype {_short(dtype)} and the shape {_short(shape)}")
-    return StreamSpec(name, side, dtype, tuple(shape))
-
-
-def stored_rows(folder: Path) -> int:
-    """Rows of a store, by the headers of its shards: no state is read, and nothing is proved.
-
-    Raises:
-        CacheDamaged: A header is damaged.
-        FreezeError: A shard cannot be read.
-    """
-    rows = 0
-    for path in shard_paths(folder):
-        with open_regular(path) as descriptor:
-            index = TensorFile.read(path, descriptor).places.get(_DIGESTS)
-        if index is None or not index.shape:
-            raise CacheDamaged(f"{path} has no index of rows.")
-        rows += index.shape[0]
-    return rows
-
-
-def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    return _digest_of([manifest["key"], manifest["streams"]])
-
-
-def _digest_of(value: Any) -> str:
-    """Digest of JSON-ready values."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
@@ -599,21 +487,6 @@ def _build_again() -> Iterator[None]:
         yield
     except CacheDamaged as damage:
         raise CacheDamaged(f"{damage} Build the cache again.") from damage
-
-
-def same_states(one: torch.Tensor, other: torch.Tensor, *, low: bool) -> bool:
-    """Whether two tensors are the same but for rounding."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if torch.equal(one, other) or not one.dtype.is_floating_point:
-        return torch.equal(one, other)
-    gap, size = (one.double() - other.double()).norm(), other.double().norm()
-    return bool(gap <= (SAME_ROW_LOW if low or one.itemsize < 4 else SAME_ROW) * size)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 200 else f"{text[:200]}..."
 
 
 def _disk_error(error: Exception, folder: Path) -> FreezeError:

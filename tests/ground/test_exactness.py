@@ -13,8 +13,7 @@ from transformers import AutoModelForSequenceClassification, default_data_collat
 from hf_freeze import FreezePlan, freeze
 from hf_freeze.errors import CannotCache
 from hf_freeze.exactness import Agreement, compare, exchange_rows, relative_gaps, sketch
-from hf_freeze.prefix import cache, proof
-from hf_freeze.prefix.prepare import Prepared
+from hf_freeze.prefix import PrefixCache, PreparedCache, proof
 from tests.prefix.cases import collator_for, frozen_model, review_rows
 from tests.zoo import VOCAB, build
 
@@ -73,14 +72,14 @@ def noise(states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def prepared(kind: str, dtype: torch.dtype) -> Prepared:
+def prepared(kind: str, dtype: torch.dtype) -> PreparedCache:
     """What the proof is given; it changes nothing of it, and nothing is written."""
     model = frozen_model(kind).to(dtype)
     collator = collator_for(kind, model)
-    return cache.PrefixCache.prepare(model, review_rows(kind), collator, cache_dir="unused", progress=False).prepared
+    return PrefixCache.prepare(model, review_rows(kind), collator, cache_dir="unused", progress=False)
 
 
-def prove(of: Prepared) -> None:
+def prove(of: PreparedCache) -> None:
     proof.check_training(of.model, of.prefixes[0], of.rows_of(of.prefixes[0]), of.sample, of.collator)
 
 
@@ -109,8 +108,8 @@ def test_the_proof_sees_other_states_whatever_the_loss_says(
 
 def test_states_that_are_not_those_of_the_batch_are_no_ground_for_a_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     of = prepared("llama", torch.bfloat16)
-    own = proof._states_alone
-    monkeypatch.setattr(proof, "_states_alone", lambda *given: {k: 1.1 * v for k, v in own(*given).items()})
+    own = proof.states_alone
+    monkeypatch.setattr(proof, "states_alone", lambda *given: {k: 1.1 * v for k, v in own(*given).items()})
     with pytest.raises(CannotCache, match="other states among longer rows than alone"):
         prove(of)
 
@@ -145,13 +144,13 @@ def test_rows_of_one_label_and_one_length_are_cached(tmp_path: Path) -> None:
     freeze(model, FreezePlan(encoder_blocks=3))
     ids = torch.randint(3, VOCAB, (12, 8), generator=torch.Generator().manual_seed(0))
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": torch.tensor(1)} for row in ids]
-    assert cache.PrefixCache.prepare(model, rows, default_data_collator, cache_dir=tmp_path, progress=False)
+    assert PrefixCache.prepare(model, rows, default_data_collator, cache_dir=tmp_path, progress=False)
 
 
 def test_equal_rows_have_nothing_to_exchange(tmp_path: Path) -> None:
     model = frozen_model("llama")
     rows = review_rows("llama", 1) * 3
-    assert cache.PrefixCache.prepare(model, rows, collator_for("llama", model), cache_dir=tmp_path, progress=False)
+    assert PrefixCache.prepare(model, rows, collator_for("llama", model), cache_dir=tmp_path, progress=False)
 
 
 def test_a_gradient_over_the_bar_is_compared_beside_what_rounding_does_to_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,7 @@ from transformers import DataCollatorWithFlattening, DataCollatorWithPadding
 from hf_freeze import PrefixCache
 from hf_freeze.errors import CannotCache
 from hf_freeze.prefix import build as build_room
-from hf_freeze.prefix.dataset import _restart
-from hf_freeze.prefix.rows import read_rows
+from hf_freeze.prefix.rows import _restart, read_rows
 from tests.prefix.cases import collator_for, frozen_model, padding_tokenizer, review_rows
 
 ROWS = review_rows("llama", 8)

@@ -18,7 +18,8 @@ from hf_freeze.errors import CacheDamaged, FreezeError
 from hf_freeze.prefix import files as files_room
 from hf_freeze.prefix import store as store_room
 from hf_freeze.prefix.files import write_tensors
-from hf_freeze.prefix.leases import LOCK, MANIFEST, SHARDS, TABLES
+from hf_freeze.prefix.folder import MANIFEST, SHARDS, TABLES
+from hf_freeze.prefix.leases import LOCK
 from hf_freeze.prefix.store import Store
 from tests.prefix.test_store import (
     BIAS,

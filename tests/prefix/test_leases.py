@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from hf_freeze.errors import CacheDamaged, FreezeError
+from hf_freeze.prefix import folder as folder_room
 from hf_freeze.prefix import leases
 from hf_freeze.prefix import store as store_module
-from hf_freeze.prefix.leases import LOCK, MANIFEST, clear_caches, evict_caches, remove_leftovers
+from hf_freeze.prefix.folder import MANIFEST, clear_caches, evict_caches, remove_leftovers
+from hf_freeze.prefix.leases import LOCK
 from hf_freeze.prefix.store import Store
 from tests.prefix.test_store import KEY, SMALL, assert_holds, filled, names, only_shard, ragged_rows
 
@@ -39,7 +41,7 @@ def test_the_lease_outlives_a_new_manifest(tmp_path):
 
 def test_the_lease_is_taken_though_another_process_looks_for_leftovers(tmp_path):
     filled(tmp_path / NAME, SMALL, ROWS).close()
-    alone = leases._alone(tmp_path / NAME)
+    alone = leases.alone_with(tmp_path / NAME)
     assert alone is not None
     thread = threading.Timer(0.3, alone.close)
     thread.start()
@@ -51,12 +53,12 @@ def test_the_lease_is_taken_though_another_process_looks_for_leftovers(tmp_path)
 
 def test_a_store_that_is_being_removed_is_waited_for_and_not_used(tmp_path):
     filled(tmp_path / NAME, SMALL, ROWS).close()
-    alone = leases._alone(tmp_path / NAME)
+    alone = leases.alone_with(tmp_path / NAME)
     assert alone is not None
 
     def remove() -> None:
         time.sleep(0.2)
-        for path in leases._parts(tmp_path / NAME):
+        for path in folder_room._parts(tmp_path / NAME):
             path.unlink()
         (tmp_path / NAME).rmdir()
         alone.close()
@@ -72,7 +74,7 @@ def test_a_store_that_is_being_removed_is_waited_for_and_not_used(tmp_path):
 def test_a_store_that_another_process_keeps_for_itself_is_refused_in_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(leases, "PATIENCE_SECONDS", 0.1)
     filled(tmp_path / NAME, SMALL, ROWS).close()
-    alone = leases._alone(tmp_path / NAME)
+    alone = leases.alone_with(tmp_path / NAME)
     assert alone is not None
     with (
         alone,
@@ -265,7 +267,7 @@ def test_leftovers_go_and_what_is_no_file_stays(tmp_path):
 def test_stores_that_vanish_while_they_are_listed_are_passed_over(tmp_path, monkeypatch):
     for name in names(3):
         filled(tmp_path / name, SMALL, ROWS).close()
-    real = leases.is_regular
+    real = folder_room.is_regular
 
     def is_regular(path: Path) -> bool:
         answer = real(path)
@@ -273,5 +275,5 @@ def test_stores_that_vanish_while_they_are_listed_are_passed_over(tmp_path, monk
             path.unlink(missing_ok=True)
         return answer
 
-    monkeypatch.setattr(leases, "is_regular", is_regular)
-    assert len(leases._caches(tmp_path)) == 2
+    monkeypatch.setattr(folder_room, "is_regular", is_regular)
+    assert len(folder_room._caches(tmp_path)) == 2

@@ -14,8 +14,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from hf_freeze import FreezePlan, PrefixCache, freeze
 from hf_freeze.errors import CannotCache
 from hf_freeze.prefix.build import TOKENS_CPU, _batches
-from hf_freeze.prefix.dataset import Rows
-from hf_freeze.prefix.rows import PREFIX_KEY, read_rows
+from hf_freeze.prefix.rows import PREFIX_KEY, Rows, read_rows
 
 TOKENS = st.lists(st.integers(0, 63), min_size=1, max_size=9)  # 0 is the padding's id too: a row may hold it
 SIDES = ("left", "right")

@@ -26,8 +26,10 @@ from hf_freeze import FreezePlan, PrefixCache, freeze
 from hf_freeze.errors import CacheDamaged, FreezeError
 from hf_freeze.prefix import files as files_room
 from hf_freeze.prefix import store as store_room
-from hf_freeze.prefix.leases import LOCK, MANIFEST, SHARDS, TABLES, clear_caches, evict_caches
-from hf_freeze.prefix.store import Store, StreamSpec, TableSpec
+from hf_freeze.prefix.folder import MANIFEST, SHARDS, TABLES, clear_caches, evict_caches, manifest_checksum
+from hf_freeze.prefix.leases import LOCK
+from hf_freeze.prefix.states import StreamSpec, TableSpec
+from hf_freeze.prefix.store import Store
 from tests.zoo import VOCAB, build
 
 KEY = {"weights": "abc", "cuts": [["decoder", 3]]}
@@ -250,7 +252,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Changes a manifest as one that had been written so."""
     values = json.loads((folder / MANIFEST).read_text())
     change(values)
-    values["checksum"] = store_room._manifest_checksum(values)
+    values["checksum"] = manifest_checksum(values)
     (folder / MANIFEST).write_text(json.dumps(values))
 
 

@@ -38,7 +38,8 @@ from hf_freeze import PrefixCache
 from hf_freeze.errors import FreezeError
 from hf_freeze.prefix import store as store_room
 from hf_freeze.prefix.cache import PreparedCache
-from hf_freeze.prefix.leases import LOCK, MANIFEST, SHARDS, TABLES
+from hf_freeze.prefix.folder import MANIFEST, SHARDS, TABLES
+from hf_freeze.prefix.leases import LOCK
 from tests.prefix.test_store import frozen_model, frozen_t5, pad_right, pairs_of_tokens
 
 if sys.platform == "win32":
@@ -111,7 +112,7 @@ def subject(kind: str) -> Subject:
     whole = _whole(kind)
     others = [next(path for path in place.iterdir() if path.is_dir())
               for place in (_built(kind, 1)[1], _whole("llama" if kind == "t5" else "t5"))]  # fmt: skip
-    plain = [_step(prepared.prepared.model, pad_right(rows)) for rows in BATCHES]
+    plain = [_step(prepared.model, pad_right(rows)) for rows in BATCHES]
     return Subject(prepared, folder, whole, others, plain)
 
 

@@ -9,9 +9,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import hf_freeze.prefix.break_even
 import hf_freeze.prefix.build
 import hf_freeze.prefix.files
+import hf_freeze.prefix.saving
 
 
 def full_disk(*_: Any, **__: Any) -> None:
@@ -23,7 +23,7 @@ def killed(*_: Any, **__: Any) -> None:
 
 
 if __name__ == "__main__":
-    hf_freeze.prefix.break_even.BreakEven.pays = True  # type: ignore[assignment,method-assign]
+    hf_freeze.prefix.saving.BreakEven.pays = True  # type: ignore[assignment,method-assign]
     if os.environ["RANK"] == os.environ["FAULTY_RANK"]:
         if os.environ["FAULT"] == "full_disk":
             hf_freeze.prefix.files.save_file = full_disk

@@ -32,9 +32,9 @@ import hf_freeze.delta.file
 import hf_freeze.delta.save
 import hf_freeze.prefix.build
 import hf_freeze.prefix.cache
-import hf_freeze.prefix.dataset
 import hf_freeze.prefix.files
 import hf_freeze.prefix.prepare
+import hf_freeze.prefix.rows
 import hf_freeze.summarization.generation
 import hf_freeze.summarization.training
 import hf_freeze.training.checkpoints
@@ -348,7 +348,7 @@ FAULTS = [
     Fault("a limit that is too low", setting(limit=1000), r"compute the prefix: .*max_cache_bytes allows 0\.00 GB",
           ranks=(0,)),
     Fault("a disk that is too small",
-          lambda case: mock.patch.object(cache_room.shutil, "disk_usage", return_value=SimpleNamespace(free=10)),
+          lambda case: mock.patch.object(build_room.shutil, "disk_usage", return_value=SimpleNamespace(free=10)),
           r"compute the prefix: .*0\.00 GB are free", ranks=(0,)),
     Fault("a collator that fails in the pass", lambda case: in_the_pass(case, ValueError("no such file")),
           r"compute the prefix: .* a collator that fails on .*: ValueError: no such file"),
@@ -539,7 +539,7 @@ def killing(owner: Any, name: str, call: int = 1) -> Callable[[Case], AbstractCo
 
 DEATHS = [
     Fault("before the ranks have met", killing(processes, "_gather"), ""),
-    Fault("while rows are read", killing(hf_freeze.prefix.dataset, "read_rows", 5), ""),
+    Fault("while rows are read", killing(hf_freeze.prefix.rows, "read_rows", 5), ""),
     Fault("in the proof", killing(prepare_room, "check_states"), ""),
     Fault("in the pass", killing(build_room, "capture"), ""),
     Fault("while a shard is written", killing(hf_freeze.prefix.files, "save_file"), ""),

@@ -25,7 +25,9 @@ from huggingface_hub import ModelCard
 
 from hf_freeze import FreezePlan, cli
 from hf_freeze.cli import exit_code
-from hf_freeze.prefix.store import MANIFEST, Store, StreamSpec
+from hf_freeze.prefix.folder import MANIFEST
+from hf_freeze.prefix.states import StreamSpec
+from hf_freeze.prefix.store import Store
 from hf_freeze.summarization import shipped_reviews
 from hf_freeze.summarization.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
 from hf_freeze.summarization.runs import CacheChoice, choose_cache

@@ -16,7 +16,7 @@ import pytest
 from hf_freeze import FreezeError, FreezePlan, forecast, freeze
 from hf_freeze.machine import Hardware
 from hf_freeze.plots import plain_style
-from hf_freeze.prefix.break_even import BreakEven
+from hf_freeze.prefix import BreakEven
 from hf_freeze.summarization import save_run, write_run_report
 from hf_freeze.summarization.publish.page import FILES, MOST_ROWS, REPORT_FILE, RUN_FILE
 from hf_freeze.summarization.publish.pictures import draw_bars, draw_intervals, draw_lines

@@ -18,12 +18,11 @@ from typing import Any
 import torch
 
 from hf_freeze.errors import FreezeError
-from hf_freeze.prefix.build import capture, move, pad_states, split_rows
 from hf_freeze.prefix.prepare import Prepared
-from hf_freeze.prefix.replay import Replay, autocast
+from hf_freeze.prefix.replay import replaying
 from hf_freeze.prefix.rows import PREFIX_KEY, read_rows
+from hf_freeze.prefix.states import bytes_of_row, capture, device_of, move, pad_states, running, split_rows
 from hf_freeze.prefix.store import Store
-from hf_freeze.trial import on_trial
 
 __all__ = ["BreakEven", "predict_saving"]
 
@@ -107,46 +106,34 @@ def predict_saving(
     """
     model, prefix = prepared.model, prepared.prefixes[0]
     rows = prepared.rows_of(prefix)
-    device = next(model.parameters()).device
+    device = device_of(model)
     leaves = prefix.leaves("stream")
-    sides = {name: leaf.side for name, leaf in leaves.items()}
     run = step or (lambda batch: model(**batch).loss.backward())
     spread = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     plain, cached, passes, collate = [], [], [], []
-    with on_trial(model, training=True), autocast(prefix.precision, device):
+    with running(model, prefix.precision, training=True):
         for place in range(BATCHES + 1):  # the first one warms up
             chosen = [spread[(place * batch_size + row) % len(spread)] for row in range(batch_size)]
             batch = prepared.collator([rows.features[row] for row in chosen])
-            found = read_rows(batch, with_target="target" in prefix.sides)
+            read = read_rows(batch, with_target=prefix.with_target)
             moved = move(batch, device)
             started = _now(device)
             taken = capture(model, prefix, moved)
             passes.append((_now(device) - started) / sum(rows.tokens(row) for row in chosen))
-            pieces = list(split_rows({name: taken[name].cpu() for name in leaves}, leaves, found))
+            pieces = list(split_rows({name: taken[name].cpu() for name in leaves}, leaves, read))
             started = _now(device)
-            states = pad_states(pieces, sides, found)
+            states = pad_states(pieces, prefix.stream_sides(), read)
             collate.append(_now(device) - started)
             tables = {name: taken[name] for name in prefix.leaves("table")}
             plain.append(_timed(run, dict(moved), model, device))
-            replay = Replay(prefix, tables, {})
-            handles = replay.attach([model])
-            try:
+            with replaying(model, prefix, tables):
                 cached.append(_timed(run, moved | {PREFIX_KEY: states}, model, device))
-            finally:
-                replay.detach([model], handles)
-    write, read = _disk_speed(prepared)
-    row_bytes = [
-        sum(leaf.spec().token_bytes * rows.lengths[row].get(leaf.side, 1) for leaf in leaves.values())
-        for row in range(len(rows))
-    ]
-    missing = [
-        row
-        for row in {digest: row for row, digest in enumerate(rows.digests)}.values()
-        if store is None or rows.digests[row] not in store
-    ]
+    write_speed, read_speed = _disk_speed(prepared)
+    row_bytes = [bytes_of_row(prefix.streams(), lengths) for lengths in rows.lengths]
+    missing = [row for row in rows.unique() if store is None or rows.digests[row] not in store]
     build = sum(rows.tokens(row) for row in missing) * statistics.median(passes[1:]) / processes
-    build += sum(row_bytes[row] for row in missing) / write
-    reading = statistics.median(collate[1:]) + batch_size * statistics.fmean(row_bytes) / read
+    build += sum(row_bytes[row] for row in missing) / write_speed
+    reading = statistics.median(collate[1:]) + batch_size * statistics.fmean(row_bytes) / read_speed
     return BreakEven(
         plain_step_seconds=statistics.median(plain[1:]),
         cached_step_seconds=statistics.median(cached[1:]),

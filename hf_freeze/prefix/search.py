@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,23 +20,27 @@ from torch import nn
 from hf_freeze.anatomy import Anatomy
 from hf_freeze.cuts import Cut
 from hf_freeze.errors import CannotCache
-from hf_freeze.prefix.replay import Leaf, Prefix, Replaced, Replay, autocast, map_tree
+from hf_freeze.prefix.replay import replaying
 from hf_freeze.prefix.rows import PREFIX_KEY, SOURCE, TARGET, BatchRows
-from hf_freeze.trial import on_trial
+from hf_freeze.prefix.states import Leaf, Prefix, Replaced, map_tree, running, tensors_in
 
-__all__ = ["Call", "find_prefix", "record_calls", "same_results", "superfluous_modules"]
+__all__ = ["find_prefix", "same_results"]
 
 Sizes = dict[str, tuple[int, int]]  # a name for a size -> that size in two batches
 
 
 @dataclass
 class Call:
-    """One call of a replaced module: which, the how manieth in this forward, its first input and its output."""
+    """One call of a replaced module: its number among the module's calls in this forward, first input and output."""
 
     name: str
     number: int
     first: torch.Tensor | None
     output: Any
+
+    def outputs(self) -> dict[str, torch.Tensor]:
+        """The tensors that it returned, by the names of their leaves."""
+        return {f"{self.name}:{self.number}:{path}": tensor for path, tensor in enumerate(tensors_in(self.output))}
 
 
 # ------------------------------------------------------------------------------------------------ what is superfluous
@@ -49,11 +53,11 @@ def superfluous_modules(anatomy: Anatomy, cuts: Iterable[Cut]) -> list[Replaced]
     is frozen whole below a decoder.
     """
     modules = dict(anatomy.model.named_modules(remove_duplicate=False))
-    found: list[Replaced] = []
+    parts: list[Replaced] = []
     for cut in cuts:
         stack = anatomy.stack(cut.stack)
         names = [name for name in stack.inputs if any(True for _ in modules[name].parameters())]
-        blocks = [(name, piece) for block in stack.blocks[: cut.blocks] for name, piece in _pieces(block, modules)]
+        blocks = [(name, modules[name]) for block in stack.blocks[: cut.blocks] for name in block.names]
         if len(anatomy.stacks) == 2 and cut.stack == "encoder" and cut.blocks == len(stack):
             owners = {
                 name.rpartition(".")[0]
@@ -67,12 +71,8 @@ def superfluous_modules(anatomy: Anatomy, cuts: Iterable[Cut]) -> list[Replaced]
             if (name, module) in blocks:  # a block that is shared stands above the cut as well: only this place
                 parent, _, key = name.rpartition(".")
                 slots = ((modules[parent], key),)
-            found.append(Replaced(name, module, slots))
-    return found
-
-
-def _pieces(block: Any, modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
-    return [(name, modules[name]) for name in block.names]
+            parts.append(Replaced(name, module, slots))
+    return parts
 
 
 def _slots(module: nn.Module, root: nn.Module) -> tuple[tuple[nn.Module, str], ...]:
@@ -110,11 +110,11 @@ def _copy(value: Any) -> Any:
 
 def _result_tensors(result: Any) -> dict[str, torch.Tensor]:
     """The tensors of a result by name; without key-value caches."""
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
 
     def walk(value: Any, path: str) -> None:
         if isinstance(value, torch.Tensor):
-            found[path] = value.detach()
+            tensors[path] = value.detach()
         elif isinstance(value, Mapping):
             for key, item in value.items():
                 if key not in ("past_key_values", "encoder_last_hidden_state", "mems", "cache_params", "state"):
@@ -124,7 +124,7 @@ def _result_tensors(result: Any) -> dict[str, torch.Tensor]:
                 walk(item, f"{path}.{place}")
 
     walk(result, "")
-    return found
+    return tensors
 
 
 def same_results(plain: Any, replayed: Any, tolerance: float, spans: BatchRows | None = None) -> str:
@@ -185,16 +185,15 @@ def find_prefix(
         CannotCache: No choice of outputs gives the plain results; the message names what differs.
     """
     parts = superfluous_modules(anatomy, cuts)
-    device = next(model.parameters()).device
     calls: list[Call] = []
-    with torch.no_grad(), on_trial(model, training=True), autocast(precision, device):
+    with torch.no_grad(), running(model, precision, training=True):
         plain = record_calls(model, parts, batch, calls)
     _refuse_train_mode(anatomy, parts)
     order = [(call.name, call.number) for call in calls]
     for attempt in (_shorten(batch, anatomy), _shorten(batch, anatomy, tokens=False)):
         short_calls: list[Call] = []
         # A foreign forward may raise anything on a cut batch; what counts is that its prefix ran.
-        with suppress(Exception), torch.no_grad(), on_trial(model, training=True), autocast(precision, device):
+        with suppress(Exception), torch.no_grad(), running(model, precision, training=True):
             record_calls(model, parts, attempt, short_calls)
         if [(call.name, call.number) for call in short_calls] == order:
             break
@@ -205,20 +204,16 @@ def find_prefix(
         )
     sizes = _sizes(batch, attempt, anatomy)
     parts, calls, short_calls = _without_those_called_above(anatomy, cuts, parts, calls, short_calls)
-    search = _Search(model, anatomy, cuts, parts, calls, short_calls, sizes, batch, plain, precision)
-    return search.run()
+    return _Search(model, anatomy, cuts, parts, calls, short_calls, sizes, batch, plain, precision).run()
 
 
 def _refuse_train_mode(anatomy: Anatomy, parts: list[Replaced]) -> None:
-    if any(module.training for part in parts for module in part.module.modules() if _draws(module)):
+    inside = [module for part in parts for module in part.module.modules()]
+    if any(m.training and m.p > 0 for m in inside if isinstance(m, nn.modules.dropout._DropoutNd)):
         raise CannotCache(
             f"The prefix cache was asked for a {anatomy.model_class} whose frozen modules are in train mode: their "
             "dropout changes the states at every step. Use frozen_mode='eval'."
         )
-
-
-def _draws(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
 
 
 def _without_those_called_above(
@@ -278,37 +273,31 @@ def _shorten(batch: Mapping[str, Any], anatomy: Anatomy, *, tokens: bool = True)
     return shorter
 
 
+@dataclass
 class _Search:
     """Tries which outputs of the prefix must be handed on. One batch, one precision, one set of cuts."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        anatomy: Anatomy,
-        cuts: tuple[Cut, ...],
-        parts: list[Replaced],
-        calls: list[Call],
-        short_calls: list[Call],
-        sizes: Sizes,
-        batch: Mapping[str, Any],
-        plain: Any,
-        precision: str | None,
-    ) -> None:
-        self.model, self.anatomy, self.cuts, self.parts = model, anatomy, cuts, parts
-        self.calls, self.short_calls, self.sizes = calls, short_calls, sizes
-        self.batch, self.plain, self.precision = batch, plain, precision
-        self.values: dict[str, torch.Tensor] = {}  # every leaf's recorded value
-        self.leaves: dict[str, Leaf] = {}
-        for call, short in zip(calls, short_calls, strict=True):
-            self._describe(call, short)
+    model: nn.Module
+    anatomy: Anatomy
+    cuts: tuple[Cut, ...]
+    parts: list[Replaced]
+    calls: list[Call]
+    short_calls: list[Call]
+    sizes: Sizes
+    batch: Mapping[str, Any]
+    plain: Any
+    precision: str | None
+    values: dict[str, torch.Tensor] = field(default_factory=dict)  # every leaf's recorded value
+    short_values: dict[str, torch.Tensor] = field(default_factory=dict)  # the same of the shorter batch
+    leaves: dict[str, Leaf] = field(default_factory=dict)
 
-    def _describe(self, call: Call, short: Call) -> None:
-        for (path, value), (_, other) in zip(_tensors(call.output), _tensors(short.output), strict=True):
-            name = f"{call.name}:{call.number}:{path}"
-            dims = tuple(self._dim(a, b) for a, b in zip(value.shape, other.shape, strict=True))
-            passes = call.first is not None and value.shape == call.first.shape and value.dtype == call.first.dtype
-            self.leaves[name] = Leaf("input" if passes else "zeros", name, dims, value.dtype)
-            self.values[name] = value
+    def __post_init__(self) -> None:
+        for call, short in zip(self.calls, self.short_calls, strict=True):
+            for (name, value), other in zip(call.outputs().items(), short.outputs().values(), strict=True):
+                dims = tuple(self._dim(a, b) for a, b in zip(value.shape, other.shape, strict=True))
+                passes = call.first is not None and value.shape == call.first.shape and value.dtype == call.first.dtype
+                self.leaves[name] = Leaf("input" if passes else "zeros", name, dims, value.dtype)
+                self.values[name], self.short_values[name] = value, other
 
     def _dim(self, size: int, shorter: int) -> int | str:
         if size == shorter:
@@ -342,10 +331,9 @@ class _Search:
             )
         needed = set(everything)
         below = {n for n in everything - last if self._is_block(n)}
-        for group in ([below], [{name} for name in sorted(below)])[0 if not self._differs(needed - below) else 1]:
-            if not self._differs(needed - group):
-                needed -= group
-        for name in sorted(needed - below):
+        if not self._differs(needed - below):  # all at once, as nearly always; else one by one
+            needed -= below
+        for name in [*sorted(needed & below), *sorted(needed - below)]:
             if not self._differs(needed - {name}):
                 needed.discard(name)
         return self._prefix(needed)
@@ -362,13 +350,12 @@ class _Search:
             inside = [call for call in self.calls if call.name in own]
             if not inside:
                 raise CannotCache(f"A batch of {self.anatomy.model_class} calls no module of its frozen {cut.stack}.")
-            last = inside[-1]
-            first = next((path for path, _ in _tensors(last.output)), None)
-            if first is None:
+            outputs = inside[-1].outputs()
+            if not outputs:
                 raise CannotCache(
-                    f"The last frozen block of {self.anatomy.model_class}, {last.name}, returns no tensor."
+                    f"The last frozen block of {self.anatomy.model_class}, {inside[-1].name}, returns no tensor."
                 )
-            chosen.add(f"{last.name}:{last.number}:{first}")
+            chosen.add(next(iter(outputs)))
         if bad := [name for name in chosen if not self._can_hand_on(name)]:
             raise CannotCache(
                 f"The states that {bad[0].split(':')[0]} of {self.anatomy.model_class} returns are not one entry a "
@@ -389,8 +376,7 @@ class _Search:
         value = self.values[name]
         if any("rows" in str(dim) for dim in self.leaves[name].dims):
             return False
-        short = next(t for c in self.short_calls for path, t in _tensors(c.output)
-                     if f"{c.name}:{c.number}:{path}" == name)  # fmt: skip
+        short = self.short_values[name]
         return torch.equal(value[tuple(slice(size) for size in short.shape)], short)
 
     def _prefix(self, handed_on: set[str]) -> Prefix:
@@ -398,16 +384,15 @@ class _Search:
         for part in self.parts:
             outputs = []
             for call in (c for c in self.calls if c.name == part.name):
-                paths = iter([path for path, _ in _tensors(call.output)])
+                names = iter(call.outputs())
 
-                def leaf(value: Any, call: Call = call, paths: Iterator[str] = paths) -> Any:
+                def leaf(value: Any, names: Iterator[str] = names) -> Any:
                     if not isinstance(value, torch.Tensor):
                         return value if isinstance(value, bool | int | float | str) else None
-                    name = f"{call.name}:{call.number}:{next(paths)}"
-                    found = self.leaves[name]
-                    if name not in handed_on:
-                        return found
-                    return replace(found, kind="table" if "rows" not in found.dims else "stream")
+                    described = self.leaves[next(names)]
+                    if described.name not in handed_on:
+                        return described
+                    return replace(described, kind="table" if "rows" not in described.dims else "stream")
 
                 outputs.append(map_tree(leaf, call.output))
             replaced.append(replace(part, outputs=tuple(outputs)))
@@ -420,14 +405,14 @@ class _Search:
     def _beside(self) -> tuple[tuple[str, torch.Tensor], ...]:
         """Tensors below the cuts that no replaced module holds."""
         model = self.anatomy.model
-        found: list[tuple[str, torch.Tensor]] = []
+        beside: list[tuple[str, torch.Tensor]] = []
         for stack in (self.anatomy.stack(cut.stack) for cut in self.cuts):
-            found += [(name, model.get_parameter(name)) for name in stack.input_parameters]
+            beside += [(name, model.get_parameter(name)) for name in stack.input_parameters]
             for name in stack.inputs:
                 inside = model.get_submodule(name).named_parameters()
-                found += [(f"{name}.{leaf}", parameter) for leaf, parameter in inside]
+                beside += [(f"{name}.{leaf}", parameter) for leaf, parameter in inside]
         replaced = {id(parameter) for part in self.parts for parameter in part.module.parameters()}
-        return tuple((name, tensor) for name, tensor in found if id(tensor) not in replaced)
+        return tuple((name, tensor) for name, tensor in beside if id(tensor) not in replaced)
 
     def _around(self) -> tuple[nn.Module, ...]:
         """What runs with the replaced modules and holds no parameters: stacks, rotary tables, activations.
@@ -459,32 +444,15 @@ class _Search:
         states = {name: leaf.to_rows(self.values[name]) for name, leaf in prefix.leaves("stream").items()}
         if not states:
             return "no states are handed on"
-        replay = Replay(prefix, tables, {})
-        entries = [self.model]
-        handles = replay.attach(entries)
         try:
-            with torch.no_grad(), on_trial(self.model, training=True), autocast(self.precision, _device(self.model)):
+            with (
+                replaying(self.model, prefix, tables),
+                torch.no_grad(),
+                running(self.model, self.precision, training=True),
+            ):
                 result = self.model(**self.batch, **{PREFIX_KEY: states})
         except CannotCache:
             raise
         except Exception as error:  # a foreign forward may raise anything on what it did not expect
             return f"it fails with {type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
-        finally:
-            replay.detach(entries, handles)
         return same_results(self.plain, result, tolerance=1e-6)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _tensors(output: Any) -> list[tuple[str, torch.Tensor]]:
-    """The tensors of an output with their running number as path."""
-    found: list[tuple[str, torch.Tensor]] = []
-
-    def collect(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            found.append((str(len(found)), value))
-
-    map_tree(collect, output)
-    return found
