@@ -18,7 +18,7 @@ from hf_freeze.errors import CacheDamaged, FreezeError
 from hf_freeze.prefix import files as files_room
 from hf_freeze.prefix import store as store_room
 from hf_freeze.prefix.files import write_tensors
-from hf_freeze.prefix.folder import MANIFEST, SHARDS, TABLES
+from hf_freeze.prefix.folder import MANIFEST, SHARDS, TABLES, checksum_of
 from hf_freeze.prefix.leases import LOCK
 from hf_freeze.prefix.store import Store
 from tests.prefix.test_store import (
@@ -34,7 +34,7 @@ from tests.prefix.test_store import (
 )
 
 ROWS = ragged_rows(SMALL, 4)
-KEY_DIGEST = store_room._digest_of(KEY)
+KEY_DIGEST = checksum_of(KEY)
 
 
 def with_tables(folder: Path) -> Store:

@@ -38,7 +38,7 @@ from hf_freeze import PrefixCache
 from hf_freeze.errors import FreezeError
 from hf_freeze.prefix import store as store_room
 from hf_freeze.prefix.cache import PreparedCache
-from hf_freeze.prefix.folder import MANIFEST, SHARDS, TABLES
+from hf_freeze.prefix.folder import MANIFEST, SHARDS, TABLES, manifest_checksum
 from hf_freeze.prefix.leases import LOCK
 from tests.prefix.test_store import frozen_model, frozen_t5, pad_right, pairs_of_tokens
 
@@ -301,7 +301,7 @@ def _manifest(path: Path, draw: random.Random) -> None:
     text = _mutated(values, draw)
     if draw.random() < 0.5:  # as one that had been written so
         try:
-            values["checksum"] = store_room._manifest_checksum(values)
+            values["checksum"] = manifest_checksum(values)
             text = json.dumps(values)
         except (KeyError, TypeError):
             pass
