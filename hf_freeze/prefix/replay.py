@@ -243,7 +243,7 @@ class Replay:
         if now != self._seen:
             # FSDP shards what `build` has seen whole, and a look at its state would gather and scatter it again.
             unseen = (self.released is not None and self.released.away) or any(map(is_sharded, self._watched()))
-            digests = self.digests if unseen else self.prefix.digest()
+            digests = self.digests if unseen or not self.digests else self.prefix.digest()  # a trial's has none
             changed = [name for name in self.digests if digests.get(name) != self.digests[name]]
             if changed:
                 raise CannotCache(
