@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 __all__ = [
+    "PASSING",
     "ROUNDING",
     "Agreement",
     "RowGap",
@@ -29,6 +30,9 @@ __all__ = [
     "step_tensors",
 ]
 
+# What of a config says nothing about what a model computes: how it was saved, what its results are called.
+PASSING = frozenset({"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache",
+                     "id2label", "label2id", "problem_type"})  # fmt: skip
 # What rounding may do where no noise was measured, relative to a tensor's norm; an error of the states does 0.1 to 1.
 ROUNDING = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 NOISE = 3.0  # times the noise that was measured once: another draw of it is rarely larger

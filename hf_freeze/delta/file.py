@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hf_freeze.errors import DeltaMismatch, first_line
+from hf_freeze.exactness import PASSING
 from hf_freeze.plan import PLAN_FILE
 from hf_freeze.tensors import kind_of_digest, tensor_digest
 
@@ -41,10 +42,8 @@ KINDS: dict[str, Any] = {
     "architecture": str, "base": str | None, "revision": str | None, "untied": list, "saved": dict, "frozen": dict,
     "extra": object, "plan": dict | None, "config": dict | None, "format": int,
 }  # fmt: skip
-PASSING = (  # in a config: how a model was saved, and what the tensors tell or no forward looks at
-    "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
-    "tie_word_embeddings", "use_cache", "vocab_size", "quantization_config", "id2label", "label2id", "problem_type",
-)  # fmt: skip
+# Of a config: what the tensors tell as well, or no forward looks at.
+UNCOMPARED = PASSING | {"tie_word_embeddings", "vocab_size", "quantization_config"}
 SHOWN = 3  # names that a message gives as examples
 
 
@@ -227,7 +226,7 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """By dotted names."""
     settings: dict[str, Any] = {}
     for name, value in config.items():
-        if name in PASSING or name.endswith(("_token_id", "_token_ids")) or "drop" in name:
+        if name in UNCOMPARED or name.endswith(("_token_id", "_token_ids")) or "drop" in name:
             continue
         inner = _settings(value) if isinstance(value, dict) else {"": value}
         settings |= {f"{name}.{key}".strip("."): setting for key, setting in inner.items()}

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_freeze.exactness import PASSING
 from hf_freeze.files import json_digest
 from hf_freeze.marks import is_mark
 from hf_freeze.prefix.folder import known_caches
@@ -28,10 +29,9 @@ from hf_freeze.tensors import tensor_digest
 
 __all__ = ["cache_key", "describe", "folder_of", "nearest_key", "own_hooks"]
 
-# What a config says about neither the arithmetic nor the shape of a model.
-PASSING = frozenset({"_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype",
-                     "output_hidden_states", "output_attentions", "return_dict", "_attn_implementation_autoset",
-                     "problem_type", "id2label", "label2id", "task_specific_params"})  # fmt: skip
+# Of a config; what a call may ask for does not change the states either. The keys of stores on disks rest on this list.
+UNKEYED = PASSING | {"output_hidden_states", "output_attentions", "return_dict", "_attn_implementation_autoset",
+                     "task_specific_params"}  # fmt: skip
 # What a module keeps for itself: torch's own fields, modes, notes of loading, what is looked at apart (forward, hooks).
 INTERNAL = frozenset(nn.Module().__dict__) | {"training", "gradient_checkpointing", "train", "forward", "config",
                                               "_original_forward", "_is_hf_initialized", "name_or_path",
@@ -166,7 +166,7 @@ def _config(config: Any) -> Any:
 
     def decisive(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {str(key): decisive(item) for key, item in value.items() if key not in PASSING}
+            return {str(key): decisive(item) for key, item in value.items() if key not in UNKEYED}
         return [decisive(item) for item in value] if isinstance(value, list | tuple) else describe(value)
 
     return [decisive(values), str(attention or "")]
