@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hf_freeze import FreezePlan, PrefixCache, freeze, save_delta
 from hf_freeze.cli import COMMANDS, doctor, main
-from hf_freeze.cli import cache as cache_command
 from hf_freeze.summarization import generate_summaries, load_prompt
 from tests.delta.cases import edit
 from tests.tiny import tiny_folder, tiny_model, tiny_tokenizer
@@ -531,7 +530,7 @@ def test_caches_are_listed_with_rows_and_size_and_cleared(tmp_path: Path, ran: C
     assert "No prefix caches in" in ran("cache", "list").out
     built(place)
     (place / "damaged").mkdir()
-    (place / "damaged" / cache_command._manifests(place)[0].name).write_text("{")
+    (place / "damaged" / "manifest.json").write_text("{")
     listed = ran("cache", "list")
     assert "2 caches" in listed.out
     assert "manifest.json cannot be read" in " ".join(listed.out.split())
@@ -542,7 +541,7 @@ def test_caches_are_listed_with_rows_and_size_and_cleared(tmp_path: Path, ran: C
     assert whole["model"] == "LlamaForCausalLM"
     assert "LlamaForCausalLM" in listed.out
     assert values["bytes"] == sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
-    manifest = Path(whole["folder"]) / cache_command._manifests(place)[0].name
+    manifest = Path(whole["folder"]) / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "model": ""}))
     assert f"weights {whole['key']['weights'][:8]}" in ran("cache", "list").out, "of an older version"
     cleared = ran("cache", "clear", "--cache_dir", place, "--json").values

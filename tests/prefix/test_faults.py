@@ -82,6 +82,14 @@ def loss_of(model: nn.Module, batch: dict[str, Any]) -> float:
     return loss.item()
 
 
+def assert_replays(cache: PrefixCache, rows: Any, collator: Any = None) -> None:
+    """A batch of these rows runs from the cache, with the plain loss."""
+    collator, used = collator or Padding(), cache.batches_used
+    plain = loss_of(cache.model, collator(rows))
+    assert loss_of(cache.model, cache.collator(rows)) == pytest.approx(plain, rel=1e-5)
+    assert cache.batches_used == used + 1
+
+
 def assert_left_alone(model: nn.Module) -> None:
     """No hook, no attribute, no placeholder: as before `build`."""
     assert not any("replay" in name for module in model.modules() for name in module.__dict__)
@@ -126,53 +134,56 @@ PLANS: dict[str, tuple[str, FreezePlan | None, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", PLANS)
-def test_a_plan_without_a_prefix_is_refused(make, what):
-    kind, plan, reason = PLANS[what]
-    model = model_of(kind, plan)
-    with pytest.raises(CannotCache, match=reason):
-        make(model)
-    assert_left_alone(model)
-
-
-def test_a_model_that_was_thawed_is_refused(make):
+def _thawed_again() -> PreTrainedModel:
     model = model_of()
     thaw(model)
-    with pytest.raises(CannotCache, match="was not frozen"):
-        make(model)
+    return model
 
 
-def test_a_model_frozen_by_hand_only_is_refused(make):
-    model = model_of(plan=None)
+def _frozen_by_hand() -> PreTrainedModel:
+    model: Any = model_of(plan=None)
     model.model.layers[0].requires_grad_(False)
     model.model.embed_tokens.requires_grad_(False)
-    with pytest.raises(CannotCache, match="was not frozen"):
-        make(model)
+    return model  # type: ignore[no-any-return]
 
 
-def test_a_model_on_the_meta_device_is_refused(make):
+def _on_meta() -> PreTrainedModel:
     with torch.device("meta"):
         model = build("llama")
     freeze(model, DEEP)
-    with pytest.raises(CannotCache, match=r"on the meta device; it has no weights to compute with\. Load them first"):
-        make(model)
+    return model
 
 
-def test_a_dropout_of_the_stack_that_stays_on_is_refused(make):
-    model = model_of("prophetnet", FreezePlan(), dropout=0.3)
-    with pytest.raises(
-        CannotCache, match=r"other states in training than in evaluation .*Set that dropout in model\.conf"
-    ):
+def _in_parts() -> PreTrainedModel:
+    model: Any = model_of()
+    next(model.parameters()).placements = ()  # as a DTensor has them
+    return model  # type: ignore[no-any-return]
+
+
+MODELS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    **{what: ((lambda kind=kind, plan=plan: model_of(kind, plan)), reason)
+       for what, (kind, plan, reason) in PLANS.items()},
+    "thawed": (_thawed_again, "was not frozen"),
+    "frozen by hand only": (_frozen_by_hand, "was not frozen"),
+    "on the meta device": (_on_meta, r"on the meta device; it has no weights to compute with\. Load them first"),
+    "a dropout of the stack stays on": (lambda: model_of("prophetnet", FreezePlan(), dropout=0.3),
+        r"other states in training than in evaluation .*Set that dropout in model\.conf"),
+    "cut into parts for several ranks": (_in_parts, r"cut into parts for several ranks \(tensor parallel\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MODELS)
+def test_a_model_without_a_prefix_is_refused_and_left_alone(make, what):
+    make_model, reason = MODELS[what]
+    model = make_model()
+    with pytest.raises(CannotCache, match=reason):
         make(model)
     assert_left_alone(model)
 
 
 def test_a_dropout_of_the_stack_that_is_switched_off_is_cached(make):
     model = model_of("prophetnet", FreezePlan(), dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
-    cache = make(model)
-    rows = token_rows()[:3]
-    assert loss_of(model, cache.collator(rows)) == pytest.approx(loss_of(model, Padding()(rows)), rel=1e-5)
-    assert cache.batches_used == 1
+    assert_replays(make(model), token_rows()[:3])
 
 
 def test_a_precision_that_does_not_exist_is_refused(make):
@@ -203,26 +214,45 @@ class Unsized:
         return token_rows()[row]
 
 
-@pytest.mark.parametrize(
-    "dataset",
-    [
-        Stream(),
-        Unsized(),
-        (row for row in token_rows()),
-        datasets.IterableDataset.from_generator(lambda: iter(token_rows())),
-    ],
-    ids=["torch", "no length", "generator", "datasets"],
-)
-def test_a_dataset_that_can_only_be_iterated_is_refused(make, dataset):
-    with pytest.raises(
-        CannotCache, match=r"can only be iterated has rows that cannot be looked up again\. Use one with"
-    ):
-        make(model_of(), dataset)
+class Augmented:
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, row: int) -> Any:
+        return token_rows((10,), seed=int(torch.randint(1000, ())))[0]
 
 
-def test_an_empty_dataset_is_refused(make):
-    with pytest.raises(CannotCache, match=r"a dataset without rows\. Give it the training rows"):
-        make(model_of(), [])
+ITERATED = r"can only be iterated has rows that cannot be looked up again\. Use one with"
+DATA: dict[str, tuple[Any, Any, str]] = {
+    "a torch stream": (Stream(), None, ITERATED),
+    "no length": (Unsized(), None, ITERATED),
+    "a generator": ((row for row in token_rows()), None, ITERATED),
+    "a stream of datasets": (
+        datasets.IterableDataset.from_generator(lambda: iter(token_rows())), None, ITERATED,
+    ),
+    "no rows": ([], None, r"a dataset without rows\. Give it the training rows"),
+    "rows that answer twice differently": (Augmented(), None, "two different answers for row"),
+    "padding without a mask": (
+        None, Padding(mask=False), r"collated among others: its padding cannot be told.*return an attention_mask",
+    ),
+    **{f"a collator that returns a {type(answer).__name__}": (
+        None, lambda features, answer=answer: answer,
+        r"a collator that returns a \w+; it must return the model's keyword arguments",
+    ) for answer in ([1, 2], torch.ones(2), ("a", "b"))},
+    "a loss that looks at left padding": (
+        None, Padding("left", positions=True),
+        r"above the cut looks at padding: loss differs by .* when the padding's states",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DATA)
+def test_rows_and_collators_that_cannot_be_cached_are_refused(make, what):
+    rows, collator, reason = DATA[what]
+    model = model_of()
+    with pytest.raises(CannotCache, match=reason):
+        make(model, rows, collator)
+    assert_left_alone(model)
 
 
 def test_random_masking_is_refused(make):
@@ -243,22 +273,7 @@ def test_a_fixed_masking_is_cached(make):
     torch.manual_seed(0)
     model = BertForMaskedLM(shrink(CONFIG_MAPPING["bert"]))
     freeze(model, DEEP)
-    cache = make(model.train())
-    batch = token_rows()[:3]
-    assert loss_of(model, cache.collator(batch)) == pytest.approx(loss_of(model, Padding()(batch)), rel=1e-5)
-    assert cache.batches_used == 1
-
-
-def test_a_dataset_that_answers_twice_differently_is_refused(make):
-    class Augmented:
-        def __len__(self) -> int:
-            return 6
-
-        def __getitem__(self, row: int) -> Any:
-            return token_rows((10,), seed=int(torch.randint(1000, ())))[0]
-
-    with pytest.raises(CannotCache, match="two different answers for row"):
-        make(model_of(), Augmented())
+    assert_replays(make(model.train()), token_rows()[:3])
 
 
 def test_a_collator_that_answers_twice_differently_for_one_row_never_gives_a_wrong_state(make):
@@ -281,24 +296,13 @@ def test_a_collator_that_answers_twice_differently_for_one_row_never_gives_a_wro
         cache = make(model, rows, flip_once)
     except CannotCache:
         return
-    plain = loss_of(model, Padding()([rows[victim]]))
-    assert loss_of(model, cache.collator([rows[victim]])) == pytest.approx(plain, rel=1e-5)
-
-
-def test_a_collator_that_pads_without_a_mask_is_refused(make):
-    with pytest.raises(
-        CannotCache, match=r"collated among others: its padding cannot be told.*return an attention_mask"
-    ):
-        make(model_of(), collator=Padding(mask=False))
+    assert_replays(cache, [rows[victim]])
 
 
 def test_a_collator_without_a_mask_is_cached_where_nothing_is_padded(make):
     model = model_of()
     rows = token_rows((8,) * 4)
-    cache = make(model, rows, Padding(mask=False))
-    plain = loss_of(model, Padding(mask=False)(rows))
-    assert loss_of(model, cache.collator(rows)) == pytest.approx(plain, rel=1e-5)
-    assert cache.batches_used == 1
+    assert_replays(make(model, rows, Padding(mask=False)), rows, Padding(mask=False))
 
 
 def test_rows_that_are_padded_without_a_mask_outside_of_the_sample_never_give_a_wrong_state(make):
@@ -313,21 +317,6 @@ def test_rows_that_are_padded_without_a_mask_outside_of_the_sample_never_give_a_
     for drawn in ([rows[37]], [rows[36], rows[37]], rows[:3]):
         plain = loss_of(model, Padding(mask=False)(drawn))
         assert loss_of(model, cache.collator(drawn)) == pytest.approx(plain, rel=1e-5)
-
-
-def test_tensors_that_are_cut_into_parts_for_several_ranks_are_declined(make):
-    model = model_of()
-    next(model.parameters()).placements = ()  # as a DTensor has them
-    with pytest.raises(CannotCache, match=r"cut into parts for several ranks \(tensor parallel\)"):
-        make(model)
-
-
-@pytest.mark.parametrize("answer", [[1, 2], torch.ones(2), ("a", "b")])
-def test_a_collator_that_returns_no_mapping_is_refused(make, answer):
-    with pytest.raises(
-        CannotCache, match=r"a collator that returns a \w+; it must return the model's keyword arguments"
-    ):
-        make(model_of(), collator=lambda features: answer)
 
 
 def test_an_absolute_position_model_with_left_padding_is_refused_without_position_ids(make):
@@ -346,27 +335,15 @@ def test_with_position_ids_padding_on_either_side_is_cached(make, kind, side):
     rows = token_rows()
     for row in rows:
         row["labels"][0] = -100  # under left padding, the padding before it would predict it
-    cache = make(model, rows, Padding(side, positions=True))
-    rows = rows[:3]
-    plain = loss_of(model, Padding(side, positions=True)(rows))
-    assert loss_of(model, cache.collator(rows)) == pytest.approx(plain, rel=1e-5)
-    assert cache.batches_used == 1
-
-
-def test_a_loss_that_looks_at_left_padding_is_refused(make):
-    with pytest.raises(
-        CannotCache, match=r"above the cut looks at padding: loss differs by .* when the padding's states"
-    ):
-        make(model_of(), collator=Padding("left", positions=True))
+    assert_replays(make(model, rows, Padding(side, positions=True)), rows[:3], Padding(side, positions=True))
 
 
 @pytest.mark.parametrize("lengths", [(9,), (9, 9), (2, 9), (9, 8)], ids=str)
 def test_a_dataset_of_a_row_or_two_is_cached(make, lengths):
-    model = model_of()
     rows = token_rows(lengths)
-    cache = make(model, rows)
-    assert loss_of(model, cache.collator(rows)) == pytest.approx(loss_of(model, Padding()(rows)), rel=1e-5)
-    assert (cache.batches_used, cache.report.computed_rows) == (1, len(rows))
+    cache = make(model_of(), rows)
+    assert_replays(cache, rows)
+    assert cache.report.computed_rows == len(rows)
 
 
 def test_other_rows_are_computed_anew_and_those_known_are_not(make):
@@ -402,13 +379,11 @@ def test_another_tokenizers_rows_are_not_found_and_run_the_whole_model(make):
 
 
 def test_added_rows_are_found(make):
-    model = model_of()
-    cache = make(model)
+    cache = make(model_of())
     other = token_rows(seed=1)
     assert cache.add(other).computed_rows == len(other)
     assert cache.add(other).computed_rows == 0
-    plain = loss_of(model, Padding()([token_rows()[0], other[0]]))
-    assert loss_of(model, cache.collator([token_rows()[0], other[0]])) == pytest.approx(plain, rel=1e-5)
+    assert_replays(cache, [token_rows()[0], other[0]])
 
 
 # ---------------------------------------------------------------------------------------------- what changes afterwards
@@ -434,26 +409,6 @@ def _trained(model: Any) -> None:
     weight.grad = None
 
 
-def _resized(model: Any) -> None:
-    model.resize_token_embeddings(VOCAB + 8)
-
-
-def _thawed(model: Any) -> None:
-    model.model.layers[1].requires_grad_(True)
-
-
-def _all_thawed(model: Any) -> None:
-    thaw(model)
-
-
-def _other_attention(model: Any) -> None:
-    model.set_attn_implementation("eager")
-
-
-def _half(model: Any) -> None:
-    model.to(torch.bfloat16)
-
-
 def _another_block(model: Any) -> None:
     other = copy.deepcopy(model.model.layers[1])
     nn.init.zeros_(other.mlp.up_proj.weight)
@@ -465,17 +420,20 @@ def _noise(model: Any) -> None:
 
 
 CHANGED = r"tensors below its cut changed since it was built, e\.g\. .*Call PrefixCache\.build again"
-CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a weight changed in place": (_in_place, CHANGED),
     "an optimizer that got a frozen weight": (_trained, CHANGED),
     "another checkpoint loaded": (_loaded, CHANGED),
     "a weight replaced through .data": (_through_data, CHANGED),
-    "a resized vocabulary": (_resized, CHANGED),
-    "weights in another dtype": (_half, CHANGED),
-    "a thawed block": (_thawed, r"layers\.1\..* below its cut is trainable now.*Freeze it again, or build a cache"),
-    "a thawed model": (_all_thawed, "below its cut is trainable now"),
+    "a resized vocabulary": (lambda model: model.resize_token_embeddings(VOCAB + 8), CHANGED),
+    "weights in another dtype": (lambda model: model.to(torch.bfloat16), CHANGED),
+    "a thawed block": (
+        lambda model: model.model.layers[1].requires_grad_(True),
+        r"layers\.1\..* below its cut is trainable now.*Freeze it again, or build a cache",
+    ),
+    "a thawed model": (thaw, "below its cut is trainable now"),
     "another attention": (
-        _other_attention,
+        lambda model: model.set_attn_implementation("eager"),
         r"built with the attention 'sdpa'; the model now uses 'eager'\. Set it bef",
     ),
     "another block": (_another_block, r"layers\.1"),
@@ -483,23 +441,13 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
 }
 
 
-def changes() -> list[Any]:
-    return [pytest.param(change, match, id=what) for what, (change, match) in CHANGES.items()]
-
-
-@pytest.mark.parametrize(("change", "match"), changes())
-def test_what_changed_between_the_build_and_the_first_batch_is_refused(make, change, match):
+@pytest.mark.parametrize("batches", [0, 2])
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_changed_since_the_build_or_the_last_batch_is_refused(make, what, batches):
+    change, match = CHANGES[what]
     model = model_of()
     cache = make(model)
-    change(model)
-    assert_refused(cache, match)
-
-
-@pytest.mark.parametrize(("change", "match"), changes())
-def test_what_changed_between_two_batches_is_refused(make, change, match):
-    model = model_of()
-    cache = make(model)
-    for _ in range(2):
+    for _ in range(batches):
         model(**cache.collator(token_rows()[:3]))
     change(model)
     assert_refused(cache, match)
@@ -536,9 +484,7 @@ def test_a_change_that_was_refused_goes_on_when_it_is_undone(make):
     assert_refused(cache, CHANGED)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.copy_(before)
-    rows = token_rows()[:3]
-    plain = loss_of(model, Padding()(rows))
-    assert loss_of(model, cache.collator(rows)) == pytest.approx(plain, rel=1e-5)
+    assert_replays(cache, token_rows()[:3])
 
 
 def test_changed_weights_are_computed_anew(make):
@@ -552,8 +498,7 @@ def test_changed_weights_are_computed_anew(make):
     cache = make(model)
     assert cache.report.computed_rows == len(LENGTHS)
     assert cache.store.folder != first.store.folder
-    rows = token_rows()[:3]
-    assert loss_of(model, cache.collator(rows)) == pytest.approx(loss_of(model, Padding()(rows)), rel=1e-5)
+    assert_replays(cache, token_rows()[:3])
 
 
 @pytest.mark.parametrize("batches", [0, 2])
@@ -573,8 +518,7 @@ def test_weights_above_the_cut_may_change(make):
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight.mul_(2)
         model.lm_head.weight.mul_(2)
-    rows = token_rows()[:3]
-    assert loss_of(model, cache.collator(rows)) == pytest.approx(loss_of(model, Padding()(rows)), rel=1e-5)
+    assert_replays(cache, token_rows()[:3])
     cache.close()
     assert make(model).report.computed_rows == 0
 
