@@ -81,14 +81,45 @@ class InspectArguments:
     output_dir: str = field(default="out/layers", metadata={"help": "Where everything is written."})
 
 
-@dataclass
-class Picture:
-    """A result: how it is measured, and one sentence on how to read it."""
-
-    name: str
-    title: str
-    reading: str
-    measure: Callable[[], Any]
+LOOKS = (
+    "Each row is a token that looks and dark cells are what it looks at: a dark first column is a head at rest, a dark "
+    "diagonal one that looks at the token itself or its neighbour."
+)
+READINGS = {  # in the order of the page: a picture's name, its title, and how to read it
+    "compared": (
+        "Which layers were changed",
+        "On the right, 0 means that a layer still says the same as that layer of the other model, but for rotation and "
+        "scale; where the line rises, the two begin to differ.",
+    ),
+    "drift": (
+        "How far the weights moved",
+        "0 is a part whose weights are those of the other model, 0.01 one that moved by a hundredth of its length; "
+        "hatched bars are no blocks. Adapters count as what they add.",
+    ),
+    "similarity": (
+        "Which layers are alike",
+        "A dark square is a run of layers that hold much the same; where it ends, something new is computed. Linear "
+        "CKA: 1 is the same but for rotation and scale, 0 unrelated.",
+    ),
+    "logit_lens": (
+        "Where the answer is decided",
+        "Read the curves from left to right: the layer where they rise is where the model's final choice is made, and "
+        "layers below it do not know it yet; in the table below, bold is that choice.",
+    ),
+    "gradients": (
+        "Where the data pulls",
+        "High bars are the parts that the loss of {task} asks to change most, in the lower panel in proportion to "
+        "their weights. A hint where to train and no proof: recipes/sweep_depth.py measures what a depth costs.",
+    ),
+    "activations": (
+        "How large the states are",
+        "Each column is a token on its way up: a single dark column is where the model parks its attention, and a "
+        "layer at which all columns darken is one that writes much.",
+    ),
+    "encoder_attention": ("What encoder block {encoder} looks at", LOOKS),
+    "decoder_attention": ("What decoder block {decoder} looks at", LOOKS),
+    "cross_attention": ("What decoder block {decoder} looks at in the encoder", LOOKS),
+}
 
 
 def main() -> None:
@@ -122,112 +153,74 @@ def main() -> None:
     summaries = list(rows["summary"]) if reviews.summary_column and all(rows["summary"]) else None
     targets = summaries if len(anatomy.stacks) == 2 else None  # what the decoder reads
     read = {"targets": targets, "batch_size": args.batch_size, "max_tokens": args.max_tokens}
-    own_words = text_batches(model, tokenizer, texts, **read)
+    batches = text_batches(model, tokenizer, texts, **read)
     if summaries:
-        try:
-            prompt = read_prompt(tokenizer, model.config, max_source_tokens=args.max_tokens)
-        except TokenizerMismatch as error:
-            raise FreezeError(f"--max_tokens {args.max_tokens} was asked for, as max_source_tokens. {error}") from error
-        encoded = encode_reviews(rows, prompt).dataset
-        collator = SummaryCollator(tokenizer, model)
-        places = [range(at, min(at + args.batch_size, len(encoded))) for at in range(0, len(encoded), args.batch_size)]
-        batches, task = [collator([encoded[place] for place in group]) for group in places], "writing the summary"
-    else:
-        batches, task = own_words, "writing the text itself"
+        batches = summary_batches(model, tokenizer, rows, args)
+    blocks = {stack.name: chosen_block(stack, args.attention_block) for stack in anatomy.stacks}
+    words = {"task": "writing the summary" if summaries else "writing the text itself", **blocks}
 
-    # What is measured, in the order of the page.
-    pictures = [
-        Picture(
-            "similarity",
-            "Which layers are alike",
-            "A dark square is a run of layers that hold much the same; where it ends, something new is computed. "
-            "Linear CKA: 1 is the same but for rotation and scale, 0 unrelated.",
-            partial(layer_similarity, model, tokenizer, texts, **read),
-        ),
-        Picture(
-            "logit_lens",
-            "Where the answer is decided",
-            "Read the curves from left to right: the layer where they rise is where the model's final choice is made, "
-            "and layers below it do not know it yet; in the table below, bold is that choice.",
-            partial(logit_lens, model, tokenizer, texts, **read),
-        ),
-        Picture(
-            "gradients",
-            "Where the data pulls",
-            f"High bars are the parts that the loss of {task} asks to change most, in the lower panel in proportion to "
-            "their weights. A hint where to train and no proof: recipes/sweep_depth.py measures what a depth costs.",
-            partial(block_gradients, model, batches),
-        ),
-        Picture(
-            "activations",
-            "How large the states are",
-            "Each column is a token on its way up: a single dark column is where the model parks its attention, and a "
-            "layer at which all columns darken is one that writes much.",
-            partial(activation_map, model, tokenizer, texts[0], target=targets and targets[0]),
-        ),
-        *attention_pictures(model, tokenizer, anatomy, texts[0], targets and targets[0], args.attention_block),
-    ]
-    if other is not None or isinstance(model, PeftModel):
-        drift = Picture(
-            "drift",
-            "How far the weights moved",
-            "0 is a part whose weights are those of the other model, 0.01 one that moved by a hundredth of its length; "
-            "hatched bars are no blocks. Adapters count as what they add.",
-            partial(weight_drift, model, other),
-        )
-        pictures.insert(0, drift)
-    if other is not None:
-        compared = Picture(
-            "compared",
-            "Which layers were changed",
-            "On the right, 0 means that a layer still says the same as that layer of the other model, but for rotation "
-            "and scale; where the line rises, the two begin to differ.",
-            partial(layer_similarity, model, tokenizer, texts, other, **read),
-        )
-        pictures.insert(0, compared)
+    looks = [model, tokenizer, texts]
+    first = {"target": targets and targets[0]}
+    measures = {
+        "compared": partial(layer_similarity, *looks, other, **read) if other is not None else None,
+        "drift": partial(weight_drift, model, other) if other is not None or isinstance(model, PeftModel) else None,
+        "similarity": partial(layer_similarity, *looks, **read),
+        "logit_lens": partial(logit_lens, *looks, **read),
+        "gradients": partial(block_gradients, model, batches),
+        "activations": partial(activation_map, model, tokenizer, texts[0], **first),
+    }
+    attention = partial(attention_map, model, tokenizer, texts[0], **first)
+    for stack, block in blocks.items():
+        measures[f"{stack}_attention"] = partial(attention, block, stack=stack)
+    if len(blocks) == 2:
+        measures["cross_attention"] = partial(attention, blocks["decoder"], stack="decoder", cross=True)
 
-    shown = []
-    for picture in pictures:
-        print(f"\n{picture.title}")
-        values = {"name": picture.name, "title": picture.title, "reading": picture.reading}
-        shown.append(values)
-        try:
-            numbers = picture.measure()
-        except FreezeError as reason:  # a model without attention or head still has the other pictures
-            print(f"declined: {reason}")
-            values["reason"] = str(reason)
-            continue
-        write_json(folder / f"{picture.name}.json", numbers.to_dict())
-        png, _ = draw(numbers, folder / picture.name)
-        values["source"] = data_uri(png.read_bytes(), "png")
-        if numbers.table():
-            print(numbers)
+    pictures = []
+    for name, (title, reading) in READINGS.items():
+        if measures.get(name) is not None:
+            values = {"name": name, "title": title.format(**words), "reading": reading.format(**words)}
+            print(f"\n{values['title']}")
+            pictures.append(values | take_picture(measures[name], folder / name))
     models = f"{args.model_name_or_path} beside {args.compare_to}" if args.compare_to else args.model_name_or_path
     title = f"What each layer of {models} has learnt"
-    write_page(folder / "index.html", "layers.html", title=title, texts=f"{len(texts)} texts", pictures=shown)
+    write_page(folder / "index.html", "layers.html", title=title, texts=f"{len(texts)} texts", pictures=pictures)
     print(f"\nOpen {folder / 'index.html'}")
 
 
-def attention_pictures(model, tokenizer, anatomy, text: str, target: str | None, block: int | None) -> list[Picture]:
-    """One block of each stack, and in an encoder-decoder what the decoder sees of the encoder."""
-    looks = [(stack, False) for stack in anatomy.stacks] + [(stack, True) for stack in anatomy.stacks[1:]]
-    pictures = []
-    for stack, cross in looks:
-        which = len(stack) // 2 if block is None else block
-        if not -len(stack) <= which < len(stack):
-            raise FreezeError(
-                f"--attention_block {which} was asked for; the {stack.name} has the blocks 0 to {len(stack) - 1} "
-                "(-1 is the top one)."
-            )
-        kind = "cross_attention" if cross else f"{stack.name}_attention"
-        measure = partial(attention_map, model, tokenizer, text, which, stack=stack.name, cross=cross, target=target)
-        reading = (
-            "Each row is a token that looks and dark cells are what it looks at: a dark first column is a head at "
-            "rest, a dark diagonal one that looks at the token itself or its neighbour."
+def summary_batches(model: Any, tokenizer: Any, rows: Any, args: InspectArguments) -> list[dict[str, torch.Tensor]]:
+    """The reviews with their summaries, as in training."""
+    try:
+        prompt = read_prompt(tokenizer, model.config, max_source_tokens=args.max_tokens)
+    except TokenizerMismatch as error:
+        raise FreezeError(f"--max_tokens {args.max_tokens} was asked for, as max_source_tokens. {error}") from error
+    encoded = list(encode_reviews(rows, prompt).dataset)
+    collator = SummaryCollator(tokenizer, model)
+    return [collator(encoded[start : start + args.batch_size]) for start in range(0, len(encoded), args.batch_size)]
+
+
+def chosen_block(stack: Any, asked: int | None) -> int:
+    """The block whose attention is shown: the one asked for, else the middle one."""
+    block = len(stack) // 2 if asked is None else asked
+    if not -len(stack) <= block < len(stack):
+        raise FreezeError(
+            f"--attention_block {block} was asked for; the {stack.name} has the blocks 0 to {len(stack) - 1} "
+            "(-1 is the top one)."
         )
-        title = f"What {stack.name} block {which % len(stack)} looks at{' in the encoder' * cross}"
-        pictures.append(Picture(kind, title, reading, measure))
-    return pictures
+    return block % len(stack)
+
+
+def take_picture(measure: Callable[[], Any], path: Path) -> dict[str, str]:
+    """Measures, writes numbers and picture, and gives what the page shows: the picture, or why there is none."""
+    try:
+        numbers = measure()
+    except FreezeError as reason:  # a model without attention or head still has the other pictures
+        print(f"declined: {reason}")
+        return {"reason": str(reason)}
+    write_json(path.with_name(f"{path.name}.json"), numbers.to_dict())
+    png, _ = draw(numbers, path)
+    if numbers.table():
+        print(numbers)
+    return {"source": data_uri(png.read_bytes(), "png")}
 
 
 def on_device(model: Any) -> Any:

@@ -146,9 +146,8 @@ def _weights_before(model: nn.Module, pretrained: Any) -> tuple[Mapping[str, tor
                 f"The drift of {type(core_of(model)).__name__} from itself was asked for. Give a copy from before "
                 "training; where adapters were trained, leave pretrained out."
             )
-        return _weights_by_plain_name(
-            pretrained, adapted=True
-        ), f"the {type(core_of(pretrained)).__name__} that was given"
+        origin = f"the {type(core_of(pretrained)).__name__} that was given"
+        return _weights_by_plain_name(pretrained, adapted=True), origin
     if isinstance(pretrained, Mapping):
         return pretrained, "the state dict"
     path = Path(pretrained).expanduser()

@@ -236,8 +236,10 @@ from tests.summarization.test_card import FakeApi
 api = FakeApi(Path({hub!r}))
 transformers.trainer.hf_api = api
 sys.argv = ["summarize_reviews.py", *{arguments!r}]
-runpy.run_path({recipe!r}, run_name="__main__")
-print("pushed:", api.messages)
+try:
+    runpy.run_path({recipe!r}, run_name="__main__")
+finally:  # it leaves by sys.exit
+    print("pushed:", api.messages)
 """
 
 

@@ -1,6 +1,6 @@
 """What a run leaves behind: the table of scores, samples to read, predictions as JSONL, and its prompt.
 
-Only words and writes; scores come from `rouge`. The model card is `card`'s, the page for a browser `run_report`'s.
+Only words and writes; scores come from `rouge`. The model card is `card`'s, the page for a browser `page`'s.
 """
 
 from __future__ import annotations
