@@ -155,7 +155,7 @@ class _Word:
     """
 
     kind: str
-    place: str
+    task: str
     failure: tuple[str, str] | None = None  # class and text
     value: Any = None
     host: str = field(default_factory=socket.gethostname)
@@ -183,8 +183,8 @@ def _meet(kind: str, value: Any = None, failure: Exception | None = None) -> lis
             return words
         if all(word.kind != "busy" for word in words):
             break
-    if len({(word.kind, word.place) for word in words}) > 1:
-        places = ", ".join(f"rank {rank} is at '{word.place}' ({word.kind})" for rank, word in enumerate(words))
+    if len({(word.kind, word.task) for word in words}) > 1:
+        places = ", ".join(f"rank {rank} is at '{word.task}' ({word.kind})" for rank, word in enumerate(words))
         raise _as_told(
             FreezeError(f"The ranks came to different places: {places}. Every rank must make the same calls, in order.")
         )
@@ -199,7 +199,7 @@ def _common_error(words: Sequence[_Word], own: Exception | None) -> Exception:
     assert word.failure is not None
     name, text = word.failure
     kind = getattr(errors, name, FreezeError)
-    return _as_told(kind(f"Rank {rank} of {len(words)} could not {word.place or 'go on'}: {text}"))
+    return _as_told(kind(f"Rank {rank} of {len(words)} could not {word.task or 'go on'}: {text}"))
 
 
 def _as_told(error: Error) -> Error:

@@ -54,7 +54,7 @@ def offloaded_tensors(model: nn.Module) -> dict[int, Offloaded]:
     """Where accelerate's hooks keep what is on the meta device between two forwards: a mapping and a name in it, by
     the identity of the tensor. Nothing is read, and nothing brought in: a hook that runs makes new parameters.
     """
-    places: dict[int, Offloaded] = {}
+    offloaded: dict[int, Offloaded] = {}
     for module in model.modules():
         waiting: list[Any] = [module.__dict__.get("_hf_hook")]
         while waiting:
@@ -64,8 +64,8 @@ def offloaded_tensors(model: nn.Module) -> dict[int, Offloaded]:
             if getattr(hook, "offload", False) and weights is not None:
                 below = hook.place_submodules
                 for name, tensor in (*module.named_parameters(recurse=below), *module.named_buffers(recurse=below)):
-                    places[id(tensor)] = weights, name
-    return places
+                    offloaded[id(tensor)] = weights, name
+    return offloaded
 
 
 def bits_of(tensor: torch.Tensor, offloaded: Mapping[int, Offloaded]) -> torch.Tensor | None:

@@ -177,10 +177,10 @@ def freeze_table(anatomy: Anatomy, frozen: set[str], lowest: tuple[str, int], li
         rows.append((label, where, count_text(size), state))
     total = sum(p.numel() for p in anatomy.parameters.values())
     trained = sum(p.numel() for name, p in anatomy.parameters.items() if name not in frozen)
-    place = lowest[0] if lowest[0] not in ("encoder", "decoder") else f"{lowest[0]} block {lowest[1]}"
+    end = lowest[0] if lowest[0] not in ("encoder", "decoder") else f"{lowest[0]} block {lowest[1]}"
     summary = (
         f"{count_text(trained)} of {count_text(total)} parameters train ({100 * trained / max(total, 1):.1f} %); "
-        f"the backward pass ends at: {place}."
+        f"the backward pass ends at: {end}."
     )
     return Table(
         f"{anatomy.model_class}: frozen and trained",

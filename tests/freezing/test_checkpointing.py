@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from hf_freeze import FreezePlan, freeze, read_anatomy, thaw
 from hf_freeze.anatomy import Stack
-from hf_freeze.freezing.checkpointing import _HOOKS, _is_ours
+from hf_freeze.freezing import checkpointing
 from tests.depth.sweep import training_batch
 from tests.zoo import VOCAB, build
 
@@ -157,9 +157,10 @@ def assert_no_graph_below(model: nn.Module, cuts: Any) -> None:
 
 def ours(model: nn.Module) -> int:
     """How many hooks and functions of ours a model carries."""
-    hooks = [h for m in model.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
-    functions = [m.__dict__.get("_gradient_checkpointing_func") for m in model.modules()]
-    return sum(any(h is o for o in _HOOKS) for h in hooks) + sum(map(_is_ours, functions))
+    functions: list[Any] = [m.__dict__.get("_gradient_checkpointing_func") for m in model.modules()]
+    functions += [h for m in model.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    rooms = [getattr(getattr(function, "func", function), "__module__", "") for function in functions]
+    return rooms.count(checkpointing.__name__)
 
 
 # ------------------------------------------------------------------------------------------------------ the same step

@@ -370,7 +370,7 @@ def test_an_error_in_a_call_leaves_the_next_call_right(reduced: Any) -> None:
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, functools.partial(torch.compile, backend="eager")])
 def test_wrapped_models_are_reached_through_their_wrapper(wrap: Any) -> None:
-    model = build("llama").train()
+    model = build("llama", num_hidden_layers=1).train()  # to compile takes its time
     plain, expected = loss_and_gradients(model, **ragged())
     wrapped = wrap(model)
     assert supervised_logits_only(wrapped).active
