@@ -1,4 +1,4 @@
-"""What a public function was given: a sentence where it is of another kind than it takes, before anything is done."""
+"""Checks what a public function was given: an argument of the wrong kind ends in a sentence, before anything is done."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Number = TypeVar("Number", int, float)
 
 
 def check_model(what: str, model: object) -> None:
-    """Refuses what is no model, and says how one comes by one.
+    """Refuses what is no model, and says how to get one.
 
     >>> check_model("freeze", "gpt2")
     Traceback (most recent call last):

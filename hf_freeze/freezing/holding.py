@@ -6,6 +6,7 @@ What runs in a module that trains is left alone. `release_modules` undoes all of
 from __future__ import annotations
 
 import functools
+from itertools import accumulate
 
 from torch import nn
 
@@ -41,12 +42,12 @@ def hold_modules(anatomy: Anatomy, resolved: ResolvedPlan) -> tuple[str, ...]:
     for stack in anatomy.stacks:
         if is_frozen_from_the_bottom(stack, anatomy):
             held.update(stack.inputs)
-    around = {stack.path for stack in anatomy.stacks} | {name for stack in anatomy.stacks for name in stack.holders}
+    stacks = {name for stack in anatomy.stacks for name in (stack.path, *stack.holders)}
+    # What holds a stack or a held module is no candidate: part of it may train.
+    above = {""}.union(*(accumulate(name.split("."), "{}.{}".format) for name in held | stacks))
     covered = _below(held, modules)
     for name, module in modules.items():
-        if name in covered or any(other == name or other.startswith(f"{name}.") or not name for other in held | around):
-            continue
-        own = set(module.parameters())
+        own = set(module.parameters()) if name not in above and name not in covered else set()
         if own and own <= planned:
             held.add(name)
             covered |= _below({name}, modules)

@@ -177,16 +177,17 @@ def test_the_best_model_is_loaded_and_the_states_are_used_after_it(kind: str, re
     for with_cache in (False, True):
         run = make(
             kind, tmp_path, with_cache=with_cache, validation=validation, release=release and with_cache,
-            eval_strategy="steps", save_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True,
+            eval_strategy="steps", save_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True,
             greater_is_better=True, metric_for_best_model="eval_loss",  # else the best one would be the last
+            max_steps=6,
         )  # fmt: skip
         run.trainer.train()
         evaluated.append([entry["eval_loss"] for entry in run.trainer.state.log_history if "eval_loss" in entry])
         best = max(evaluated[-1])
         step = run.trainer.state.best_global_step
-        assert step == evaluated[-1].index(best) + 1 < 3
+        assert step == 2 * (evaluated[-1].index(best) + 1) < 6
         saved, last = (load_file(Path(run.trainer.args.output_dir) / f"checkpoint-{at}" / "model.safetensors")
-                       for at in (step, 3))  # fmt: skip
+                       for at in (step, 6))  # fmt: skip
         now = run.model.state_dict()
         assert all(torch.equal(now[name], tensor) for name, tensor in saved.items())
         assert not all(torch.equal(now[name], tensor) for name, tensor in last.items())
