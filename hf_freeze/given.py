@@ -1,4 +1,4 @@
-"""Checks what a public function was given: an argument of the wrong kind ends in a sentence, before anything is done."""
+"""Checks of what a public function was given: a wrong kind of argument ends in a sentence, before anything is done."""
 
 from __future__ import annotations
 
