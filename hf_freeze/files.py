@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,8 +22,9 @@ __all__ = ["cache_folder", "json_digest", "whole", "write_json", "write_whole"]
 def whole(path: Path) -> Iterator[Path]:
     """A name beside a file's to write under: it becomes the file where the block ends well, and is removed where not.
 
-    Flushed to disk before it is renamed, so that a machine that loses its power keeps the file or its predecessor. A
-    process that is killed meanwhile leaves `NAME.<number>.tmp` behind.
+    A file is flushed to disk before it is renamed, so that a machine that loses its power keeps it or its predecessor.
+    A folder may be made under the name too: it takes the place of an empty one, and of no other. A process that is
+    killed meanwhile leaves `NAME.<number>.tmp` behind.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "a.txt")
@@ -34,12 +36,16 @@ def whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        if temporary.is_dir():
+            with suppress(OSError):  # it is not there, or not empty
+                path.rmdir()
+        else:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):  # what went wrong first is what counts
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
         raise
 
 

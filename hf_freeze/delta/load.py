@@ -9,8 +9,6 @@ import json
 import os
 import re
 import reprlib
-import shutil
-import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from torch import nn
 from hf_freeze.delta.file import FILES, MANIFEST_FILE, Manifest, read_delta, settings_apart, some
 from hf_freeze.embedded import EMBEDDED_NAME, embedded_model
 from hf_freeze.errors import DeltaMismatch, FreezeError, ModelError, first_line
+from hf_freeze.files import whole
 from hf_freeze.freezing import freeze_record, untie
 from hf_freeze.given import check_model, check_path
 from hf_freeze.marks import RELEASED
@@ -142,18 +141,12 @@ def merge_delta(
             "Use load_delta; a PeftModel then has merge_and_unload()."
         )
     model = unwrap(load_delta(folder, base_model))
-    staging = target.absolute().with_name(f".{target.absolute().name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        staging.mkdir(parents=True)
-        model.save_pretrained(staging)  # type: ignore[operator]
-        if target.exists():
-            target.rmdir()
-        os.replace(staging, target)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):
-            raise FreezeError(f"merge_delta could not write {target}: {error}. Nothing of it is left there.") from error
-        raise
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with whole(target.absolute()) as staging:
+            model.save_pretrained(staging)  # type: ignore[operator]
+    except (OSError, SafetensorError) as error:
+        raise FreezeError(f"merge_delta could not write {target}: {error}. Nothing of it is left there.") from error
     return target
 
 

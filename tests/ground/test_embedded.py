@@ -33,6 +33,7 @@ def test_a_missing_reader_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_an_interrupted_conversion_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(source: Path, folder: Path) -> None:
+        folder.mkdir()
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
@@ -49,6 +50,32 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("HF_FREEZE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder() == tmp_path / "xdg" / "hf_freeze"
+
+
+@pytest.mark.parametrize("begun", ["", "config.json"])
+def test_of_two_at_once_the_first_one_serves_both_and_a_part_of_a_folder_none(
+    begun: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def convert(source: Path, folder: Path) -> None:
+        folder.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).write_text(calls[-1])
+
+    def overtaken(source: Path, folder: Path) -> None:
+        calls.append("second")
+        convert(source, tmp_path / EMBEDDED_NAME)
+        calls.append("first")
+        convert(source, folder)
+
+    calls: list[str] = []
+    (tmp_path / EMBEDDED_NAME).mkdir()
+    if begun:
+        (tmp_path / EMBEDDED_NAME / begun).write_text("a part")
+    monkeypatch.setattr(embedded, "_weights_file", lambda: tmp_path / "x.gguf")
+    monkeypatch.setattr(embedded, "_convert", overtaken)
+    assert embedded_model(tmp_path) == tmp_path / EMBEDDED_NAME
+    assert (tmp_path / EMBEDDED_NAME / "config.json").read_text() == "second"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @needs_weights
