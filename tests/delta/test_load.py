@@ -203,11 +203,32 @@ def test_a_base_whose_frozen_part_is_offloaded_is_compared_where_it_lies(tmp_pat
 # ------------------------------------------------------------------------------------------------------ the wrong base
 
 
-def test_another_base_is_refused_by_its_bits(delta: Path, bases: Path) -> None:
+def other_bits(bases: Path) -> Any:
     base = load_base("llama", bases)
     with torch.no_grad():
         base.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3  # fine-tuned since
-    refuses(delta, base, r"another base: 1 of 28 frozen tensors differ, e\.g\. model\.layers\.0\.mlp\.up")
+    return base
+
+
+def of_depth(blocks: int) -> Any:
+    torch.manual_seed(0)
+    config = tiny_model("llama", tie_word_embeddings=True).config
+    config.num_hidden_layers = blocks
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (other_bits, r"another base: 1 of 28 frozen tensors differ, e\.g\. model\.layers\.0\.mlp\.up"),
+        (lambda bases: load_base("llama", bases).bfloat16(), r"\(float32 \[\d+, \d+\], here bfloat16 "),
+        (lambda _: tiny_model("gpt2"), "is of a LlamaForCausalLM; this GPT2LMHeadModel is built otherwise"),
+        (lambda _: of_depth(5), r": 9 tensors of the model are not in it, e\.g\. model\.layers\.4\."),
+        (lambda _: of_depth(3), r": 9 of its 38 tensors are not in the model, e\.g\. model\.l"),
+    ],
+)
+def test_another_base_is_refused(make: Any, match: str, delta: Path, bases: Path) -> None:
+    refuses(delta, make(bases), match)
 
 
 def test_a_base_on_the_meta_device_is_refused(delta: Path) -> None:
@@ -251,17 +272,6 @@ def test_settings_that_make_the_same_tensors_compute_otherwise_are_told(bases: P
     base = load_base("llama", bases)
     base.config.rms_norm_eps = 0.5
     load_delta(tmp_path / "delta", base)
-
-
-def test_another_dtype_or_architecture_or_depth_is_refused(delta: Path, bases: Path) -> None:
-    refuses(delta, load_base("llama", bases).bfloat16(), r"\(float32 \[\d+, \d+\], here bfloat16 ")
-    refuses(delta, tiny_model("gpt2"), "is of a LlamaForCausalLM; this GPT2LMHeadModel is built otherwise")
-    torch.manual_seed(0)
-    config = tiny_model("llama", tie_word_embeddings=True).config
-    config.num_hidden_layers = 5
-    refuses(delta, LlamaForCausalLM(config), r": 9 tensors of the model are not in it, e\.g\. model\.layers\.4\.")
-    config.num_hidden_layers = 3
-    refuses(delta, LlamaForCausalLM(config), r": 9 of its 38 tensors are not in the model, e\.g\. model\.l")
 
 
 def test_a_delta_that_would_move_what_freeze_froze_here_is_refused(bases: Path, tmp_path: Path) -> None:

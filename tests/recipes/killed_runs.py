@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_freeze.prefix.store
 from hf_freeze import FreezePlan, PrefixCache, freeze
 from hf_freeze.delta import is_delta, load_delta, save_delta
+from hf_freeze.delta.file import FILES
 from hf_freeze.summarization.streaming import summarize_file
+from tests.delta.cases import names_in
 from tests.prefix.cases import collator_for, frozen_model, padding_tokenizer, review_rows
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.staged_run import run
@@ -130,9 +131,7 @@ def save_deltas(folder: Path) -> dict[str, torch.Tensor]:
             for parameter, start in trained:
                 parameter.copy_(start + number)
         save_delta(model, folder / "delta", extra=number)
-    assert sorted(path.name for path in (folder / "delta").iterdir()) == [
-        "config.json", "delta.safetensors", "freeze_plan.json",
-    ]  # fmt: skip
+    assert names_in(folder / "delta") == set(FILES)
     return dict(load_delta(folder / "delta", model_of_deltas()).state_dict())
 
 
@@ -149,10 +148,9 @@ def broken_delta(folder: Path) -> str:
         return ""
     model = load_delta(folder / "delta", model_of_deltas())
     first = model_of_deltas(0)
-    steps = {float((a - b).detach().median()) for a, b in zip(model.parameters(), first.parameters(), strict=True)} - {
-        0.0
-    }
-    return "" if len({round(step) for step in steps}) <= 1 else f"a mixture of {sorted(steps)}"
+    pairs = zip(model.parameters(), first.parameters(), strict=True)
+    steps = {round(float((one - other).detach().median())) for one, other in pairs} - {0}
+    return "" if len(steps) <= 1 else f"a mixture of {sorted(steps)}"
 
 
 # ----------------------------------------------------------------------------------------------------------- summarize
@@ -196,9 +194,8 @@ def start(work: Work, folder: Path) -> int:
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         torch.set_num_threads(1)
-        save_file(
-            {name: tensor.contiguous().clone() for name, tensor in work.do(folder).items()}, folder / "result.tmp"
-        )
+        results = {name: tensor.contiguous().clone() for name, tensor in work.do(folder).items()}
+        save_file(results, folder / "result.tmp")
         os.replace(folder / "result.tmp", folder / "result")
         status = 0
     finally:
@@ -214,18 +211,13 @@ def finish(child: int) -> None:
         raise SystemExit("a run failed")
 
 
-def read(folder: Path) -> dict[str, torch.Tensor]:
-    with safe_open(folder / "result", framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
 def kill_again_and_again(name: str, base: Path, kills: int, moments: random.Random) -> list[dict[str, Any]]:
     work = WORK[name]
     (base / "undisturbed").mkdir(parents=True)
     started = time.perf_counter()
     finish(start(work, base / "undisturbed"))
     seconds = time.perf_counter() - started
-    wanted = read(base / "undisturbed")
+    wanted = load_file(base / "undisturbed" / "result")
     told: list[dict[str, Any]] = []
     number = 0
     while len(told) < kills:
@@ -238,7 +230,7 @@ def kill_again_and_again(name: str, base: Path, kills: int, moments: random.Rand
             continue  # it was done before
         where, broken = work.place(folder), work.broken(folder)
         finish(start(work, folder))
-        got = read(folder)
+        got = load_file(folder / "result")
         same = got.keys() == wanted.keys() and all(torch.equal(got[key], wanted[key]) for key in wanted)
         told.append({"work": name, "where": where, "same": same, "broken": broken})
         print(json.dumps(told[-1]), flush=True)

@@ -48,8 +48,18 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def assert_same(one: Any, other: Any) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(other).values(), strict=True))
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("checkpoint-*")}
+
+
+def assert_goes_on_to_the_end_of(whole: Any, folder: Path, checkpoint: str, **given: Any) -> None:
+    """A new run takes the checkpoint for the last whole one and ends with the losses and weights of the whole run."""
+    again = trainer_in(folder, **given)
+    assert resume_from(again, "last") == str(folder / checkpoint)
+    again.train(resume_from_checkpoint=str(folder / checkpoint))
+    assert losses(again) == losses(whole)
+    assert all(torch.equal(a, b) for a, b in zip(weights(again).values(), weights(whole).values(), strict=True))
+    verify_frozen(again.model)
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +87,7 @@ def test_a_resumed_run_has_the_losses_and_weights_of_one_never_stopped(
     with pytest.raises(Stop):
         first.train()
     assert (tmp_path / "checkpoint-4" / "model.safetensors").exists() is not only_trained
-    again = trainer_in(tmp_path, save_only_trained=only_trained)
-    checkpoint = resume_from(again, "last")
-    assert checkpoint == str(tmp_path / "checkpoint-4")
-    again.train(resume_from_checkpoint=checkpoint)
-    assert losses(again) == losses(whole)
-    assert_same(again, whole)
-    verify_frozen(again.model)
+    assert_goes_on_to_the_end_of(whole, tmp_path, "checkpoint-4", save_only_trained=only_trained)
 
 
 def test_the_best_model_is_loaded_from_checkpoints_of_trained_tensors(tmp_path: Path) -> None:
@@ -144,7 +148,7 @@ def test_older_checkpoints_go_only_after_the_new_one_is_marked(tmp_path: Path) -
     guard.on_save = watch
     trainer.train()
     assert [path and path.name for path in whole_before] == [None, "checkpoint-2", "checkpoint-4", "checkpoint-6"]
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
+    assert names_in(tmp_path) == {"checkpoint-8"}
 
 
 @pytest.mark.parametrize("only_trained", [False, True])
@@ -164,11 +168,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_older_checkpoint_whole(
     with pytest.raises(OSError, match="No space left"):
         trainer.train()
     monkeypatch.undo()
-    again = trainer_in(tmp_path, save_only_trained=only_trained)
-    checkpoint = resume_from(again, "last")
-    assert checkpoint == str(tmp_path / "checkpoint-2")
-    again.train(resume_from_checkpoint=checkpoint)
-    assert_same(again, whole)
+    assert_goes_on_to_the_end_of(whole, tmp_path, "checkpoint-2", save_only_trained=only_trained)
 
 
 def test_what_was_written_last_is_kept_whatever_its_step(whole: Any, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_what_was_written_last_is_kept_whatever_its_step(whole: Any, tmp_path: P
     shutil.copytree(Path(whole.args.output_dir) / "checkpoint-4", folder / "checkpoint-4")
     trainer.args.max_steps = 6
     trainer.train(resume_from_checkpoint=resume_from(trainer, folder / "checkpoint-4"))
-    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert names_in(folder) == {"checkpoint-6"}
     assert last_whole_checkpoint(folder) == folder / "checkpoint-6"
 
 
@@ -190,15 +190,15 @@ def test_what_the_run_did_not_write_stays_whatever_its_name(whole: Any, tmp_path
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"theirs")
     (tmp_path / "checkpoint-5").symlink_to(earlier / "checkpoint-2")
-    there = {path.name for path in tmp_path.glob("checkpoint-*")}
+    there = names_in(tmp_path)
     trainer = trainer_in(tmp_path, save_total_limit=1, max_steps=6)
     trainer.train()
-    assert {path.name for path in tmp_path.glob("checkpoint-*")} == there | {"checkpoint-6"}
+    assert names_in(tmp_path) == there | {"checkpoint-6"}
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
     assert (earlier / "checkpoint-2" / MANIFEST).exists()
     again = trainer_in(tmp_path, save_total_limit=1, max_steps=8, save_steps=1)  # the same run, gone on with
     again.train(resume_from_checkpoint=resume_from(again, "last"))
-    assert {path.name for path in tmp_path.glob("checkpoint-*")} == there
+    assert names_in(tmp_path) == there
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-8", "written over, as Trainer does"
 
 
