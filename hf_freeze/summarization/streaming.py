@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_freeze.errors import FreezeError, ReviewsError, nearest
+from hf_freeze.errors import FreezeError, ReviewsError
 from hf_freeze.files import json_digest
 from hf_freeze.given import check_kind, check_model, check_path
 from hf_freeze.processes import agreed, from_first, rank_and_world
@@ -32,7 +32,7 @@ from hf_freeze.summarization.data.grouping import (
     summarized,
 )
 from hf_freeze.summarization.data.lines import RowLines
-from hf_freeze.summarization.data.reviews import choose_columns
+from hf_freeze.summarization.data.reviews import check_column, choose_columns
 from hf_freeze.summarization.data.rows import GivenRows, Row, RowFiles, row_text
 from hf_freeze.summarization.generation import generate_summaries
 from hf_freeze.summarization.prompts import SummaryPrompt, read_prompt
@@ -372,11 +372,7 @@ def _open_source(source: Any, output: Path) -> RowFiles | GivenRows:
 def _text_column(rows: RowFiles | GivenRows, asked: str | None, group_by: str | None) -> str:
     """The column of the reviews. Of JSON lines only the first is known here: one may lack the column that is asked."""
     columns = list(rows.columns)
-    if group_by is not None and group_by not in columns:
-        raise ReviewsError(
-            f"group_by={group_by!r} was asked for, but {rows.name} has no such column. It has "
-            f"{', '.join(map(repr, columns))}; nearest: {nearest(group_by, columns)}."
-        )
+    check_column("group_by", group_by, rows.name, columns)
     if group_by == COUNT_COLUMN:
         raise ReviewsError(
             f"group_by={COUNT_COLUMN!r} was asked for; the output has a column of that name for the number of reviews. "

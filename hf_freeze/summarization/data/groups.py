@@ -7,6 +7,7 @@ rev8), the splits, which never part a product, and the baselines of several revi
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,12 +17,20 @@ from typing import Any
 
 from hf_freeze.errors import ReviewsError, nearest
 from hf_freeze.summarization.data.grouping import group_key, join_reviews
-from hf_freeze.summarization.data.reviews import MOST_VALIDATION_ROWS, Reviews, read_reviews
+from hf_freeze.summarization.data.reviews import (
+    MOST_VALIDATION_ROWS,
+    Reviews,
+    check_column,
+    read_reviews,
+    set_aside,
+    with_notes,
+)
 from hf_freeze.summarization.data.rows import RowFiles, row_text
 
 __all__ = ["group_baselines", "group_reviews", "read_group_splits"]
 
 WILDCARD = "*"
+OURS = ("review", "summary", "row")  # columns of `Reviews`
 
 
 def read_group_splits(
@@ -108,12 +117,7 @@ def group_reviews(reviews: Reviews, group_by: str, *, each_summary: bool) -> Rev
     names = reviews.dataset.column_names
     if group_by in (reviews.text_column, reviews.summary_column):
         raise ReviewsError(f"group_by={group_by!r} was asked for, which holds the texts. Name the product's column.")
-    if group_by not in names or group_by in ("review", "summary", "row"):
-        known = [name for name in names if name not in ("review", "summary", "row")]
-        raise ReviewsError(
-            f"group_by={group_by!r} was asked for, but {reviews.source} has no such column; nearest: "
-            f"{nearest(group_by, known) or 'none, it has texts only'}."
-        )
+    check_column("group_by", group_by, reviews.source, [name for name in names if name not in OURS])
     if "summary" not in names:
         raise ReviewsError(
             f"{reviews.source} has no column of summaries, so groups have none to learn from. Name it with "
@@ -143,8 +147,8 @@ def group_reviews(reviews: Reviews, group_by: str, *, each_summary: bool) -> Rev
             f"No group of {reviews.source} by {group_by!r} has a review and a summary. Check the column."
         )
     notes = (*reviews.notes, f"{len(groups):,} groups by {group_by!r}")
-    told = {**reviews.skipped, **{why: found for why, found in skipped.items() if found}}
-    return replace(reviews, dataset=Dataset.from_list(rows), skipped=told, notes=notes)
+    skipped = {**reviews.skipped, **{why: numbers for why, numbers in skipped.items() if numbers}}
+    return replace(reviews, dataset=Dataset.from_list(rows), skipped=skipped, notes=notes)
 
 
 def group_baselines(groups: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, list[str]]:
@@ -193,33 +197,25 @@ def _read_wide(source: str | Path, group_by: str, text: str, summary: str) -> Re
 
     files = RowFiles(source)
     columns = list(files.columns)
-    if group_by not in columns:
-        raise ReviewsError(
-            f"group_by={group_by!r} was asked for, but {files.name} has no such column; nearest: "
-            f"{nearest(group_by, columns)}."
-        )
-    found = {}
+    check_column("group_by", group_by, files.name, columns)
+    matches = []
     for name, pattern in (("text_column", text), ("summary_column", summary)):
-        found[name] = [column for column in columns if fnmatchcase(column, pattern)]
-        if not found[name]:
+        matches.append([column for column in columns if fnmatchcase(column, pattern)])
+        if not matches[-1]:
             raise ReviewsError(
                 f"{name}={pattern!r} was asked for, and no column of {files.name} matches. It has "
                 f"{', '.join(map(repr, columns))}; nearest: {nearest(pattern.replace(WILDCARD, ''), columns)}."
             )
     rows, number = [], 0
     for number, row in enumerate(files, 1):
-        reviews, summaries = ([row_text(row, column) for column in names] for names in found.values())
+        texts = ([row_text(row, column) for column in names] for names in matches)
         key = group_key(row.values.get(group_by), group_by, row.place)
-        for place in range(max(len(reviews), len(summaries))):
-            pair = {"review": reviews[place : place + 1], "summary": summaries[place : place + 1]}
-            rows.append({**{name: "".join(one) for name, one in pair.items()}, "row": number, group_by: key})
+        for review, summary_text in itertools.zip_longest(*texts, fillvalue=""):
+            rows.append({"review": review, "summary": summary_text, "row": number, group_by: key})
     if not rows:
         raise ReviewsError(f"{files.name} has no rows. Give a file with at least one review.")
-    told = (
-        f"{len(found['text_column'])} reviews a row from {text!r}, {len(found['summary_column'])} summaries from "
-        f"{summary!r} (as asked)"
-    )
-    return Reviews(Dataset.from_list(rows), files.name, number, text, summary, told)
+    reason = f"{len(matches[0])} reviews a row from {text!r}, {len(matches[1])} summaries from {summary!r} (as asked)"
+    return Reviews(Dataset.from_list(rows), files.name, number, text, summary, reason)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,18 +239,15 @@ def _set_aside(train: Reviews, group_by: str, seed: int) -> tuple[Reviews, Revie
     count = min(max(len(groups) // 10, 1), MOST_VALIDATION_ROWS)
     drawn = set(random.Random(seed).sample(groups, count))
     note = f"{count:,} of {len(groups):,} groups set aside for validation (seed {seed})"
-    kept, aside = ([at for at, name in enumerate(of_rows) if (name in drawn) == out] for out in (False, True))
-    rest = replace(train, dataset=train.dataset.select(kept), notes=(*train.notes, note))
-    return rest, replace(train, dataset=train.dataset.select(aside), rows_read=len(aside), skipped={}, notes=(note,))
+    return set_aside(train, {at for at, name in enumerate(of_rows) if name in drawn}, note)
 
 
 def _first_of_each(reviews: Reviews, group_by: str, note: str) -> Reviews:
     first = {name: at for at, name in reversed(list(enumerate(_groups(reviews, group_by))))}
-    return replace(reviews, dataset=reviews.dataset.select(sorted(first.values())), notes=(*reviews.notes, note))
+    return replace(with_notes(reviews, note), dataset=reviews.dataset.select(sorted(first.values())))
 
 
 def _note_shared(splits: Mapping[str, Reviews], name: str, group_by: str) -> Reviews:
     seen = set(_groups(splits["train"], group_by)) if name != "train" else set()
     shared = len(seen & set(_groups(splits[name], group_by)))
-    notes = (f"{shared:,} of its groups also in train",) if shared else ()
-    return replace(splits[name], notes=(*splits[name].notes, *notes))
+    return with_notes(splits[name], f"{shared:,} of its groups also in train") if shared else splits[name]

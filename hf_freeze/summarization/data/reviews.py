@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,17 @@ from hf_freeze.summarization.data.rows import Row, RowFiles, row_text
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Reviews", "choose_columns", "overlap", "read_reviews", "read_splits", "shipped_reviews"]
+__all__ = [
+    "Reviews",
+    "check_column",
+    "choose_columns",
+    "overlap",
+    "read_reviews",
+    "read_splits",
+    "set_aside",
+    "shipped_reviews",
+    "with_notes",
+]
 
 # In order: the first that the source has is taken. Case, spaces and punctuation don't count ("Review Text").
 TEXT_NAMES = ("review", "review_text", "text", "body", "content", "document", "article", "comment")
@@ -184,11 +194,11 @@ def read_splits(
                 f"What was read:\n{splits['train']}"
             )
         if validation is None:
-            splits["train"], splits["validation"] = _set_aside(splits["train"], seed)
+            splits["train"], splits["validation"] = _draw_validation(splits["train"], seed)
     _note_overlaps(splits)
     if "test" not in splits and "validation" in splits:
         note = "no test source was given: these are the validation rows, and their score is not independent"
-        splits["test"] = _with_notes(splits["validation"], note)
+        splits["test"] = with_notes(splits["validation"], note)
     return {name: splits[name] for name in sources if name in splits}
 
 
@@ -249,16 +259,21 @@ def _load_files(files: RowFiles) -> Dataset:
 # ------------------------------------------------------------------------------------------- choosing columns
 
 
+def check_column(argument: str, name: str | None, source: str, columns: Sequence[str]) -> None:
+    """Refuses a column that was asked for and is not there."""
+    if name is not None and name not in columns:
+        raise ReviewsError(
+            f"{argument}={name!r} was asked for, but {source} has no such column. It has "
+            f"{', '.join(map(repr, columns)) or 'none'}; nearest: {nearest(name, columns)}."
+        )
+
+
 def choose_columns(
     source: str, columns: list[str], text: str | None, summary: str | None, need_summaries: bool
 ) -> tuple[str, str | None, str]:
     """The source's names of the text and the summary column, and why these."""
-    for argument, name in (("text_column", text), ("summary_column", summary)):
-        if name is not None and name not in columns:
-            raise ReviewsError(
-                f"{argument}={name!r} was asked for, but {source} has no such column. It has "
-                f"{', '.join(map(repr, columns))}; nearest: {nearest(name, columns)}."
-            )
+    check_column("text_column", text, source, columns)
+    check_column("summary_column", summary, source, columns)
     if text is not None and text == summary:
         raise ReviewsError(
             f"text_column and summary_column are both {text!r}. {source} has "
@@ -396,17 +411,20 @@ def _fold(review: str) -> bytes:
 # ----------------------------------------------------------------------------------------------------- splits
 
 
-def _set_aside(train: Reviews, seed: int) -> tuple[Reviews, Reviews]:
+def _draw_validation(train: Reviews, seed: int) -> tuple[Reviews, Reviews]:
     import numpy as np
 
     count = min(max(len(train) // 10, 1), MOST_VALIDATION_ROWS)
-    order = np.random.default_rng(seed).permutation(len(train))
+    drawn = np.random.default_rng(seed).permutation(len(train))[:count]
     note = f"{_count(count, 'row')} of {len(train):,} set aside for validation (seed {seed})"
-    # sorted: both parts keep the order of the source
-    rest = replace(_with_notes(train, note), dataset=train.dataset.select(np.sort(order[count:])))
-    drawn = train.dataset.select(np.sort(order[:count]))
-    aside = replace(train, dataset=drawn, rows_read=count, skipped={}, notes=(note,))
-    return rest, aside
+    return set_aside(train, set(drawn.tolist()), note)
+
+
+def set_aside(train: Reviews, drawn: Container[int], note: str) -> tuple[Reviews, Reviews]:
+    """The rows that stay and those at the places drawn, both in the order of the source."""
+    stay, aside = ([at for at in range(len(train)) if (at in drawn) == is_drawn] for is_drawn in (False, True))
+    rest = replace(with_notes(train, note), dataset=train.dataset.select(stay))
+    return rest, replace(train, dataset=train.dataset.select(aside), rows_read=len(aside), skipped={}, notes=(note,))
 
 
 def _note_overlaps(splits: dict[str, Reviews]) -> None:
@@ -416,10 +434,11 @@ def _note_overlaps(splits: dict[str, Reviews]) -> None:
             shared = overlap(splits[earlier], splits[later])
             if shared:
                 note = f"{shared:,} of its {_count(len(splits[later]), 'review')} also in {earlier}"
-                splits[later] = _with_notes(splits[later], note)
+                splits[later] = with_notes(splits[later], note)
 
 
-def _with_notes(reviews: Reviews, *notes: str) -> Reviews:
+def with_notes(reviews: Reviews, *notes: str) -> Reviews:
+    """The same with more notes."""
     return replace(reviews, notes=reviews.notes + notes)
 
 
