@@ -22,8 +22,11 @@ from tests.summarization.review_files import PAIRS, own_cache, pairs_of, write, 
 def test_a_missing_file_names_the_nearest_in_its_folder(tmp_path: Path) -> None:
     write_pairs(tmp_path / "reviews_train.csv", PAIRS)
     write(tmp_path / "notes.txt", "")
-    with pytest.raises(ReviewsError, match=r"No file or folder .*reviews_trian\.csv: .* holds 'reviews_train\.csv'"):
-        read_reviews(tmp_path / "reviews_trian.csv")
+    for read in (read_reviews, RowFiles):
+        with pytest.raises(
+            ReviewsError, match=r"No file or folder .*reviews_trian\.csv: .* holds 'reviews_train\.csv'"
+        ):
+            read(tmp_path / "reviews_trian.csv")
     with pytest.raises(ReviewsError, match=r"there is no folder .*nowhere"):
         read_reviews(tmp_path / "nowhere" / "r.csv")
     (tmp_path / "bare").mkdir()
@@ -201,6 +204,14 @@ def test_any_value_of_json_comes_back_as_it_is(
     assert rows["review"][:] == [f"2020-01-0{n}" for n in range(len(others))]
     for name in rows.column_names[2:]:
         assert rows[name][:] == [row.get(name) for row in others]
+
+
+def test_a_cache_that_cannot_be_written_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", write(tmp_path / "full", "no folder"))
+    with pytest.raises(
+        ReviewsError, match=r"r\.csv could not be read as CSV: .*is kept in .*full, which must have space"
+    ):
+        read_reviews(write_pairs(tmp_path / "r.csv", PAIRS))
 
 
 def test_a_number_that_no_data_set_holds_is_a_sentence(tmp_path: Path) -> None:

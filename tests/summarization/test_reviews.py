@@ -6,6 +6,8 @@ import socket
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -44,6 +46,22 @@ def test_other_columns_stay_as_they_are(tmp_path: Path) -> None:
     reviews = read_reviews(write_rows(tmp_path / "r.jsonl", rows))
     assert reviews.dataset.column_names == ["review", "summary", "row", "rating", "tags", "price"]
     assert [{k: row[k] for k in rows[0]} for row in reviews.dataset] == rows
+
+
+def test_numbers_of_files_and_batches_find_one_type_and_categories_are_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_freeze.summarization.data.arrow.BATCH", 1)
+    path = write_rows(tmp_path / "r.jsonl", [{"review": "a", "n": 1}, {"review": "b", "n": 2.5}])
+    assert read_reviews(path, need_summaries=False).dataset["n"][:] == [1, 2.5]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, number in (("1", 1), ("2", 2.5)):
+        table = pa.table({"review": pa.array([name]).dictionary_encode(), "n": [number]})
+        pq.write_table(table, folder / f"{name}.parquet")
+    assert read_reviews(folder, need_summaries=False).dataset[:] == {
+        "review": ["1", "2"], "row": [1, 2], "n": [1.0, 2.5],
+    }  # fmt: skip
 
 
 def test_all_csv_columns_stay_text_as_they_are_written(tmp_path: Path) -> None:

@@ -113,6 +113,13 @@ def test_a_parquet_row_that_is_not_utf8_is_named_and_those_before_it_are_given(t
         next(rows)
 
 
+def test_a_parquet_value_that_python_has_no_type_for_is_named(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a"], "on": pa.array([10**15], pa.timestamp("s"))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ReviewsError, match=r"a\.parquet is damaged after row 0"):
+        values(tmp_path / "a.parquet")
+
+
 def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path: Path) -> None:
     table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(table, tmp_path / "a.parquet")
