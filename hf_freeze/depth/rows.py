@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from hf_freeze.errors import FreezeError, TokenizerMismatch
+from hf_freeze.inputs import IGNORED_LABEL
 
 __all__ = ["ProbeRows", "Row", "draw_rows", "row_warnings"]
 
@@ -24,7 +25,6 @@ HELD_OUT_SHARE = 10  # one row in so many is held out where no validation rows a
 SEEN_ROWS = 16  # of those trained on, for the training loss
 MOST_LIKE_LONGEST = 0.05  # of the rows may be exactly as long as the longest before it looks like a cut
 MOST_UNLIKE_START = 0.5  # of the rows may start otherwise than the tokenizer's own before it looks like a mistake
-IGNORED_LABEL = -100
 
 Collator = Callable[[list[Any]], Any]
 Batch = Mapping[str, Any]

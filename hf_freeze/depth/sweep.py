@@ -45,6 +45,7 @@ from hf_freeze.errors import CannotCache, FreezeError, ResumeError, TrainingDive
 from hf_freeze.files import json_digest, write_json
 from hf_freeze.freezing import freeze, verify_frozen
 from hf_freeze.given import check_callable, check_kind, check_path
+from hf_freeze.inputs import IGNORED_LABEL
 from hf_freeze.machine import device_name, peak_bytes, reset_peak
 from hf_freeze.plan import FreezePlan, given_plan, plan_at_depth
 from hf_freeze.tensors import named_tensors, tensor_digest
@@ -521,7 +522,7 @@ def _losses_by_logits(predicted: Any, shift: int, uncounted: int) -> list[float]
     for row, classes in zip(logits, labels.reshape(len(labels), -1), strict=True):
         row = row.reshape(len(classes), -1).float()
         total = nn.functional.cross_entropy(row[: len(row) - shift], classes[shift:], reduction="sum")
-        losses.append(float(total / classes[uncounted:].ne(-100).sum()))
+        losses.append(float(total / classes[uncounted:].ne(IGNORED_LABEL).sum()))
     return losses
 
 

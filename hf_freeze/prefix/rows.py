@@ -19,6 +19,7 @@ import xxhash
 from torch import nn
 
 from hf_freeze.errors import CannotCache, worded
+from hf_freeze.inputs import IGNORED_LABEL
 from hf_freeze.prefix.memory import is_out_of_memory
 from hf_freeze.processes import pulse
 
@@ -115,7 +116,7 @@ def _spans(
         if isinstance(mask, torch.Tensor) and mask.shape == (count, width):
             spans[side] = tuple(_extent(row) for row in mask.ne(0))
         elif isinstance(labels, torch.Tensor) and labels.shape == (count, width):
-            spans[side] = tuple((0, _extent(row)[1]) for row in labels.ne(-100))
+            spans[side] = tuple((0, _extent(row)[1]) for row in labels.ne(IGNORED_LABEL))
         else:
             spans[side] = ((0, width),) * count
     return spans, widths

@@ -20,6 +20,7 @@ from torch import nn
 
 from hf_freeze.exactness import ROUNDING, grain_of
 from hf_freeze.given import check_model
+from hf_freeze.inputs import IGNORED_LABEL
 from hf_freeze.marks import SUPERVISED, SUPERVISED_HANDLES
 from hf_freeze.tensors import unwrap
 from hf_freeze.training.top_block import reduce_top_block, whole_top_block
@@ -57,7 +58,7 @@ def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
     [[False, True, True, False]]
     """
     mask = torch.zeros_like(labels, dtype=torch.bool)
-    mask[:, :-1] = labels[:, 1:] != -100
+    mask[:, :-1] = labels[:, 1:] != IGNORED_LABEL
     return mask
 
 
@@ -209,7 +210,7 @@ def _loss_objection(core: nn.Module) -> str:
         with on_trial(core, training=False), torch.no_grad():
             logits = _run(core, input_ids=ids).logits
             labels = torch.cat([ids[:, :1], logits[:, :-1].argmax(-1).to(ids.device)], dim=1)
-            labels = labels.masked_fill(~labelled, -100)
+            labels = labels.masked_fill(~labelled, IGNORED_LABEL)
             for given in ({}, {"num_items_in_batch": torch.tensor(7, device=ids.device)}):
                 plain = _run(core, input_ids=ids, labels=labels, **given).loss.item()
                 reduced = _run(core, input_ids=ids, labels=labels, **_reduction(labels), **given).loss.item()

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from hf_freeze.anatomy import read_anatomy
 from hf_freeze.errors import FreezeError
+from hf_freeze.inputs import IGNORED_LABEL
 from hf_freeze.marks import TOP_BLOCK_HANDLES, TOP_BLOCK_POSITIONS
 from hf_freeze.trial import on_trial, random_numbers, seed_all
 
@@ -216,10 +217,10 @@ def _try_out(core: Any, top: nn.Module) -> dict[str, nn.Module]:
         return {}
     accepted = {name: top.get_submodule(name) for name in accepted}
 
-    labels = torch.full_like(ids, -100)
+    labels = torch.full_like(ids, IGNORED_LABEL)
     labels[:, 1:][mask[:, :-1]] = ids[:, 1:][mask[:, :-1]]
     kept = torch.zeros_like(mask)
-    kept[:, :-1] = labels[:, 1:] != -100
+    kept[:, :-1] = labels[:, 1:] != IGNORED_LABEL
     positions[0] = kept.flatten().nonzero().squeeze(1)
 
     def run_model() -> tuple[list[torch.Tensor], list[torch.Tensor]]:

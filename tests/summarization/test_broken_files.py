@@ -23,9 +23,7 @@ def test_a_missing_file_names_the_nearest_in_its_folder(tmp_path: Path) -> None:
     write_pairs(tmp_path / "reviews_train.csv", PAIRS)
     write(tmp_path / "notes.txt", "")
     for read in (read_reviews, RowFiles):
-        with pytest.raises(
-            ReviewsError, match=r"No file or folder .*reviews_trian\.csv: .* holds 'reviews_train\.csv'"
-        ):
+        with pytest.raises(ReviewsError, match=r"No file or folder .*trian\.csv: .* holds 'reviews_train\.csv'"):
             read(tmp_path / "reviews_trian.csv")
     with pytest.raises(ReviewsError, match=r"there is no folder .*nowhere"):
         read_reviews(tmp_path / "nowhere" / "r.csv")
@@ -208,9 +206,7 @@ def test_any_value_of_json_comes_back_as_it_is(
 
 def test_a_cache_that_cannot_be_written_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", write(tmp_path / "full", "no folder"))
-    with pytest.raises(
-        ReviewsError, match=r"r\.csv could not be read as CSV: .*is kept in .*full, which must have space"
-    ):
+    with pytest.raises(ReviewsError, match=r"r\.csv could not be read as CSV: .*kept in .*full, which must have"):
         read_reviews(write_pairs(tmp_path / "r.csv", PAIRS))
 
 
