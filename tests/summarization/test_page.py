@@ -162,14 +162,21 @@ def test_every_section_is_drawn_from_the_files(run: Path) -> None:
 
 
 def test_what_was_forecast_stands_beside_what_was_measured(run: Path) -> None:
-    cells = page_of(run).cells()
+    values = json.loads((run / RUN_FILE).read_text())
+    values["measured"]["peak_bytes"] = 2_500_000
+    (run / RUN_FILE).write_text(json.dumps(values))
+    page = page_of(run)
+    cells = page.cells()
     at = cells.index("forward and backward of all batches")
     assert cells[at : at + 4] == ["forward and backward of all batches", "20.0 s", "25.0 s", "1.25"]  # 100 x 0.2
     at = cells.index("building the cache")
     assert cells[at : at + 4] == ["building the cache", "7.0 s", "14.0 s", "2.00"]
     at = cells.index("trained parameters")
     assert cells[at + 1 : at + 4] == ["41.3 k", "41.3 k", "1.00"]
-    words = page_of(run).words()
+    at = cells.index("memory: forecast of a step, peak of the process")
+    assert cells[at + 2 : at + 4] == ["2.5 MB", "full"], "of two things no ratio: the next table begins"
+    words = page.words()
+    assert "The peak of the process holds what the forecast leaves out" in words
     assert "50.0 s without a prefix cache, 28.0 s with it" in words  # 100 x 0.5; 7 + 100 x 0.21
 
 
@@ -376,6 +383,7 @@ def test_bars_are_as_high_as_they_should_be() -> None:
     with plain_style() as pyplot:
         axes = draw_bars(pyplot, {3: 1.0, 2: 0.5, 4: float("nan")}, **labels).axes[0]
         assert draw_bars(pyplot, {}, **labels) is None
+        assert not draw_bars(pyplot, {0: 1.0}, **labels).axes[0].texts, "nothing lies below block 0"
     assert [(bar.get_center()[0], bar.get_height()) for bar in axes.containers[0]] == [(2.0, 0.5), (3.0, 1.0)]
     assert [text.get_text() for text in axes.texts] == ["frozen: 0"]
     assert axes.get_xlim() == (-0.5, 3.5)

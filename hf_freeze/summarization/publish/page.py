@@ -217,23 +217,13 @@ def _forecast(run: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, A
     if mode or peak:  # not of the same thing: no ratio
         sizes = [_bytes(count) if count else "" for count in (mode.get("memory_bytes"), peak)]
         rows.append(("memory: forecast of a step, peak of the process", *sizes, ""))
-    lines = (
-        "The peak of the process holds what the forecast leaves out: imports, generation, buffers and what the "
-        "allocator keeps.",
-    )
-    predicted = ""
-    if prediction:
-        with_cache = (
-            seconds["cached"] + prediction["build_seconds"] + prediction["steps"] * prediction["reading_seconds"]
-        )
-        predicted = (
-            f"Predicted for the whole training: {_seconds(seconds['plain'])} without a prefix cache, "
-            f"{_seconds(with_cache)} with it."
-        )
+    if prediction:  # of the whole training
+        seconds["cached"] += prediction["build_seconds"] + prediction["steps"] * prediction["reading_seconds"]
     columns = ("what", "forecast", "measured", "measured / forecast")
     return {
-        "compared": _table(columns, rows, lines if peak else ()),
-        "prediction": predicted,
+        "compared": _table(columns, rows),
+        "with_peak": bool(peak),
+        "predicted": {kind: _seconds(value) for kind, value in seconds.items()},
         "whole": costs and costs["table"],
     }
 
