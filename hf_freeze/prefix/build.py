@@ -88,7 +88,7 @@ def fill(
         shares, computed = from_first(decided) or ([], 0)
         stores = stores or ready()
         jobs = _jobs(prefixes, stores)
-        tokens = _build_rows(prepared.model, jobs, collator, shares[rank], progress=prepared.progress)
+        tokens = build_rows(prepared.model, jobs, collator, shares[rank], progress=prepared.progress)
     for store in stores:
         store.refresh()
     return stores, computed, tokens
@@ -240,7 +240,7 @@ def _missing_batches(jobs: Sequence[Job], device: torch.device, token_budget: in
     return list(_batches(rows, missing, budget))
 
 
-def _build_rows(
+def build_rows(
     model: nn.Module, jobs: Sequence[Job], collator: Collator, batches: Sequence[Sequence[int]], *, progress: bool
 ) -> int:
     """Computes batches of rows in one pass and adds them to the stores; returns the tokens computed.

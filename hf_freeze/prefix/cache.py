@@ -297,36 +297,15 @@ class PrefixCache:
 
     @classmethod
     def prepare(
-        cls,
-        model: nn.Module,
-        dataset: Any,
-        data_collator: Collator | None = None,
-        *,
-        cache_dir: str | os.PathLike[str] | None = None,
-        precision: str | None = None,
-        also: Sequence[FreezePlan] = (),
-        token_budget: int | None = None,
-        max_cache_bytes: int | None = None,
-        blocks: BlocksGiven | None = None,
-        progress: bool = True,
+        cls, model: nn.Module, dataset: Any, data_collator: Collator | None = None, **named: Any
     ) -> PreparedCache:
         """The first half of `build`: everything is decided and proved, nothing is written or hooked.
 
         Arguments and errors are those of `build`. `predict` of what it returns says whether building pays.
         """
+        collator = data_collator.collator if isinstance(data_collator, PrefixCollator) else data_collator
         with agreed("prepare a prefix cache"), declining_without_memory("prove the prefix on a few rows"):
-            return PreparedCache.decide(
-                model,
-                dataset,
-                data_collator.collator if isinstance(data_collator, PrefixCollator) else data_collator,
-                cache_dir=cache_dir,
-                precision=precision,
-                also=also,
-                token_budget=token_budget,
-                max_cache_bytes=max_cache_bytes,
-                blocks=blocks,
-                progress=progress,
-            )
+            return PreparedCache.decide(model, dataset, collator, **named)
 
     def _attach(self) -> None:
         """Sees that a batch finds its states and that they are what the model computes, and hooks the model."""

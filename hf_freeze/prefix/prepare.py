@@ -70,19 +70,20 @@ class Prepared:
         cls,
         model: nn.Module,
         dataset: Any,
-        collator: Collator | None,
+        data_collator: Collator | None = None,
         *,
-        cache_dir: str | os.PathLike[str] | None,
-        precision: str | None,
-        also: Sequence[FreezePlan],
-        blocks: BlocksGiven | None,
-        progress: bool,
-        token_budget: int | None,
-        max_cache_bytes: int | None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        precision: str | None = None,
+        also: Sequence[FreezePlan] = (),
+        token_budget: int | None = None,
+        max_cache_bytes: int | None = None,
+        blocks: BlocksGiven | None = None,
+        progress: bool = True,
     ) -> Self:
         """Everything that must be known and hold before a row is computed. Arguments as of `PrefixCache.build`."""
         check_model("PrefixCache.build", model)
         _check_precision_name(precision)
+        collator = data_collator
         if collator is None:
             from transformers import default_data_collator
 

@@ -23,8 +23,8 @@ from hf_freeze.inputs import IGNORED_LABEL
 from hf_freeze.prefix.memory import is_out_of_memory
 from hf_freeze.processes import pulse
 
-__all__ = ["PREFIX_KEY", "SOURCE", "TARGET", "BatchRows", "Collator", "Rows", "collate", "collate_rows", "progress_bar",
-           "read_dataset", "read_rows"]  # fmt: skip
+__all__ = ["PREFIX_KEY", "SOURCE", "TARGET", "BatchRows", "Collator", "Rows", "collate", "collate_rows", "extent",
+           "progress_bar", "read_dataset", "read_rows"]  # fmt: skip
 
 PREFIX_KEY = "prefix_states"  # the batch's key under which states travel from the collator to the model
 SOURCE, TARGET = "source", "target"
@@ -114,15 +114,15 @@ def _spans(
         mask = batch.get("attention_mask" if side == SOURCE else "decoder_attention_mask")
         labels = batch.get("labels") if side == TARGET else None
         if isinstance(mask, torch.Tensor) and mask.shape == (count, width):
-            spans[side] = tuple(_extent(row) for row in mask.ne(0))
+            spans[side] = tuple(extent(row) for row in mask.ne(0))
         elif isinstance(labels, torch.Tensor) and labels.shape == (count, width):
-            spans[side] = tuple((0, _extent(row)[1]) for row in labels.ne(IGNORED_LABEL))
+            spans[side] = tuple((0, extent(row)[1]) for row in labels.ne(IGNORED_LABEL))
         else:
             spans[side] = ((0, width),) * count
     return spans, widths
 
 
-def _extent(real: torch.Tensor) -> Span:
+def extent(real: torch.Tensor) -> Span:
     """From the first to after the last place that is real; everything where none is."""
     places = real.nonzero()
     return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, len(real))

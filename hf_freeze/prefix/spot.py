@@ -21,7 +21,7 @@ from hf_freeze.errors import CannotCache, FreezeError, worded
 from hf_freeze.exactness import RowGap, row_gap
 from hf_freeze.marks import is_mark
 from hf_freeze.prefix.key import HOOKS, INTERNAL, own_hooks
-from hf_freeze.prefix.rows import TARGET, Collator, Rows, collate, read_rows
+from hf_freeze.prefix.rows import TARGET, Collator, Rows, collate, extent, read_rows
 from hf_freeze.prefix.states import Prefix, capture, device_of, running, states_alone, states_of
 from hf_freeze.prefix.store import Store
 from hf_freeze.tensors import is_sharded
@@ -172,7 +172,8 @@ class SpotCheck:
             for place, now in zip(places, fresh[name], strict=True):
                 stored = states[name][place]
                 if leaf.side:
-                    start, stop = spans[leaf.side][place - places[0]] if leaf.side in spans else _extent(stored)
+                    real = stored.flatten(1).ne(0).any(dim=1)  # padding is all zeros
+                    start, stop = spans[leaf.side][place - places[0]] if leaf.side in spans else extent(real)
                     stored, now = stored[start:stop], now[start:stop]
                 gap = row_gap(stored.to(now.device), now)
                 if not gap.within(self.bars.get(name, _least(now, self.prefix.precision))):
@@ -318,9 +319,3 @@ def _spans(rows: Mapping[str, Any], prefix: Prefix) -> dict[str, tuple[tuple[int
     if "decoder_attention_mask" not in rows and "labels" not in rows:
         spans.pop(TARGET, None)
     return spans
-
-
-def _extent(states: torch.Tensor) -> tuple[int, int]:
-    """From the first to after the last token that is not all zeros, as padding is."""
-    real = states.flatten(1).ne(0).any(dim=1).nonzero()
-    return (int(real[0]), int(real[-1]) + 1) if len(real) else (0, len(states))

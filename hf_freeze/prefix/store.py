@@ -314,15 +314,6 @@ class Store:
         """Bytes of all shards on disk."""
         return sum(shard.identity.size for shard in self._shards)
 
-    def length(self, digest: bytes, stream: str) -> int:
-        """Number of tokens that a row has in a stream.
-
-        Raises:
-            KeyError: The row is not in the store.
-        """
-        shard, row = self._place[digest]
-        return int(self._shards[shard].lengths[row, [spec.name for spec in self.specs].index(stream)])
-
     def read(self, digest: bytes) -> dict[str, torch.Tensor]:
         """A row's tensors [tokens, ...] by stream, in memory of their own.
 

@@ -45,12 +45,8 @@ def test_a_prediction_counts_what_is_missing_and_changes_nothing(kind: str, tmp_
     assert empty.steps == 10
     assert min(empty.plain_step_seconds, empty.cached_step_seconds) > 0
     cache = prepared.build()
-    stored = sum(
-        spec.token_bytes * cache.store.length(digest, spec.name)
-        for digest in cache.store._place
-        for spec in cache.store.specs
-    )
-    assert empty.cache_bytes == stored
+    states = [tensor for digest in cache.store._place for tensor in cache.store.read(digest).values()]
+    assert empty.cache_bytes == sum(tensor.numel() * tensor.element_size() for tensor in states)
     cache.close()
     full = PrefixCache.prepare(model, rows, collator_for(kind, model), **given).predict(steps=10, batch_size=4)
     assert full.build_seconds == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ def built(model: nn.Module, rows: Any, collator: Any, folder: Path, **given: Any
     return PrefixCache.build(model, rows, collator, cache_dir=folder / "cache", progress=False, **given)
 
 
+def cached(kind: str, folder: Path, **given: Any) -> tuple[Any, list[Any], PrefixCache]:
+    """A model, its rows and its cache."""
+    model, rows = frozen_model(kind), review_rows(kind)
+    return model, rows, built(model, rows, collator_for(kind, model), folder, **given)
+
+
 def assert_same_training(plain: list[float], cached: list[float], one: nn.Module, other: nn.Module) -> None:
     assert len(plain) == len(cached) >= 4
     torch.testing.assert_close(torch.tensor(cached), torch.tensor(plain), rtol=1e-5, atol=0)
@@ -41,27 +48,53 @@ def assert_same_training(plain: list[float], cached: list[float], one: nn.Module
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def train_both(
+    kind: str,
+    folder: Path,
+    *,
+    plan: FreezePlan | None = None,
+    pair: tuple[Any, Any] | None = None,
+    collators: Any = None,
+    release: bool = False,
+    **given: Any,
+) -> PrefixCache:
+    """Trains a model plainly and its twin from a cache, every batch of it: the same losses and weights.
+
+    Args:
+        pair: The two; else they are frozen by the plan.
+        collators: For a model, its collator.
+        given: To `trainer_losses`.
+    """
+    plain, cached = pair or (frozen_model(kind, plan=plan), frozen_model(kind, plan=plan))
+    collators, rows = collators or partial(collator_for, kind), review_rows(kind)
+    cache = built(cached, rows, collators(cached), folder)
+    assert not release or cache.release_prefix() > 0
+    wanted, _ = trainer_losses(plain, rows, collators(plain), folder, **given)
+    got, trainer = trainer_losses(cached, rows, cache.collator, folder, **given)
+    if release:
+        victim = next(p for p in cache.prefix.replaced[-1].module.parameters() if not p.requires_grad)
+        assert victim.isnan().all(), "away"
+        assert victim.untyped_storage().nbytes() <= 8
+        trainer.save_model(str(folder / "saved"))
+    assert_same_training(wanted, got, plain, cached)
+    assert (cache.batches_used, cache.batches_unused) == (len(got), 0)
+    return cache
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "given", [{}, {"gradient_accumulation_steps": 4, "max_steps": 6}, {"dataloader_num_workers": 2}], ids=str
 )
 def test_a_stock_trainer_sees_the_same_losses_and_weights(kind: str, given: dict[str, Any], tmp_path: Path) -> None:
-    rows = review_rows(kind)
-    plain, cached = frozen_model(kind), frozen_model(kind)
-    cache = built(cached, rows, collator_for(kind, cached), tmp_path)
-    wanted, _ = trainer_losses(plain, rows, collator_for(kind, plain), tmp_path, **given)
-    got, _ = trainer_losses(cached, rows, cache.collator, tmp_path, **given)
-    assert_same_training(wanted, got, plain, cached)
-    assert (cache.batches_used, cache.batches_unused) == (len(got), 0)
+    cache = train_both(kind, tmp_path, **given)
     cache.close()
-    verify_frozen(cached)
+    verify_frozen(cache.model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_leaf_module_of_the_prefix_is_called_on_a_cached_batch(kind: str, tmp_path: Path) -> None:
-    rows = review_rows(kind)
-    model = frozen_model(kind).train()
-    cache = built(model, rows, collator_for(kind, model), tmp_path)
+    model, rows, cache = cached(kind, tmp_path)
+    model.train()
     called: list[str] = []
     for part in cache.prefix.replaced:
         for name, module in part.module.named_modules():
@@ -76,38 +109,20 @@ def test_no_leaf_module_of_the_prefix_is_called_on_a_cached_batch(kind: str, tmp
 
 @pytest.mark.parametrize(("kind", "positions"), [("llama", False), ("llama", True), ("gpt2", True)])
 def test_padding_on_the_left_trains_the_same(kind: str, positions: bool, tmp_path: Path) -> None:
-    rows = review_rows(kind)
-    plain, cached = frozen_model(kind), frozen_model(kind)
-    cache = built(cached, rows, LeftPadding(positions), tmp_path)
-    wanted, _ = trainer_losses(plain, rows, LeftPadding(positions), tmp_path)
-    got, _ = trainer_losses(cached, rows, cache.collator, tmp_path)
-    assert_same_training(wanted, got, plain, cached)
-    assert cache.batches_unused == 0
+    train_both(kind, tmp_path, collators=lambda model: LeftPadding(positions))
 
 
 @pytest.mark.parametrize("kind", TWO_STACKS)
 def test_a_partly_frozen_encoder_is_cached_alone(kind: str, tmp_path: Path) -> None:
-    plan = FreezePlan(encoder_blocks=2, decoder_blocks=2)
-    rows = review_rows(kind)
-    plain, cached = frozen_model(kind, plan=plan), frozen_model(kind, plan=plan)
-    cache = built(cached, rows, collator_for(kind, cached), tmp_path)
+    cache = train_both(kind, tmp_path, plan=FreezePlan(encoder_blocks=2, decoder_blocks=2), max_steps=6)
     assert cache.cuts == (("encoder", 2),)
-    wanted, _ = trainer_losses(plain, rows, collator_for(kind, plain), tmp_path, max_steps=6)
-    got, _ = trainer_losses(cached, rows, cache.collator, tmp_path, max_steps=6)
-    assert_same_training(wanted, got, plain, cached)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_head_and_the_final_norm_may_train(kind: str, tmp_path: Path) -> None:
-    plan = FreezePlan(encoder_blocks="all", tied_head="untie") if kind in TWO_STACKS else FreezePlan(
-        decoder_blocks="all", tied_head="untie")  # fmt: skip
-    plan = FreezePlan.from_dict(plan.to_dict() | {"decoder_blocks": "all"})
-    rows = review_rows(kind)
-    plain, cached = frozen_model(kind, plan=plan), frozen_model(kind, plan=plan)
-    cache = built(cached, rows, collator_for(kind, cached), tmp_path)
-    wanted, _ = trainer_losses(plain, rows, collator_for(kind, plain), tmp_path, max_steps=4)
-    got, _ = trainer_losses(cached, rows, cache.collator, tmp_path, max_steps=4)
-    assert_same_training(wanted, got, plain, cached)
+    encoder = {"encoder_blocks": "all"} if kind in TWO_STACKS else {}
+    plan = FreezePlan.from_dict(FreezePlan(tied_head="untie").to_dict() | encoder | {"decoder_blocks": "all"})
+    train_both(kind, tmp_path, plan=plan, max_steps=4)
 
 
 def test_bf16_training_is_the_same_and_a_plain_call_afterwards_runs_the_whole_model(tmp_path: Path) -> None:
@@ -123,9 +138,7 @@ def test_bf16_training_is_the_same_and_a_plain_call_afterwards_runs_the_whole_mo
 
 
 def test_another_precision_than_the_caches_is_refused(tmp_path: Path) -> None:
-    rows = review_rows("llama")
-    model = frozen_model("llama")
-    cache = built(model, rows, collator_for("llama", model), tmp_path)
+    model, rows, cache = cached("llama", tmp_path)
     with pytest.raises(CannotCache, match="under autocast to torch"), torch.autocast("cpu", torch.bfloat16):
         model(**cache.collator(rows[:2]))
     assert model(**cache.collator(rows[:2])).loss.isfinite()
@@ -168,9 +181,7 @@ def test_evaluation_with_generate_and_the_best_model_at_the_end_work(kind: str, 
 
 
 def test_a_bare_loop_and_generate_take_a_cached_batch(tmp_path: Path) -> None:
-    rows = review_rows("llama")
-    model = frozen_model("llama")
-    cache = built(model, rows, collator_for("llama", model), tmp_path)
+    model, rows, cache = cached("llama", tmp_path)
     batch = cache.collator(rows[:2])
     assert PREFIX_KEY in batch
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -188,9 +199,7 @@ def test_a_bare_loop_and_generate_take_a_cached_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_a_copy_of_the_model_replays_by_itself(kind: str, duplicate: Any, tmp_path: Path) -> None:
-    rows = review_rows(kind)
-    model = frozen_model(kind)
-    cache = built(model, rows, collator_for(kind, model), tmp_path)
+    model, rows, cache = cached(kind, tmp_path)
     twin = duplicate(model).eval()
     model.eval()
     called: list[nn.Module] = []
@@ -208,8 +217,6 @@ def test_a_copy_of_the_model_replays_by_itself(kind: str, duplicate: Any, tmp_pa
 
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_adapters_on_the_upper_blocks_train_the_same(order: str, tmp_path: Path) -> None:
-    rows = review_rows("llama")
-
     def adapted() -> nn.Module:
         model = frozen_model("llama", dropout=False) if order == "before" else tiny_model("llama")
         torch.manual_seed(3)
@@ -220,18 +227,12 @@ def test_adapters_on_the_upper_blocks_train_the_same(order: str, tmp_path: Path)
             freeze(peft, default_plan("llama"))
         return peft
 
-    plain, cached = adapted(), adapted()
-    cache = built(cached, rows, collator_for("llama", cached), tmp_path)
-    wanted, _ = trainer_losses(plain, rows, collator_for("llama", plain), tmp_path, max_steps=8)
-    got, _ = trainer_losses(cached, rows, cache.collator, tmp_path, max_steps=8)
-    assert_same_training(wanted, got, plain, cached)
-    assert cache.batches_used == 8
+    train_both("llama", tmp_path, pair=(adapted(), adapted()), max_steps=8)
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "bart"])
 def test_checkpointed_blocks_above_the_cut_give_the_same_losses(kind: str, tmp_path: Path) -> None:
-    rows = review_rows(kind)
-    plain, cached = frozen_model(kind), frozen_model(kind)
+    rows, plain, cached = review_rows(kind), frozen_model(kind), frozen_model(kind)
     cache = built(cached, rows, collator_for(kind, cached), tmp_path)
     wanted, _ = trainer_losses(plain, rows, collator_for(kind, plain), tmp_path, max_steps=6)
     got, _ = trainer_losses(cached, rows, cache.collator, tmp_path, max_steps=6, activation_checkpointing=True)
@@ -241,15 +242,9 @@ def test_checkpointed_blocks_above_the_cut_give_the_same_losses(kind: str, tmp_p
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_supervised_logits_and_the_cache_together_train_the_same(kind: str, tmp_path: Path) -> None:
-    rows = review_rows(kind)
-    plain, cached = frozen_model(kind), frozen_model(kind)
-    assert supervised_logits_only(cached).active
-    cache = built(cached, rows, collator_for(kind, cached), tmp_path)
-    given = {"gradient_accumulation_steps": 2, "max_steps": 6}
-    wanted, _ = trainer_losses(plain, rows, collator_for(kind, plain), tmp_path, **given)
-    got, _ = trainer_losses(cached, rows, cache.collator, tmp_path, **given)
-    assert_same_training(wanted, got, plain, cached)
-    assert (cache.batches_used, cache.batches_unused) == (len(got), 0)
+    pair = frozen_model(kind), frozen_model(kind)
+    assert supervised_logits_only(pair[1]).active
+    train_both(kind, tmp_path, pair=pair, gradient_accumulation_steps=2, max_steps=6)
 
 
 def test_a_compiled_model_trains_from_the_cache(tmp_path: Path) -> None:
@@ -266,18 +261,16 @@ def test_a_compiled_model_trains_from_the_cache(tmp_path: Path) -> None:
 
 
 def test_asking_for_all_hidden_states_runs_the_whole_model(tmp_path: Path) -> None:
-    rows = review_rows("llama")
-    model = frozen_model("llama").eval()
-    cache = built(model, rows, collator_for("llama", model), tmp_path)
+    model, rows, cache = cached("llama", tmp_path)
+    model.eval()
     whole = model(**collator_for("llama", model)(rows[:2]), output_hidden_states=True)
     asked = model(**cache.collator(rows[:2]), output_hidden_states=True)
     assert all(torch.equal(a, b) for a, b in zip(whole.hidden_states, asked.hidden_states, strict=True))
 
 
 def test_a_forward_that_fails_leaves_the_model_whole(tmp_path: Path) -> None:
-    rows = review_rows("llama")
-    model = frozen_model("llama").eval()
-    cache = built(model, rows, collator_for("llama", model), tmp_path)
+    model, rows, cache = cached("llama", tmp_path)
+    model.eval()
     batch = cache.collator(rows[:2])
     handle = model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -289,9 +282,8 @@ def test_a_forward_that_fails_leaves_the_model_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("then", ["a state dict", "a plain batch", "a cached batch"])
 def test_an_interrupt_from_the_keyboard_leaves_the_model_whole(then: str, tmp_path: Path) -> None:
-    rows = review_rows("llama")
-    model = frozen_model("llama").eval()
-    cache = built(model, rows, collator_for("llama", model), tmp_path)
+    model, rows, cache = cached("llama", tmp_path)
+    model.eval()
     names = set(model.state_dict())
 
     def interrupt(*_: Any) -> None:
@@ -336,9 +328,8 @@ def test_open_takes_a_cache_that_is_there_and_says_what_is_not(tmp_path: Path) -
 
 
 def test_training_that_finds_no_row_in_the_cache_warns(tmp_path: Path) -> None:
-    rows = review_rows("llama")
-    model = frozen_model("llama").train()
-    cache = built(model, rows, collator_for("llama", model), tmp_path)
+    model, _, cache = cached("llama", tmp_path)
+    model.train()
     strange = review_rows("llama", seed=8)[:2]
     for _ in range(9):
         model(**cache.collator(strange))
@@ -403,23 +394,13 @@ def test_one_pass_serves_shallower_plans(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_released_prefix_trains_the_same_and_comes_back_the_same_bits(kind: str, tmp_path: Path) -> None:
-    rows = review_rows(kind)
-    plain, cached = frozen_model(kind), frozen_model(kind)
-    before = {name: tensor.clone() for name, tensor in cached.state_dict().items()}
-    cache = built(cached, rows, collator_for(kind, cached), tmp_path)
-    assert cache.release_prefix() > 0
-    wanted, _ = trainer_losses(plain, rows, collator_for(kind, plain), tmp_path, max_steps=6)
-    got, trainer = trainer_losses(cached, rows, cache.collator, tmp_path, max_steps=6)
-    victim = next(p for p in cache.prefix.replaced[-1].module.parameters() if not p.requires_grad)
-    assert victim.isnan().all()  # away now
-    assert victim.untyped_storage().nbytes() <= 8
-    trainer.save_model(str(tmp_path / "saved"))
-    assert_same_training(wanted, got, plain, cached)
-    frozen = {name for name, p in cached.named_parameters() if not p.requires_grad}
-    for name, tensor in cached.state_dict().items():
-        if name in frozen:
-            assert torch.equal(tensor, before[name]), name
-    verify_frozen(cached)
+    pair = frozen_model(kind), frozen_model(kind)
+    before = {name: tensor.clone() for name, tensor in pair[1].state_dict().items()}
+    train_both(kind, tmp_path, pair=pair, max_steps=6, release=True)
+    frozen = {name for name, p in pair[1].named_parameters() if not p.requires_grad}
+    after = pair[1].state_dict()
+    assert [name for name in frozen & after.keys() if not torch.equal(after[name], before[name])] == []
+    verify_frozen(pair[1])
 
 
 def test_whoever_needs_the_released_prefix_gets_it(tmp_path: Path) -> None:

@@ -246,12 +246,12 @@ def changed(case: Case) -> Iterator[None]:
 @contextmanager
 def in_the_pass(case: Case, error: Exception | None = None) -> Iterator[None]:
     """A collator that is fine while rows are read, and fails once states are computed."""
-    original = cache_room.build_rows
+    original = build_room.build_rows
 
     def build_rows(model: Any, prefixes: Any, collator: Any, *rest: Any, **named: Any) -> int:
         return original(model, prefixes, Failing(collator, 1, error), *rest, **named)
 
-    with mock.patch.object(cache_room, "build_rows", build_rows):
+    with mock.patch.object(build_room, "build_rows", build_rows):
         yield
 
 
