@@ -1,19 +1,12 @@
 """Forecasts what a plan costs before a step is run: parameters, bytes, FLOPs, disk, and whether a cache pays.
 
 Four ways to train are set side by side: full, frozen (the plan), cached (the plan, its prefix computed once) and LoRA.
-Everything is counted from shapes, so a model on the meta device will do; seconds are not forecast, they are measured.
-Only the lowest block of each kind is run, on a few tokens, to see in which order it calls its layers.
+FLOPs and saved activations are those of a step that `costs` runs on the meta device, so a model there will do; seconds
+are not forecast, they are measured.
 
-The counts:
-    FLOPs: 2 a weight and token forward, 2 for the gradient of the input, 2 for that of the weight, each only where
-        autograd computes it; attention scores 2 s_q s_k h (d_qk + d_v) forward, half of that again for each operand's
-        gradient and each product. Masked scores count (eager attention computes them). Norms, biases, activations and
-        embedding look-ups don't: they are elementwise.
-    Saved activations: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022,
-        section 4.1, taken apart into layers: what follows a layer keeps its output, a trained layer keeps its input.
-        For their GPT block that gives their 34 bytes a token and width, less the 2 of the dropout masks; scores are
-        not kept (sdpa and flash attention), except by eager attention. Beyond the paper: gated MLPs, RMSNorms and
-        GELUs written out in Python, which keep more, and fp32 norms.
+    FLOPs: of matrix products, as torch counts them, each gradient only where autograd computes it. Masked scores count
+        (eager attention computes them); what is elementwise does not.
+    Saved activations: what autograd keeps, norms computed in fp32. Scores are not kept, except by eager attention.
     Memory: AdamW in mixed precision, 16 bytes a trainable parameter (fp32 weight, gradient, two moments). Not counted:
         the bf16 copies that autocast makes of trained weights (2 bytes each), dropout masks, buffers, fragmentation.
 """
@@ -23,14 +16,15 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from hf_freeze.anatomy import Anatomy, BlocksGiven, Part, read_anatomy
+from hf_freeze.costs import Costs, EmptyCopy
+from hf_freeze.cuts import Cut
 from hf_freeze.errors import FreezeError, PlanError
-from hf_freeze.flow import Attention, Flow, Place, first_name, read_flow
 from hf_freeze.given import check_model
 from hf_freeze.plan import FreezePlan, ResolvedPlan, given_plan
 from hf_freeze.tables import Table, count_text
@@ -237,27 +231,32 @@ def forecast(
     frozen_name = dtype_name if frozen_dtype is None else _name_dtype("frozen_dtype", frozen_dtype)
     anatomy = read_anatomy(model, blocks=blocks)
     resolved = plan.resolve(anatomy)
-    flow = read_flow(anatomy, source_tokens, target_tokens)
+    names = [stack.name for stack in anatomy.stacks]
+    tokens = {"encoder": source_tokens, "decoder": target_tokens + (source_tokens if len(names) == 1 else 0)}
+    empty = EmptyCopy(anatomy, tokens, getattr(torch, dtype_name))
     given = Forecast(
         anatomy.model_class,
         plan,
         {},
         dtype=dtype_name,
         frozen_dtype=frozen_name,
-        notes=flow.notes,
         why_no_cut=resolved.why_no_cut,
         **numbers,
     )
-    result = replace(given, modes=_modes(given, flow, resolved))
-    if len(anatomy.stacks) == 1 or resolved.blocks["encoder"] == len(anatomy.stack("encoder")):
-        return result
-    beside = FreezePlan(encoder_blocks="all", decoder_blocks=0.5, tied_head=plan.tied_head)
-    with suppress(PlanError):  # it may leave nothing to train where the user froze much before; then it is no advice
-        other = beside.resolve(anatomy)
-        if len(other.cuts) == 2:
-            whole = replace(given, plan=beside, why_no_cut="", modes=_modes(given, flow, other))
-            result = replace(result, whole_encoder=whole)
-    return result
+    result = replace(given, modes=_modes(given, empty, resolved))
+    if len(names) == 2 and resolved.blocks["encoder"] < len(anatomy.stack("encoder")):
+        beside = FreezePlan(encoder_blocks="all", decoder_blocks=0.5, tied_head=plan.tied_head)
+        with suppress(PlanError):  # it may leave nothing to train where the user froze much before; then: no advice
+            other = beside.resolve(anatomy)
+            if len(other.cuts) == 2:
+                whole = replace(given, plan=beside, why_no_cut="", modes=_modes(given, empty, other))
+                result = replace(result, whole_encoder=whole)
+    notes = list(empty.notes)
+    if names == ["encoder"]:
+        notes.insert(0, "Encoder-only: target tokens are not counted.")
+    if anatomy.names_of("tower"):
+        notes.append("The tower's own forward and backward pass is not counted: its tokens are not text.")
+    return replace(result, notes=tuple(notes))
 
 
 def _name_dtype(argument: str, dtype: str | torch.dtype) -> str:
@@ -273,19 +272,21 @@ def _name_dtype(argument: str, dtype: str | torch.dtype) -> str:
 # -------------------------------------------------------------------------------------------------------- the modes
 
 
-def _modes(asked: Forecast, flow: Flow, resolved: ResolvedPlan) -> dict[str, ModeForecast]:
+def _modes(asked: Forecast, empty: EmptyCopy, resolved: ResolvedPlan) -> dict[str, ModeForecast]:
     """The four ways to train, the share of full fine-tuning filled in."""
-    anatomy = flow.anatomy
+    anatomy = empty.anatomy
+    first_of = {name: anatomy.tie_of[name].names[0] if name in anatomy.tie_of else name for name in anatomy.parts}
     moving = {n for n in resolved.trained if n in resolved.untied or anatomy.parameters[n].requires_grad}
-    planned = moving | {n for n in anatomy.parts if n not in resolved.untied and first_name(anatomy, n) in moving}
-    everything = {n for n in anatomy.parts if anatomy.parameters[first_name(anatomy, n)].is_floating_point()}
+    planned = moving | {name for name, first in first_of.items() if name not in resolved.untied and first in moving}
+    everything = {name for name, first in first_of.items() if anatomy.parameters[first].is_floating_point()}
     cut = frozenset(part for part in set(anatomy.parts.values()) if _is_cut(part, anatomy, resolved))
-    states = sum(flow.tokens[c.stack] * flow.width[c.stack] for c in resolved.cuts)
+    frozen = empty.count(planned, untied=resolved.untied)
+    adapters = asked.lora_rank * sum(sum(layer.weight.shape) for layer in empty.adaptable.values())
     modes = {
-        "full": _mode(asked, flow, everything),
-        "frozen": _mode(asked, flow, planned, untied=resolved.untied),
-        "cached": _mode(asked, flow, planned, untied=resolved.untied, cut=cut, states=states),
-        "lora": _mode(asked, flow, set(), rank=asked.lora_rank),
+        "full": _mode(asked, anatomy, empty.count(everything), everything),
+        "frozen": _mode(asked, anatomy, frozen, planned, untied=resolved.untied),
+        "cached": _mode(asked, anatomy, frozen, planned, untied=resolved.untied, cut=cut, cuts=resolved.cuts),
+        "lora": _mode(asked, anatomy, empty.count(set(), rank=asked.lora_rank), set(), adapters=adapters),
     }
     full = max(1, modes["full"].step_flops)
     return {name: replace(mode, share_of_full=mode.step_flops / full) for name, mode in modes.items()}
@@ -293,19 +294,17 @@ def _modes(asked: Forecast, flow: Flow, resolved: ResolvedPlan) -> dict[str, Mod
 
 def _mode(
     asked: Forecast,
-    flow: Flow,
+    anatomy: Anatomy,
+    costs: Costs,
     trains: set[str],
     *,
     untied: tuple[str, ...] = (),
     cut: frozenset[Part] = frozenset(),
-    states: int = 0,
-    rank: int = 0,
+    cuts: tuple[Cut, ...] = (),
+    adapters: int = 0,
 ) -> ModeForecast:
-    """One way to train: `trains` names what moves, `cut` the places that are not run, `rank` that of the adapters."""
-    anatomy = flow.anatomy
-    width = DTYPES[asked.dtype]
-    trained = sum(anatomy.parameters[first_name(anatomy, name)].numel() for name in untied)
-    trained += sum(rank * matrix.adapter for place in flow.places for call in place.calls for matrix in call.matrices)
+    """One way to train: `trains` names what moves, `cut` the parts that are not run again."""
+    trained = adapters + sum(anatomy.parameters[anatomy.tie_of[name].names[0]].numel() for name in untied)
     frozen = 0
     for name, parameter in anatomy.parameters.items():
         names = set(anatomy.tie_of[name].names if name in anatomy.tie_of else (name,)) - set(untied)
@@ -313,23 +312,28 @@ def _mode(
             trained += parameter.numel()
         elif not all(anatomy.parts[n] in cut for n in names):
             frozen += parameter.numel()
-    cost = _walk(flow, _Pass(trains, cut, rank, width))
-    row_flops = cost.forward + cost.backward
-    labelled, seen = flow.labelled
+    head = Part("head")
+    head_flops = costs.forward[head] + costs.backward[head]
+    prefix_flops = sum(costs.forward[part] for part in cut)  # nothing there moves, so it has no backward pass
+    row_flops = costs.forward.total() + costs.backward.total() - prefix_flops
+    decoder_only = [stack.name for stack in anatomy.stacks] == ["decoder"]
+    labelled, seen = asked.target_tokens, asked.target_tokens + asked.source_tokens
+    if not decoder_only:
+        labelled = seen
     return ModeForecast(
         trainable_parameters=trained,
         weight_bytes=MASTER_BYTES * trained + DTYPES[asked.frozen_dtype] * frozen,
         gradient_bytes=MASTER_BYTES * trained,
         optimizer_bytes=2 * MASTER_BYTES * trained,
-        activation_bytes=asked.batch_size * round(cost.saved_bytes),
-        logit_bytes=asked.batch_size * cost.logit_bytes,
-        supervised_logit_bytes=asked.batch_size * cost.logit_bytes * labelled // seen,
+        activation_bytes=asked.batch_size * costs.kept.total(),
+        logit_bytes=asked.batch_size * costs.logit_bytes,
+        supervised_logit_bytes=asked.batch_size * costs.logit_bytes * labelled // seen,
         step_flops=asked.batch_size * row_flops,
-        head_flops=asked.batch_size * cost.head,
-        supervised_head_flops=asked.batch_size * cost.head * labelled // seen,
-        build_flops=asked.rows * cost.cut_forward,
-        cache_bytes=asked.rows * states * DTYPES[asked.frozen_dtype],
-        run_flops=asked.rows * (asked.epochs * row_flops + cost.cut_forward),
+        head_flops=asked.batch_size * head_flops,
+        supervised_head_flops=asked.batch_size * head_flops * labelled // seen,
+        build_flops=asked.rows * prefix_flops,
+        cache_bytes=asked.rows * sum(costs.states[stack] for stack, _ in cuts) * DTYPES[asked.frozen_dtype],
+        run_flops=asked.rows * (asked.epochs * row_flops + prefix_flops),
         share_of_full=1.0,
     )
 
@@ -346,131 +350,6 @@ def _is_cut(part: Part, anatomy: Anatomy, resolved: ResolvedPlan) -> bool:
     whole_encoder = len(anatomy.stacks) == 2 and depth.get("encoder") == len(anatomy.stack("encoder"))
     norms = {name for name in anatomy.parameters if anatomy.parts[name] == part}
     return whole_encoder and part == Part("final", "encoder") and norms <= set(resolved.frozen)
-
-
-# ------------------------------------------------------------------------------------------------- one way through
-
-
-class _Pass(NamedTuple):
-    """What moves, what is not run, the rank of the adapters (0: none), and the bytes of an activation."""
-
-    trains: set[str]
-    cut: frozenset[Part]
-    rank: int
-    width: int
-
-
-@dataclass
-class _Cost:
-    """Of one row. `head` is the head's share; `cut_forward` is what a cache computes once."""
-
-    forward: int = 0
-    backward: int = 0
-    head: int = 0
-    cut_forward: int = 0
-    saved_bytes: float = 0
-    logit_bytes: int = 0
-
-    def add(self, other: _Cost) -> None:
-        """Adds what a place costs."""
-        self.forward += other.forward
-        self.backward += other.backward
-        self.saved_bytes += other.saved_bytes
-        self.logit_bytes += other.logit_bytes
-
-
-def _walk(flow: Flow, way: _Pass) -> _Cost:
-    """Goes through the model as the data does, and notes where autograd will have to come back."""
-    total = _Cost()
-    nothing = _Pass(set(), frozenset(), 0, way.width)
-    reached: dict[str, bool] = {}  # whether each stack's output needs a gradient
-    grad = False
-    for stack in flow.anatomy.stacks:
-        grad = any(
-            name in way.trains for name, part in flow.anatomy.parts.items()
-            if part.kind in ("embeddings", "tower") and part.stack in ("", stack.name)
-        )  # fmt: skip
-        if grad:
-            total.saved_bytes += way.width * flow.tokens[stack.name] * flow.width[stack.name]
-        for place in flow.places:
-            if place.part.stack != stack.name:
-                continue
-            if place.part in way.cut:
-                total.cut_forward += _visit(place, False, False, nothing)[0].forward
-            else:
-                cost, grad = _visit(place, grad, reached.get("encoder", False), way)
-                total.add(cost)
-        reached[stack.name] = grad
-    for place in flow.places:
-        if not place.part.stack:
-            cost, grad = _visit(place, grad, False, way)
-            total.add(cost)
-            if place.part.kind == "head":
-                total.head += cost.forward + cost.backward
-    return total
-
-
-def _visit(place: Place, grad: bool, source_grad: bool, way: _Pass) -> tuple[_Cost, bool]:
-    """The cost of one place, and whether its output needs a gradient, given whether its inputs do."""
-    cost = _Cost()
-    needs: list[bool] = []  # of each call: whether its output needs a gradient
-    kept: set[int] = set()  # tensors that a trained layer keeps already: q, k and v read one
-    for call in place.calls:
-        tokens = place.source_tokens if call.source else place.tokens
-        trains = not way.trains.isdisjoint(call.names)
-        adapted = way.rank > 0 and any(matrix.adapter for matrix in call.matrices)
-        input_grad = (source_grad if call.source else grad) or any(needs[: call.after])
-        needs.append(input_grad or trains or adapted)
-        for matrix in call.matrices:
-            weight_grad = matrix.name in way.trains  # not `trains`: the bias of a frozen tied head may train alone
-            cost.forward += 2 * tokens * matrix.weights
-            cost.backward += 2 * tokens * matrix.weights * (input_grad + weight_grad)
-            if adapted:
-                into, out = round(way.rank * matrix.into), round(way.rank * matrix.out)
-                cost.forward += 2 * tokens * (into + out)
-                # Both gradients of the second factor, whose input always needs one; of the first as elsewhere.
-                cost.backward += 2 * tokens * (2 * out + into + into * input_grad)
-                cost.saved_bytes += way.width * tokens * way.rank
-            if matrix.logits:  # the loss keeps them in fp32, whether they come in bf16 or not
-                cost.logit_bytes += MASTER_BYTES * tokens * round(matrix.out)
-                cost.saved_bytes += cost.logit_bytes
-            elif needs[-1]:
-                cost.saved_bytes += way.width * tokens * matrix.out
-            if (weight_grad or adapted) and call.reads not in kept:
-                cost.saved_bytes += way.width * tokens * matrix.into
-        if adapted or any(matrix.name in way.trains for matrix in call.matrices):
-            kept.add(call.reads)
-        if call.norm and needs[-1]:
-            # It keeps its input in fp32: that is the layer's output before it, or a tensor without a gradient.
-            cost.saved_bytes += tokens * call.norm * (MASTER_BYTES - way.width * input_grad)
-            # Written out in Python and trained, it keeps the normed input besides.
-            cost.saved_bytes += tokens * call.norm * MASTER_BYTES * (trains and call.written_out)
-    for attention in place.attentions:
-        _visit_attention(place, attention, needs, kept, way, cost)
-    if place.mlp and needs[place.mlp.down]:
-        down = place.calls[place.mlp.down]
-        extra = place.mlp.kept if down.reads in kept else max(0, place.mlp.kept)
-        cost.saved_bytes += way.width * place.tokens * place.mlp.width * extra
-    return cost, grad or any(needs)
-
-
-def _visit_attention(
-    place: Place, attention: Attention, needs: list[bool], kept: set[int], way: _Pass, cost: _Cost
-) -> None:
-    """The scores: forward q k^T and p v, backward one product for each operand that needs a gradient, and for p."""
-    *before, last = attention.calls
-    crosses = [i for i in attention.calls if place.calls[i].source]
-    keys = place.source_tokens if crosses else place.tokens
-    products = 2 * place.tokens * keys * attention.width
-    cost.forward += products
-    keyed = any(needs[i] for i in (crosses or before or [last]))
-    asked = any(needs[i] for i in before if i not in crosses) if crosses else keyed
-    cost.backward += products * ((keyed or asked) + asked + 2 * keyed) // 2
-    if keyed or asked:
-        if attention.keeping_heads:
-            cost.saved_bytes += attention.keeping_heads * place.tokens * keys * MASTER_BYTES
-        elif place.calls[last].reads not in kept:  # a trained output projection has kept it
-            cost.saved_bytes += way.width * place.tokens * attention.width // 2
 
 
 # --------------------------------------------------------------------------------------------------------- the table

@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_freeze.anatomy.inputs import image_parameter, run_on_sample, with_inputs
 from hf_freeze.anatomy.place import find_ties, place_parameters
-from hf_freeze.anatomy.structure import ancestors, block_lists, call_accessor, children_of
+from hf_freeze.anatomy.structure import ancestors, block_lists, call_accessor, children_of, core_model
 from hf_freeze.anatomy.value import Anatomy, Block, BlocksGiven, Stack, StackName
 from hf_freeze.errors import AnatomyError, nearest
 from hf_freeze.given import check_model
@@ -52,7 +52,7 @@ def read_anatomy(model: nn.Module, *, blocks: BlocksGiven | None = None) -> Anat
     """
     check_model("read_anatomy", model)
     model = unwrap(model)
-    core = _core_model(model)
+    core = core_model(model)
     name_of = {module: name for name, module in model.named_modules()}
     found = _find_stacks(core, name_of) if blocks is None else _given_stacks(model, core, name_of, blocks)
     notes: list[str] = []
@@ -66,16 +66,6 @@ def read_anatomy(model: nn.Module, *, blocks: BlocksGiven | None = None) -> Anat
         notes=tuple(notes),
         model=model,
     )
-
-
-def _core_model(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside a PeftModel; any other model itself."""
-    get_base_model = getattr(model, "get_base_model", None)
-    if callable(get_base_model) and hasattr(model, "peft_config"):
-        core = get_base_model()
-        if isinstance(core, nn.Module):
-            return core
-    return model
 
 
 def _find_stacks(core: nn.Module, name_of: dict[nn.Module, str]) -> tuple[Stack, ...]:

@@ -20,7 +20,7 @@ from hf_freeze.anatomy.structure import ancestors
 from hf_freeze.anatomy.value import Stack
 from hf_freeze.trial import on_trial
 
-__all__ = ["image_parameter", "run_on_sample", "with_inputs"]
+__all__ = ["config_width", "image_parameter", "run_on_sample", "sample_inputs", "with_inputs"]
 
 
 class _FirstBlock(Exception):
@@ -151,23 +151,31 @@ def _image(module: nn.Module) -> torch.Tensor:
     return weight.new_zeros((1, channels, *height_width))
 
 
+def sample_inputs(module: nn.Module, tokens: int) -> dict[str, Any]:
+    """What a forward is given to see it run: so many equal tokens, or a black image, on its device; the rest None."""
+    parameters = inspect.signature(module.forward).parameters
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    sample: dict[str, Any] = {}
+    if image := image_parameter(module):
+        sample[image] = _image(module)
+    else:
+        sample["input_ids"] = torch.zeros((1, tokens), dtype=torch.long, device=device)
+    asked = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    sample |= {name: None for name in asked if name not in sample}
+    if "use_cache" in parameters:
+        sample["use_cache"] = False  # hybrid caches look for attention blocks that a small model may lack
+    return sample
+
+
 def run_on_sample(module: nn.Module, handles: list[RemovableHandle]) -> Exception | None:
     """Calls a module on two token ids, or on an image where it takes one, without a graph, then removes the hooks;
     returns what it raised.
     """
+    given = sample_inputs(module, 2)
+    device = next(iter(given.values())).device
     parameters = inspect.signature(module.forward).parameters
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    given: dict[str, Any] = {
-        name: None for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
-    }
-    if image := image_parameter(module):
-        given |= {image: _image(module)}
-    else:
-        given |= {"input_ids": torch.zeros((1, 2), dtype=torch.long, device=device)}
-    if "use_cache" in parameters:
-        given["use_cache"] = False  # hybrid caches look for attention blocks that a small model may lack
     attempts = [given]
-    if "encoder_hidden_states" in parameters and (width := _width(module)):
+    if "encoder_hidden_states" in parameters and (width := config_width(module)):
         attempts.append(given | {"encoder_hidden_states": torch.zeros((1, 2, width), device=device)})
     if device.type == "meta":  # a ready mask, where nobody can look at the values of one
         mask = torch.zeros((1, 1, 2, 2), device=device)
@@ -190,7 +198,8 @@ def run_on_sample(module: nn.Module, handles: list[RemovableHandle]) -> Exceptio
     return failure
 
 
-def _width(module: nn.Module) -> int:
+def config_width(module: nn.Module) -> int:
+    """The width of the states between blocks, where a config says it; else 0."""
     config = getattr(module, "config", None)
     width = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)
     return width if isinstance(width, int) else 0

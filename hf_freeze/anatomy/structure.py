@@ -7,7 +7,17 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["ancestors", "block_lists", "call_accessor", "children_of", "is_block"]
+__all__ = ["ancestors", "block_lists", "call_accessor", "children_of", "core_model", "is_block"]
+
+
+def core_model(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside a PeftModel; any other model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    if callable(get_base_model) and hasattr(model, "peft_config"):
+        core = get_base_model()
+        if isinstance(core, nn.Module):
+            return core
+    return model
 
 
 def block_lists(root: nn.Module) -> list[nn.Module]:

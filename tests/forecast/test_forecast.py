@@ -180,7 +180,8 @@ def test_blocks_follow_the_cost_model_6p_6p_minus_4fp_and_6p_of_the_rest(depth: 
 
 
 def test_a_gpt_block_keeps_the_34_bytes_of_korthikanti_less_the_dropout_masks() -> None:
-    # Their GPT: fp16, MLP of 4 widths, GELU with a kernel of its own; scores not kept. Norms in fp32 are ours: 2 x 2.
+    # Their GPT: fp16, MLP of 4 widths, GELU with a kernel of its own; scores not kept. Norms in fp32 are ours: 2 x 2;
+    # and so is what these keep a token, two numbers in fp32, and their weights.
     def model(blocks: int) -> GPT2LMHeadModel:
         with torch.device("meta"):
             return gpt2(n_layer=blocks, activation_function="gelu", attn_implementation="sdpa")
@@ -189,7 +190,8 @@ def test_a_gpt_block_keeps_the_34_bytes_of_korthikanti_less_the_dropout_masks() 
         small_forecast(model(n), FreezePlan(decoder_blocks=1), dtype="float16").modes["full"].activation_bytes
         for n in (2, 3)
     ]
-    assert bytes_of[1] - bytes_of[0] == (34 - 2 + 2 * 2) * D * ROWS * (SOURCE + TARGET)
+    expected = (34 - 2 + 2 * 2) * D * ROWS * (SOURCE + TARGET)
+    assert expected <= bytes_of[1] - bytes_of[0] < 1.02 * expected
 
 
 def test_a_tie_is_counted_once_and_a_tied_embedding_is_not_released() -> None:
@@ -262,12 +264,9 @@ def test_flops_and_saved_activations_are_what_a_real_step_takes(make: Any, plan:
     frozen_flops, frozen_bytes = measure(model)
     assert made["full"].step_flops == pytest.approx(full_flops, rel=0.002)
     assert made["frozen"].step_flops == pytest.approx(frozen_flops, rel=0.002)
-    # A loop over experts keeps copies of its own: 0.73 of them are forecast.
-    within = 0.30 if make is mixtral else 0.15
+    within = 0.06 if make is mixtral else 0.02  # a loop over experts keeps indices besides
     assert made["full"].activation_bytes == pytest.approx(full_bytes, rel=within)
     assert made["frozen"].activation_bytes == pytest.approx(frozen_bytes, rel=within)
-    ratio = made["frozen"].activation_bytes / made["full"].activation_bytes
-    assert ratio == pytest.approx(frozen_bytes / full_bytes, rel=0.1)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, bart])
@@ -463,7 +462,7 @@ def test_only_the_experts_that_a_token_meets_count_in_flops_and_all_in_memory() 
     more = all_.modes["full"].step_flops - two.modes["full"].step_flops
     assert more == BLOCKS * 6 * tokens * experts * (8 - 2) // 8
     assert two.modes["full"].trainable_parameters == all_.modes["full"].trainable_parameters
-    assert "Experts: a token meets 2 of 8; the FLOPs count these, memory counts all." in two.notes
+    assert "Experts: the FLOPs count those that a token meets, memory counts all." in two.notes
 
 
 def test_as_many_blocks_as_experts_are_no_experts() -> None:
@@ -475,13 +474,20 @@ def test_as_many_blocks_as_experts_are_no_experts() -> None:
     assert made.modes["full"].step_flops == ROWS * (6 * tokens * (met + VOCAB * D) + scores)
 
 
-def test_experts_whose_share_cannot_be_told_count_whole_and_it_is_said() -> None:
+def test_experts_that_ask_for_values_cannot_be_run_without_them_and_count_whole_and_it_is_said() -> None:
     sizes = {"d_model": D, "d_ff": FF, "d_kv": 16, "num_heads": HEADS, "num_layers": 2, "num_sparse_encoder_layers": 2}
     switch = SwitchTransformersForConditionalGeneration(
         SwitchTransformersConfig(**sizes, num_decoder_layers=2, num_experts=8, vocab_size=VOCAB)
     )
-    assert any("does not say how many of 8" in note for note in small_forecast(switch).notes)
-    assert any("the blocks show none" in note for note in small_forecast(build("dbrx")).notes)
+    made = small_forecast(switch)
+    assert any("could not be run on the meta device (" in note and "all experts too" in note for note in made.notes)
+    matrices = {n: p.numel() for n, p in switch.named_parameters() if "block" in n and p.dim() > 1 and "bias" not in n}
+    decoder = sum(size for name, size in matrices.items() if name.startswith("decoder"))
+    tokens = SOURCE * (sum(matrices.values()) - decoder) + TARGET * (decoder + VOCAB * D)
+    assert made.modes["full"].step_flops == ROWS * 6 * tokens
+    assert made.modes["cached"].step_flops < made.modes["frozen"].step_flops < made.modes["full"].step_flops
+    assert made.modes["frozen"].activation_bytes < made.modes["full"].activation_bytes
+    assert made.modes["cached"].cache_bytes == 1000 * SOURCE * D * 4
 
 
 def test_an_encoder_only_model_reads_the_source_alone() -> None:
@@ -545,12 +551,12 @@ class Plain(nn.Module):
         return self.head(states)
 
 
-def test_a_model_without_a_config_is_measured_by_its_shapes_and_its_scores_are_left_out() -> None:
+def test_a_model_without_a_config_is_run_too() -> None:
     made = small_forecast(Plain(), FreezePlan(decoder_blocks=2), blocks="blocks", rows=10)
     tokens = SOURCE + TARGET
     assert made.modes["cached"].cache_bytes == 10 * tokens * 24 * 4
     assert made.modes["full"].step_flops == ROWS * tokens * 6 * (4 * (24 * 24 + 2 * 24 * 48) + 24 * 10)
-    assert any("attention scores are left out" in note for note in made.notes)
+    assert made.notes == ()
 
 
 def test_batch_statistics_are_not_moved_by_looking() -> None:
@@ -561,14 +567,18 @@ def test_batch_statistics_are_not_moved_by_looking() -> None:
     assert not any("could not be run" in note for note in made.notes)
 
 
-def test_a_stack_that_cannot_be_run_is_taken_in_the_order_of_registration() -> None:
+def test_a_model_that_cannot_be_run_is_counted_by_its_shapes_and_it_is_said() -> None:
     class Stubborn(Plain):
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("not today")
 
     made, other = (small_forecast(m, FreezePlan(decoder_blocks=2), blocks="blocks") for m in (Stubborn(), Plain()))
-    assert any("could not be run on a few tokens (RuntimeError: not today)" in note for note in made.notes)
-    assert made.modes["full"].step_flops == other.modes["full"].step_flops
+    assert any("could not be run on the meta device (RuntimeError: not today)" in note for note in made.notes)
+    assert any("attention scores are left out" in note for note in made.notes)
+    for name in ("full", "frozen", "cached"):
+        assert made.modes[name].step_flops == other.modes[name].step_flops
+        assert made.modes[name].logit_bytes == other.modes[name].logit_bytes
+        assert made.modes[name].cache_bytes == other.modes[name].cache_bytes
 
 
 # ------------------------------------------------------------------------------------------------- values and errors
