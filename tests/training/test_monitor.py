@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,40 +13,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.integrations import integration_utils
 
 from hf_freeze import FreezeError, FreezePlan, FrozenWeightsChanged, PrefixCache, freeze, thaw
 from hf_freeze.errors import TrainingDiverged
-from hf_freeze.processes import leave_group
 from hf_freeze.training.monitor import FreezeMonitor
 from tests.prefix.cases import collator_for, frozen_model, review_rows
 from tests.ranks import run_on_two_ranks
 from tests.tiny import tiny_model
-
-ALONE = SimpleNamespace(world_size=1, device=torch.device("cpu"), output_dir=None, report_to=[])
-
-
-def trainer_for(
-    model: nn.Module, folder: Any, *callbacks: TrainerCallback, kind: str = "llama", **given: Any
-) -> Trainer:
-    """A stock Trainer over 24 reviews, three a step."""
-    rows, evaluated = given.pop("rows", review_rows(kind)), given.pop("eval_rows", None)
-    arguments: dict[str, Any] = {
-        "output_dir": str(folder), "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 3,
-        "max_steps": 4, "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant", "logging_steps": 1,
-        "save_strategy": "no", "disable_tqdm": True, "seed": 7,
-    }  # fmt: skip
-    args = TrainingArguments(**(arguments | given))
-    collator = collator_for(kind, model)
-    return Trainer(
-        model=model, args=args, train_dataset=rows, eval_dataset=evaluated, data_collator=collator,
-        callbacks=list(callbacks),
-    )  # fmt: skip
-
-
-def training_logs(trainer: Trainer) -> list[dict[str, Any]]:
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+from tests.training.watched import ALONE, ddp_trainer, logged, trainer_for, training_logs, watching
 
 
 def copies(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -57,19 +31,6 @@ def copies(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def length(tensors: Any) -> float:
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
-
-
-def watching(model: nn.Module, **settings: Any) -> FreezeMonitor:
-    """A monitor as it is when a trainer for the model was made, to be called by hand."""
-    monitor = FreezeMonitor(**settings)
-    monitor.on_init_end(ALONE, None, None, model=model)
-    return monitor
-
-
-def logged(monitor: FreezeMonitor, model: nn.Module, **logs: Any) -> dict[str, Any]:
-    """What a log of a loss becomes."""
-    monitor.on_log(ALONE, TrainerState(log_history=[{}]), None, model=model, logs=(values := {"loss": 1.0, **logs}))
-    return values
 
 
 class AtStep(TrainerCallback):
@@ -288,138 +249,6 @@ def test_a_trainer_has_one_monitor_and_the_last_one_put_first_is_it(tmp_path: Pa
     assert len(callbacks) == count
 
 
-# --------------------------------------------------------------------------------------------------------------- advice
-
-
-def hear(
-    losses: Sequence[tuple[float | None, float]], model: nn.Module | None = None, **settings: Any
-) -> tuple[list[str], FreezeMonitor]:
-    """What a monitor says over (training, validation) losses; None where nothing was trained in between."""
-    said: list[str] = []
-    model = model or frozen_model("llama")
-    monitor = watching(model, say=said.append, **settings)
-    state = TrainerState(epoch=0.0, is_world_process_zero=True)
-    for number, (training, validation) in enumerate(losses):
-        if training is not None:
-            state.log_history += [{"loss": training - 0.1}, {"loss": training + 0.1}]  # their mean is what counts
-        state.epoch = float(number + 1)
-        state.log_history.append({"eval_loss": validation})
-        monitor.on_evaluate(ALONE, state, TrainerControl(), model=model)
-    return said, monitor
-
-
-RISING = [(2.9, 3.113), (2.4, 3.12), (2.1, 3.186)]
-FLAT = [(3.21, 3.3), (3.2, 3.3), (3.2, 3.29)]
-
-
-def test_overfitting_is_said_with_the_evidence() -> None:
-    said, monitor = hear(RISING)
-    assert said == [
-        "overfitting: validation loss has risen for 2 evaluations (3.113 -> 3.12 -> 3.186) while training loss fell "
-        "(2.9 -> 2.4 -> 2.1): freeze more, or stop"
-    ]
-    assert [(advice.kind, advice.epoch, str(advice)) for advice in monitor.advice] == [("overfitting", 3.0, said[0])]
-
-
-def test_underfitting_is_said_with_the_evidence_and_names_the_next_block() -> None:
-    said, monitor = hear(FLAT)
-    assert said == [
-        "underfitting: training loss (3.21 -> 3.2 -> 3.2) and validation loss (3.3 -> 3.3 -> 3.29) both stall at "
-        "3.2 / 3.29: unfreeze the next block (decoder block 2)"
-    ]
-    assert [advice.kind for advice in monitor.advice] == ["underfitting"]
-
-
-@pytest.mark.parametrize(
-    ("kind", "plan", "way_out"),
-    [
-        ("bart", FreezePlan(encoder_blocks="all", decoder_blocks=1), "unfreeze the next block (decoder block 0)"),
-        ("bart", FreezePlan(encoder_blocks="all", decoder_blocks=0), "unfreeze the next block (encoder block 3)"),
-        ("llama", FreezePlan(decoder_blocks=0), "all 4 blocks train already; use a higher learning rate or a larger"),
-    ],
-)
-def test_the_way_out_of_underfitting_is_the_highest_frozen_block(kind: str, plan: FreezePlan, way_out: str) -> None:
-    said, _ = hear(FLAT, frozen_model(kind, plan=plan))
-    assert way_out in said[0]
-
-
-def test_overfitting_is_said_again_only_when_it_got_worse_or_came_back() -> None:
-    worse = [(2.0, 3.2), (1.9, 3.3)]
-    said, _ = hear([*RISING, *worse])
-    assert [message.partition(" (")[0][-13:] for message in said] == ["2 evaluations", "4 evaluations"]
-    said, _ = hear([*RISING, (2.0, 2.9), (1.9, 3.0), (1.8, 3.1)])
-    assert len(said) == 2
-    assert "risen for 2 evaluations (2.9 -> 3 -> 3.1)" in said[1]
-
-
-def test_underfitting_is_said_once_while_it_lasts() -> None:
-    said, _ = hear([*FLAT, (3.2, 3.29), (3.2, 3.29), (3.2, 3.29)])
-    assert len(said) == 1
-
-
-@pytest.mark.parametrize(
-    "losses",
-    [
-        [(2.9, 3.1), (2.4, 3.0), (2.1, 2.9)],  # learning
-        [(2.9, 3.1), (2.4, 3.2), (2.1, 3.1)],  # one evaluation is chance
-        [(2.9, 3.1), (3.0, 3.2), (3.1, 3.3)],  # both rise: the learning rate, not the data
-        [(2.9, 3.1), (2.4, 3.1), (2.1, 3.1)],  # validation alone stalls
-        [(2.9, 3.1), (2.4, 3.2), (None, 3.3)],  # nothing was trained in between: another dataset
-        [(None, 3.0), (None, 3.1), (None, 3.2)],
-        [(math.nan, math.nan)] * 3,
-        [],
-    ],
-)
-def test_nothing_is_said_where_the_losses_show_neither(losses: list[tuple[float | None, float]]) -> None:
-    said, monitor = hear(losses)
-    assert said == []
-    assert monitor.advice == []
-
-
-def test_an_evaluation_without_training_in_between_repeats_nothing() -> None:
-    said, _ = hear([*RISING, (None, 3.186), (None, 3.186)])
-    assert len(said) == 1
-
-
-def test_patience_and_minimum_gain_are_as_asked() -> None:
-    assert hear(RISING, patience=3)[0] == []
-    assert "risen for 1 evaluation (" in hear(RISING[:2], patience=1)[0][0]
-    assert hear(FLAT, min_gain=0.001)[0] == []
-    assert hear(FLAT, min_gain=0)[0] == []
-
-
-def test_only_the_first_process_says_it_and_all_keep_it(capsys: pytest.CaptureFixture[str]) -> None:
-    model = frozen_model("llama")
-    log = [entry for training, validation in RISING for entry in ({"loss": training}, {"eval_loss": validation})]
-    for first in (False, True):
-        monitor = watching(model)
-        monitor.on_evaluate(ALONE, TrainerState(log_history=log, is_world_process_zero=first), None, model=model)
-        assert len(monitor.advice) == 1
-        assert ("overfitting: " in capsys.readouterr().out) is first
-
-
-def test_a_run_that_learns_its_few_rows_by_heart_is_called_overfitting(tmp_path: Path) -> None:
-    said: list[str] = []
-    trainer = trainer_for(
-        frozen_model("llama"), tmp_path, FreezeMonitor(say=said.append), rows=review_rows("llama", count=6),
-        eval_rows=review_rows("llama", seed=1), num_train_epochs=12, max_steps=-1, learning_rate=1e-2,
-        optim="adamw_torch", eval_strategy="epoch",
-    )  # fmt: skip
-    trainer.train()
-    assert said[0].startswith("overfitting: validation loss has risen for 2 evaluations (")
-
-
-def test_a_run_that_cannot_learn_is_called_underfitting(tmp_path: Path) -> None:
-    said: list[str] = []
-    trainer = trainer_for(
-        frozen_model("llama"), tmp_path, FreezeMonitor(say=said.append), eval_rows=review_rows("llama", seed=1),
-        num_train_epochs=4, max_steps=-1, learning_rate=1e-6, eval_strategy="epoch",
-    )  # fmt: skip
-    trainer.train()
-    assert [message.partition(":")[0] for message in said] == ["underfitting"]
-    assert said[0].endswith("unfreeze the next block (decoder block 2)")
-
-
 # ----------------------------------------------------------------------------------------------- what stops a run
 
 
@@ -534,17 +363,10 @@ def test_a_resumed_run_logs_and_says_what_an_undisturbed_one_does(tmp_path: Path
 # ---------------------------------------------------------------------------------------------------- two processes
 
 
-def ddp_trainer(folder: Path, batch_size: int) -> Trainer:
-    return trainer_for(
-        frozen_model("llama", dropout=False), folder, FreezeMonitor(), per_device_train_batch_size=batch_size,
-        ddp_find_unused_parameters=False,
-    )  # fmt: skip
-
-
 def test_two_ranks_log_what_one_process_does_under_ddp_and_sharded_by_fsdp2(tmp_path: Path) -> None:
     alone = ddp_trainer(tmp_path, batch_size=4)
     alone.train()
-    run_on_two_ranks(__file__, tmp_path)
+    run_on_two_ranks("tests/training/watched.py", tmp_path)
     for rank in range(2):
         ddp, fsdp = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert ddp["wrapper"] == "DistributedDataParallel"
@@ -553,49 +375,3 @@ def test_two_ranks_log_what_one_process_does_under_ddp_and_sharded_by_fsdp2(tmp_
         assert {"drift/decoder.3", "grad_norm/decoder.3", "grad_norm/head"} <= fsdp["sharded"].keys()
         assert fsdp["sharded"] == pytest.approx(fsdp["whole"], rel=1e-4)
         assert "gradient norm is nan at step 1" in fsdp["error"]  # though NaN was planted on one rank only
-
-
-def by_trainer(folder: Path) -> dict[str, Any]:
-    trainer = ddp_trainer(folder, batch_size=2)
-    trainer.train()
-    return {"wrapper": type(trainer.model_wrapped).__name__, "logs": training_logs(trainer)}
-
-
-def by_fsdp() -> dict[str, Any]:
-    """One step of a whole model and of a sharded one, both watched; then one of the shards gets NaN."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (2,))
-    figures: dict[str, Any] = {}
-    for name, world_size in (("whole", 1), ("sharded", 2)):
-        model: Any = frozen_model("llama", dropout=False)
-        args = SimpleNamespace(**(vars(ALONE) | {"world_size": world_size}))
-        monitor = watching(model)
-        if world_size > 1:
-            for block in model.model.layers:
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh, ignored_params={model.model.norm.weight})  # whole on both
-        monitor.on_train_begin(args, TrainerState(), None, model=model)
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        model(**collator_for("llama", model)(review_rows("llama", count=3))).loss.backward()
-        monitor.on_pre_optimizer_step(args, TrainerState(), None, model=model, optimizer=optimizer)
-        optimizer.step()
-        logs: dict[str, Any] = {"loss": 1.0}
-        monitor.on_log(args, TrainerState(log_history=[{}]), None, model=model, logs=logs)
-        figures[name] = logs
-    if torch.distributed.get_rank() == 0:
-        model.lm_head.weight.grad.to_local().fill_(math.nan)
-    try:
-        monitor.on_pre_optimizer_step(args, TrainerState(), None, model=model, optimizer=optimizer)
-    except TrainingDiverged as error:
-        figures["error"] = str(error)
-    return figures
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    outcome = [by_trainer(folder), by_fsdp()]
-    (folder / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(outcome))
-    leave_group()
