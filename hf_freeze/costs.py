@@ -58,6 +58,7 @@ class EmptyCopy:
     def __init__(self, anatomy: Anatomy, tokens: dict[str, int], dtype: torch.dtype) -> None:
         self.anatomy, self.tokens, self.dtype = anatomy, tokens, dtype
         self.failure = ""
+        self._runs_all = False
         self._counted: dict[Any, Costs] = {}
         self._known: dict[Any, tuple[int, int, int]] = {}  # what a block of a kind costs
         self._model = _copy_empty(anatomy.model, dtype)
@@ -97,11 +98,13 @@ class EmptyCopy:
 
     def _count(self, trains: set[str], untied: tuple[str, ...], rank: int) -> Costs:
         with self._set_up(trains, untied):
-            if not self.failure:
+            while not self.failure:
                 try:
                     return self._run(rank)
                 except Exception as error:  # a foreign forward may raise anything; its reason goes into the notes
-                    self.failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+                    if self._runs_all:
+                        self.failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+                    self._runs_all = True  # a block may need what one that was not run would have made
                 finally:
                     self._model.zero_grad()
             return self._count_shapes(trains, rank)
@@ -235,7 +238,7 @@ class EmptyCopy:
                 if part.kind in ("embeddings", "tower") and part.stack in ("", stack.name)
             )  # fmt: skip
             for block in stack.blocks:
-                if len(block.names) > 1:  # pieces in parallel lists are run as they come
+                if self._runs_all or len(block.names) > 1:  # pieces in parallel lists are run as they come
                     continue
                 part, module = Part("block", stack.name, block.index), self._modules[block.names[0]]
                 weights = [(n, p.shape, p.requires_grad) for n, p in module.named_parameters(remove_duplicate=False)]

@@ -171,8 +171,6 @@ class Anatomy:
         return tuple(name for name, part in self.parts.items() if part.kind in kinds)
 
     def __str__(self) -> str:
-        from hf_freeze.anatomy.value import anatomy_table
-
         return str(anatomy_table(self))
 
 

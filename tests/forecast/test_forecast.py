@@ -26,6 +26,8 @@ from transformers import (
     SwitchTransformersForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from hf_freeze.errors import FreezeError, PlanError
@@ -274,10 +276,8 @@ def test_sdpa_keeps_no_scores_and_the_forecast_knows(make: Any) -> None:
     torch.manual_seed(0)
     model = make(attn_implementation="sdpa")
     made = small_forecast(model).modes
-    eager = small_forecast(make()).modes
-    kept = measure(model)[1]
-    assert made["full"].activation_bytes == pytest.approx(kept, rel=0.1)
-    assert made["full"].activation_bytes < eager["full"].activation_bytes
+    assert made["full"].activation_bytes == pytest.approx(measure(model)[1], rel=0.1)
+    assert made["full"].activation_bytes < measure(make())[1]
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, bart, t5])
@@ -424,7 +424,7 @@ def test_a_llama_of_70b_on_the_meta_device_is_forecast_without_a_weight() -> Non
     assert made.cache_pays
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, bart, t5, bert])
+@pytest.mark.parametrize("make", [llama, t5])
 def test_the_meta_device_changes_no_figure(make: Any) -> None:
     with torch.device("meta"):
         empty = make()
@@ -508,9 +508,43 @@ def test_blocks_without_attention_say_that_their_scan_is_not_counted() -> None:
     assert made.modes["cached"].step_flops < made.modes["frozen"].step_flops < made.modes["full"].step_flops
 
 
-def test_heads_may_differ_between_blocks() -> None:
-    made = small_forecast(build("gemma4_text"))
-    assert made.modes["frozen"].step_flops < made.modes["full"].step_flops
+@pytest.mark.parametrize("model_type", ["gemma4_text", "gemma3n_text"])  # upper blocks that read lower ones' keys
+def test_blocks_may_differ_and_may_need_one_another(model_type: str) -> None:
+    made = small_forecast(build(model_type))
+    assert made.modes["cached"].step_flops < made.modes["frozen"].step_flops < made.modes["full"].step_flops
+    assert not any("could not be run" in note for note in made.notes)
+
+
+def test_a_loop_over_tokens_is_given_up_before_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_freeze.costs.MOST_CALLS", 100)
+    made = small_forecast(llama())
+    assert any("more than 100 calls of torch, as a loop over tokens makes" in note for note in made.notes)
+
+
+def test_an_image_model_is_run_on_as_many_tokens_as_are_asked_for() -> None:
+    sizes = {"hidden_size": D, "intermediate_size": FF, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS}
+    model = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=3, **sizes))
+    made = {tokens: small_forecast(model, FreezePlan(encoder_blocks=3), source_tokens=tokens) for tokens in (5, 20)}
+    block = 2 * (4 * D * D + 2 * D * FF)
+    patches = 2 * 4 * D * 3 * 8 * 8  # of the image itself, whatever is asked for
+    for tokens, one in made.items():
+        built = patches + 3 * (tokens * block + 4 * tokens**2 * D)
+        assert one.modes["cached"].build_flops == 1000 * built
+        assert one.modes["cached"].cache_bytes == 1000 * tokens * D * 4
+        assert one.modes["frozen"].step_flops == ROWS * built + one.modes["cached"].step_flops
+
+
+def test_what_accelerate_put_on_a_model_is_not_run() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Refuses(ModelHook):  # type: ignore[misc]  # accelerate has no types
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("brings weights in")
+
+    model = llama()
+    expected = small_forecast(model)
+    add_hook_to_module(model.model.layers[3].mlp, Refuses())
+    assert small_forecast(model) == expected
 
 
 class Feature(nn.Module):
