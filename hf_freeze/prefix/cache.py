@@ -21,7 +21,7 @@ from torch import nn
 
 from hf_freeze.anatomy import BlocksGiven
 from hf_freeze.cuts import Cut
-from hf_freeze.errors import CacheDamaged, CannotCache
+from hf_freeze.errors import CacheDamaged, CannotCache, FreezeError
 from hf_freeze.files import cache_folder
 from hf_freeze.plan import FreezePlan
 from hf_freeze.prefix.build import check_alike, fill, model_name, open_or_create, save_tables
@@ -150,9 +150,7 @@ class PreparedCache(Prepared):
         Args:
             cuts: Those of a shallower plan that was given as `also`, where the model is frozen so now.
         """
-        prefix = self.prefixes[0]
-        if cuts is not None:
-            prefix = next(prefix for prefix in self.prefixes if [*map(tuple, prefix.cuts)] == [*map(tuple, cuts)])
+        prefix = self.prefixes[0] if cuts is None else self._prefix_of(cuts)
         with _made_by_all("open the prefix cache") as made:
             digests = prefix.digest()
             key = cache_key(self.model, prefix, digests)
@@ -172,6 +170,16 @@ class PreparedCache(Prepared):
             report = BuildReport(len(rows), 0, 0, store.stored_bytes, 0.0)
             made.append(PrefixCache(self, prefix, store, digests, report))
         return made[0]
+
+    def _prefix_of(self, cuts: Sequence[tuple[str, int]]) -> Prefix:
+        by_cuts = {tuple(map(tuple, prefix.cuts)): prefix for prefix in self.prefixes}
+        wanted = tuple(map(tuple, cuts))
+        if wanted not in by_cuts:
+            raise FreezeError(
+                f"A prepared prefix cache was to be opened at the cuts {wanted}; it was prepared for "
+                f"{', '.join(map(str, by_cuts))}. Ask for one of them, or give the plan as also= to prepare."
+            )
+        return by_cuts[wanted]
 
 
 class PrefixCache:

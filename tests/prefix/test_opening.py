@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hf_freeze import FreezePlan, PrefixCache, freeze, thaw
+from hf_freeze.errors import FreezeError
 from hf_freeze.prefix import describe_caches, files, key, states
 from tests.prefix.cases import collator_for, frozen_model, review_rows
 
@@ -75,6 +76,8 @@ def test_rows_are_read_once_for_cuts_with_the_decoder_and_without(tmp_path: Path
     prepared.build().close()
     thaw(model)
     freeze(model, shallower)
+    with pytest.raises(FreezeError, match=r"opened at the cuts .*'encoder', 1.*prepared for .*Ask for one"):
+        prepared.open([("encoder", 1)])
     opened = prepared.open([("encoder", 2)])
     assert opened.cuts == (("encoder", 2),)
     assert model(**opened.collator(review_rows("t5", 3))).loss.isfinite()
