@@ -6,7 +6,8 @@ The model's own head is run on the states of each layer; no part of it is built 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,14 +126,15 @@ def logit_lens(
                     "may overflow: load the model in fp32 or bf16."
                 )
             final = own.argmax(dim=-1)
-            rows = []
-            for logits in logits_by_layer(model, anatomy, batch, kept, real):
-                rows.append(_choices(logits, final))
+            choices = []
+            with closing(logits_by_layer(model, anatomy, batch, kept, real)) as layers:
+                for logits in layers:
+                    choices.append(_choices(logits, final))
             _check_last(logits, own, anatomy)
-            first, best, chance = (torch.stack(each) for each in zip(*rows, strict=True))
+            first, best, chance = map(torch.stack, zip(*choices, strict=True))
             agree = first == final
             settled = agree.flip(0).cumprod(dim=0).flip(0)
-            sums += torch.stack([each.double().sum(dim=1).cpu() for each in (agree, settled, chance)])
+            sums += torch.stack([share.double().sum(dim=1).cpu() for share in (agree, settled, chance)])
             tokens += len(final)
             if not example:
                 shown = int(real[0].sum())
@@ -146,10 +148,11 @@ def logit_lens(
 
 def logits_by_layer(
     model: nn.Module, anatomy: Anatomy, batch: Mapping[str, torch.Tensor], kept: Kept, real: torch.Tensor
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor, None, None]:
     """The logits [real tokens, vocabulary] that follow from the states of each layer, the embeddings first.
 
-    While this runs no block computes: each hands on what it handed on before, the top one that layer's states.
+    While this runs no block computes: each hands on what it handed on before, the top one that layer's states. Who does
+    not take them all closes it.
     """
     stack = anatomy.stacks[-1]
     layers = kept.layers(stack, real)
@@ -161,8 +164,7 @@ def logits_by_layer(
         )
     output, states = kept.outputs[top]
     turned = states.shape != layers[-1].shape  # tokens before texts
-    before = {piece: piece.__dict__.get("forward") for piece in kept.outputs}
-    try:
+    with looking(model):  # which puts every forward back
         for piece, (answer, _) in kept.outputs.items():
             piece.__dict__["forward"] = functools.partial(_answer, answer)
         for layer in layers:
@@ -170,12 +172,6 @@ def logits_by_layer(
             answer = map_tree(functools.partial(_exchange, states, shown.clone()), output)
             top.__dict__["forward"] = functools.partial(_answer, answer)
             yield _logits(call(model, without_labels(batch)), anatomy, real)
-    finally:
-        for piece, own in before.items():
-            if own is None:
-                piece.__dict__.pop("forward", None)
-            else:  # accelerate puts one there for a model that is spread over devices
-                piece.__dict__["forward"] = own
 
 
 def _logits(output: Any, anatomy: Anatomy, real: torch.Tensor) -> torch.Tensor:

@@ -256,6 +256,19 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was_too() -> None:
     handle.remove()
 
 
+def test_an_error_between_two_layers_of_the_lens_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError("no room")
+
+    model, tokenizer = tiny_model("llama").train(), tiny_tokenizer("llama")
+    before = everything_of(model)
+    monkeypatch.setattr(torch.Tensor, "logsumexp", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        logit_lens(model, tokenizer, TEXTS, progress=False)
+    after = everything_of(model)
+    assert all(same(before[what], after[what]) for what in before)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "bart"])
 def test_numbers_go_to_json_and_back(kind: str) -> None:
     model, tokenizer = tiny_model(kind), tiny_tokenizer(kind)
