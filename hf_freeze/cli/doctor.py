@@ -54,12 +54,10 @@ def run(args: argparse.Namespace, say: Say) -> Told:
     bad = [row["name"] for row in needed if row["problem"]]
     machine = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     rows = [("machine", "system", machine)]
-    rows += [("machine", "device", each) for each in devices]
+    rows += [("machine", "device", device) for device in devices]
     rows += [("machine", "accelerator", missing)] if missing else []
     rows += [("machine", "precision", str(precision))]
-    rows += [
-        ("disk", place, f"{each['free_bytes'] / 1e9:,.1f} GB free: {each['path']}") for place, each in disks.items()
-    ]
+    rows += [("disk", use, f"{disk['free_bytes'] / 1e9:,.1f} GB free: {disk['path']}") for use, disk in disks.items()]
     rows += [("needed", row["name"], row["problem"] or row["version"]) for row in needed]
     rows += [("optional", row["name"], row["version"] or f"not installed: {row['purpose']}") for row in optional]
     line = (
@@ -89,13 +87,13 @@ def _packages() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     requirements = [] if own is None else [Requirement(text) for text in importlib.metadata.requires("hf_freeze") or ()]
     problem = "not installed: run from a folder on the path" if own is None else ""
     needed: list[dict[str, Any]] = [{"name": "hf_freeze", "version": own, "problem": problem}]
-    for each in requirements:
-        if each.marker is None or each.marker.evaluate({"extra": ""}):
-            version = _version(each.name)
+    for requirement in requirements:
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            version = _version(requirement.name)
             problem = "not installed" if version is None else ""
-            if version is not None and not each.specifier.contains(version, prereleases=True):
-                problem = f"{version}, and {each.specifier} is needed"
-            needed.append({"name": each.name, "version": version, "problem": problem})
+            if version is not None and not requirement.specifier.contains(version, prereleases=True):
+                problem = f"{version}, and {requirement.specifier} is needed"
+            needed.append({"name": requirement.name, "version": version, "problem": problem})
     optional = [{"name": name, "version": _version(name), "purpose": what} for name, what in OPTIONAL.items()]
     return needed, optional
 
@@ -112,14 +110,14 @@ def _devices() -> list[str]:
 
     from hf_freeze.machine import cpu_cores, find_accelerators
 
-    found = [f"CPU, {cpu_cores()} cores for this process, {torch.get_num_threads()} threads in torch"]
+    devices = [f"CPU, {cpu_cores()} cores for this process, {torch.get_num_threads()} threads in torch"]
     for device in find_accelerators():
         name, memory = device.type, ""
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             name, memory = properties.name, f", {properties.total_memory / 1e9:,.1f} GB"
-        found.append(f"{device} {name}{memory}")
-    return found
+        devices.append(f"{device} {name}{memory}")
+    return devices
 
 
 def _disks() -> dict[str, dict[str, Any]]:
@@ -128,9 +126,9 @@ def _disks() -> dict[str, dict[str, Any]]:
 
     from hf_freeze.files import cache_folder
 
-    places = {"prefix caches": cache_folder() / "prefix", "hub downloads": Path(HF_HUB_CACHE), "here": Path.cwd()}
-    found = {}
-    for what, path in places.items():
-        there = next(folder for folder in (path, *path.resolve().parents) if folder.exists())
-        found[what] = {"path": str(path), "free_bytes": shutil.disk_usage(there).free}
-    return found
+    uses = {"prefix caches": cache_folder() / "prefix", "hub downloads": Path(HF_HUB_CACHE), "here": Path.cwd()}
+    disks = {}
+    for use, path in uses.items():
+        nearest = next(folder for folder in (path, *path.resolve().parents) if folder.exists())
+        disks[use] = {"path": str(path), "free_bytes": shutil.disk_usage(nearest).free}
+    return disks

@@ -409,9 +409,9 @@ def _rate_reason(rate: float, depth: int, comparison: Comparison, steps: int, ru
 
 
 def _memory_reason(probe: DepthProbe, limit: float) -> str:
-    there = "" if math.isinf(limit) else f" of {count_text(limit, 'B')}"
+    available = "" if math.isinf(limit) else f" of {count_text(limit, 'B')}"
     return (
-        f"Forecast for training it: {count_text(probe.memory_bytes, 'B')}{there}, and a step of "
+        f"Forecast for training it: {count_text(probe.memory_bytes, 'B')}{available}, and a step of "
         f"{100 * probe.share_of_full:.0f} % of the FLOPs of full fine-tuning."
     )
 
@@ -419,17 +419,17 @@ def _memory_reason(probe: DepthProbe, limit: float) -> str:
 def _unknown(depth: int, able: list[int], comparison: Comparison, rows: ProbeRows, run_steps: int) -> list[str]:
     """What so short a probe cannot know."""
     steps, trained = len(rows.batches), len(rows.train)
-    found = []
+    unknown = []
     if run_steps > steps:
-        found.append(
+        unknown.append(
             f"The probe saw {trained:,} of {rows.total:,} rows and {steps} of {run_steps:,} steps. Longer training on "
             "more rows favours shallower plans than so short a probe tells; where quality counts more than time, "
             "compare whole runs with sweep_depths."
         )
     shallowest = min(able)
     if depth == shallowest > 0 and len(able) > 1:
-        found.append(
+        unknown.append(
             f"{depth} is the shallowest depth probed, so fewer frozen blocks may be better still: "
             f"advise(depths={sorted({depth, depth // 2, 0}, reverse=True)}) probes them, at the cost of full steps."
         )
-    return found
+    return unknown

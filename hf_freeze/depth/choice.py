@@ -60,15 +60,15 @@ class Comparison:
         Raises:
             FreezeError: Every one diverged.
         """
-        found = [trial for depth in self.trials if (trial := self.best_at(depth)) is not None]
-        if not found:
+        sound = [trial for depth in self.trials if (trial := self.best_at(depth)) is not None]
+        if not sound:
             rates = sorted({trial.rate for trials in self.trials.values() for trial in trials})
             raise FreezeError(
                 f"advise trained at depths {', '.join(map(str, self.trials))} with the learning rates "
                 f"{', '.join(f'{rate:.2g}' for rate in rates)}; the loss was not finite after any of them. Give lower "
                 "learning_rates, such as [1e-5], or look for broken rows; a model in fp16 overflows: use bf16 or fp32."
             )
-        return min(found, key=self.loss)
+        return min(sound, key=self.loss)
 
     def behind(self, trial: Trial, other: Trial) -> tuple[float, float]:
         """How much higher the loss of `trial` is, and the standard error of that over the held-out rows."""
@@ -103,20 +103,20 @@ class Comparison:
         if probe.depth not in self.trials:
             return probe
         rates = tuple((trial.rate, self.loss(trial)) for trial in self.trials[probe.depth])
-        found = self.best_at(probe.depth)
-        if found is None:
+        best = self.best_at(probe.depth)
+        if best is None:
             return replace(probe, rates=rates, verdict="diverged at every rate")
-        behind, noise = self.behind(found, self.best)
+        behind, noise = self.behind(best, self.best)
         return replace(
             probe,
-            learning_rate=found.rate,
+            learning_rate=best.rate,
             rates=rates,
-            train_loss=found.train_loss,
-            validation_loss=self.loss(found),
+            train_loss=best.train_loss,
+            validation_loss=self.loss(best),
             behind=behind,
             noise=noise,
-            step_seconds=found.step_seconds,
-            verdict=self.verdict(found),
+            step_seconds=best.step_seconds,
+            verdict=self.verdict(best),
         )
 
     def verdict(self, trial: Trial) -> str:
@@ -150,19 +150,19 @@ class Comparison:
     def warnings(self) -> list[str]:
         """What the losses warn of, whatever the plan."""
         chosen = self.choose()
-        found = []
+        warned = []
         if self.loss(chosen) > (1 - MIN_GAIN) * self.before[1]:
-            found.append(
+            warned.append(
                 f"No training of the probe helped held-out rows: {self.before[1]:.3f} before, {self.loss(chosen):.3f} "
                 "after. Look at the labels, try lower learning_rates or more steps; else there is nothing to learn."
             )
         if self.parts(chosen):
-            found.append(
+            warned.append(
                 f"The losses part at {chosen.depth} frozen blocks already: rows trained on fell from "
                 f"{self.before[0]:.3f} to {chosen.train_loss:.3f}, held-out ones from {self.before[1]:.3f} to "
                 f"{self.loss(chosen):.3f}. Give more rows, train fewer epochs, or freeze more."
             )
-        return found
+        return warned
 
 
 def longer_run_rate(rate: float, steps: int, run_steps: int) -> float:
@@ -196,41 +196,41 @@ def depth_of(plan: FreezePlan, anatomy: Anatomy) -> int | None:
 def plan_warnings(plan: FreezePlan, anatomy: Anatomy, comparison: Comparison) -> list[str]:
     """What is very likely a mistake in a plan that the user had in mind."""
     name, resolved = plan_text(plan), plan.resolve(anatomy)
-    found = [f"{name}: {warning}" for warning in resolved.warnings]
+    warned = [f"{name}: {warning}" for warning in resolved.warnings]
     top = anatomy.stacks[-1]
     if resolved.blocks[top.name] == len(top):
-        found.append(
+        warned.append(
             f"{name} freezes the top block too, which holds what is most particular to a task; only norm and head are "
             f"left. Freeze {len(top) - 1} of {len(top)} {top.name} blocks at most, unless the head alone is to learn."
         )
     own_head = [part for part in anatomy.head if part not in anatomy.tie_of]
     if own_head and not set(own_head) & set(resolved.trained):
-        found.append(
+        warned.append(
             f"{name} freezes the head ({own_head[0]}), which is no pretrained part of most tasks. Leave it out of "
             "freeze=."
         )
     depth, chosen, best = depth_of(plan, anatomy), comparison.choose(), comparison.best
     if depth is None:
-        found.append(
+        warned.append(
             f"{name} trains encoder blocks below frozen decoder blocks: those still carry the gradient down and cannot "
             f"be cached. {plan_text(plan_at_depth(anatomy, sum(resolved.blocks.values()), plan))} freezes as many."
         )
-        return found
+        return warned
     trial = comparison.best_at(depth) if depth in comparison.trials else None
     if trial is None or depth == chosen.depth:
-        return found
+        return warned
     behind, noise = comparison.behind(trial, best)
     if depth > chosen.depth and not comparison.within_noise(trial, best, CLEARLY):
-        found.append(
+        warned.append(
             f"{name} freezes too many blocks: its held-out loss is {behind:.3f} ± {noise:.3f} behind that of "
             f"{best.depth} frozen blocks."
         )
     elif depth < chosen.depth and (comparison.parts(trial) or not comparison.within_noise(trial, best)):
-        found.append(
+        warned.append(
             f"{name} freezes too few blocks for so few rows: those trained on fell to {trial.train_loss:.3f}, held-out "
             f"ones to {comparison.loss(trial):.3f}; with {chosen.depth} frozen to {comparison.loss(chosen):.3f}."
         )
-    return found
+    return warned
 
 
 def data_reason(anatomy: Anatomy, probe: DepthProbe, rows: int, labels: float) -> str:

@@ -218,13 +218,13 @@ class Probe:
         """Each row's loss, summed over its labels, without dropout; a row is a batch, so that any model tells it."""
         self.core.eval()
         self.core.training = True  # the model's own flag alone: the head then runs only where there is a label
-        found = []
+        losses = []
         with torch.no_grad(), autocast(self.precision, self.device):  # one context: weights are cast once
             for row in rows:
                 value = self._call(row.batch).item() * row.labels
-                found.append(value if math.isfinite(value) else math.inf)
+                losses.append(value if math.isfinite(value) else math.inf)
                 self.bar.update(unit * self.row_steps)
-        return found
+        return losses
 
     def _loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
         with torch.enable_grad(), autocast(self.precision, self.device):

@@ -260,8 +260,8 @@ class SweepReport:
 
     def table(self) -> Table:
         """Quality and cost of every depth, on every number of rows."""
-        found = self.rows()
-        others = [n for n in ("eval_loss", "rouge1", "rougeL") if any(n in r.metrics for r in found)]
+        measured = self.rows()
+        others = [n for n in ("eval_loss", "rouge1", "rougeL") if any(n in r.metrics for r in measured)]
         others = [name for name in others if name != self.quality]
         rows = tuple(
             (
@@ -276,7 +276,7 @@ class SweepReport:
                 count_text(row.peak_bytes, "B") if row.peak_bytes else "-",
                 count_text(row.delta_bytes, "B") if row.delta_bytes else "-",
             )
-            for row in found
+            for row in measured
         )
         lines = [
             f"{self.quality}: mean over seeds and its interval; spread: standard deviation over seeds. The learning "
@@ -388,46 +388,44 @@ def draw_sweep(report: SweepReport, path: str | os.PathLike[str]) -> tuple[Path,
         from matplotlib.ticker import FuncFormatter, LogLocator
 
         figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.4), sharey=True)
-        sizes = sorted({row.rows for row in report.rows() if row.depth != PRETRAINED})
-        sign = sign_of(report.quality)
-        for axes, cost, unit in (
-            (panels[0], "train_seconds", "training time, opening the cache included, s"),
-            (panels[1], "peak_bytes", "peak memory, GB"),
+        rows = [row for row in report.rows() if row.depth != PRETRAINED]
+        sizes = sorted({row.rows for row in rows})
+        for axes, cost, scale, unit in (
+            (panels[0], "train_seconds", 1.0, "training time, opening the cache included, s"),
+            (panels[1], "peak_bytes", 1e-9, "peak memory, GB"),
         ):
-            scale = 1e-9 if cost == "peak_bytes" else 1.0
-            for place, rows in enumerate(sizes):
-                points = [
-                    (scale * getattr(row, cost), row.quality, row.low, row.high, row.depth)
-                    for row in report.rows(rows)
-                    if row.depth != PRETRAINED and getattr(row, cost)  # a peak may be unknown
-                ]
-                front = [p for p in points if not any(q[0] < p[0] and sign * q[1] > sign * p[1] for q in points)]
-                depths = [p for p in points if isinstance(p[4], int)]
+            for place, size in enumerate(sizes):
+                points = [(scale * getattr(row, cost), row) for row in rows if row.rows == size]
+                points = [point for point in points if point[0]]  # a peak may be unknown
                 grey = f"{0.55 - 0.55 * (place + 1) / len(sizes):.2f}"
-                axes.plot([p[0] for p in depths], [p[1] for p in depths], "-", color=grey, marker="", lw=1)
-                for cost_here, value, low, high, depth in points:
-                    mark = MARKS[place % len(MARKS)] if isinstance(depth, int) else "*"
-                    fill = grey if (cost_here, value, low, high, depth) in front else "white"
-                    bars = [[max(0.0, value - low)], [max(0.0, high - value)]]
-                    axes.errorbar(
-                        [cost_here], [value], yerr=bars, marker=mark, color=grey, markerfacecolor=fill, linestyle="",
-                        elinewidth=0.6, capsize=2, markersize=9 if mark == "*" else 6,
-                    )  # fmt: skip
-                    text = {FULL: "full", LORA: "LoRA"}.get(depth, str(depth)) if isinstance(depth, str) else str(depth)
-                    axes.annotate(text, (cost_here, value), textcoords="offset points", xytext=(5, 4), fontsize=8)
-                axes.plot([], [], "-", color=grey, marker=MARKS[place % len(MARKS)], label=f"{rows} rows")
-            if cost == "train_seconds":
-                axes.set_xscale("log")
-                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:,.3g}"))
-                axes.xaxis.set_minor_formatter("")
+                _draw_points(axes, points, sign_of(report.quality), MARKS[place % len(MARKS)], grey)
+                axes.plot([], [], "-", color=grey, marker=MARKS[place % len(MARKS)], label=f"{size} rows")
             axes.set_xlabel(unit)
+        panels[0].set_xscale("log")
+        panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[0].xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:,.3g}"))
+        panels[0].xaxis.set_minor_formatter("")
         panels[0].set_ylabel(report.quality.replace("rouge", "ROUGE-"))
         panels[0].legend(loc="best")
-        figure.suptitle(
-            f"Quality and cost by frozen blocks (of {report.blocks}); filled: on the Pareto front", fontsize=11
-        )
+        title = f"Quality and cost by frozen blocks (of {report.blocks}); filled: on the Pareto front"
+        figure.suptitle(title, fontsize=11)
         return save_figure(figure, path)
+
+
+def _draw_points(axes: Any, points: Sequence[tuple[float, DepthRow]], sign: float, mark: str, grey: str) -> None:
+    """Rows at their costs, with their intervals, and a line through those that are depths."""
+    depths = [(cost, row.quality) for cost, row in points if isinstance(row.depth, int)]
+    axes.plot([cost for cost, _ in depths], [quality for _, quality in depths], "-", color=grey, marker="", lw=1)
+    for cost, row in points:
+        beaten = any(less < cost and sign * other.quality > sign * row.quality for less, other in points)
+        bars = [[max(0.0, row.quality - row.low)], [max(0.0, row.high - row.quality)]]
+        look = {"marker": mark, "markersize": 6} if isinstance(row.depth, int) else {"marker": "*", "markersize": 9}
+        axes.errorbar(
+            [cost], [row.quality], yerr=bars, color=grey, markerfacecolor="white" if beaten else grey, linestyle="",
+            elinewidth=0.6, capsize=2, **look,
+        )  # fmt: skip
+        text = "LoRA" if row.depth == LORA else str(row.depth)
+        axes.annotate(text, (cost, row.quality), textcoords="offset points", xytext=(5, 4), fontsize=8)
 
 
 def less_is_better(metric: str) -> bool:

@@ -213,41 +213,41 @@ def _position_limit(core: Any) -> int | None:
 
 def row_warnings(rows: ProbeRows, collator: Collator, core: Any, tokenizer: Any) -> list[str]:
     """Preprocessing that very likely does not fit the model or the task."""
-    found = []
+    warned = []
     every = rows.every
     lengths = [row.tokens for row in every]
     longest, cut = max(lengths), lengths.count(max(lengths))
     if MOST_LIKE_LONGEST * len(every) < cut < len(every) and cut > 1 and longest > min(lengths) + 1:
-        found.append(
+        warned.append(
             f"{cut} of {len(every)} rows are exactly {longest} tokens long, the longest: they look cut, and may have "
             "lost their end, where the labels of a decoder-only model stand. Raise the limit, or cut the text before."
         )
     if rows.unlabelled:
         drawn = len(every) + rows.unlabelled
-        found.append(f"{rows.unlabelled} of {drawn} rows have no label: they teach nothing. Look at what cuts them.")
+        warned.append(f"{rows.unlabelled} of {drawn} rows have no label: they teach nothing. Look at what cuts them.")
     ordered = sorted(every, key=lambda row: row.tokens)
     batch = collator([ordered[0].feature, ordered[-1].feature])
     labels, mask = batch.get("labels"), batch.get("attention_mask")
     # Of two stacks the mask is the encoder's and the labels are the decoder's, of the same shape only by chance.
     both = isinstance(labels, torch.Tensor) and isinstance(mask, torch.Tensor) and not _has_two_stacks(core)
     if both and labels.shape == mask.shape and bool((labels[mask == 0] != IGNORED_LABEL).any()):
-        found.append(
+        warned.append(
             f"Padded places have labels: the loss learns padding. Pad labels with {IGNORED_LABEL}, as "
             "DataCollatorForSeq2Seq and SummaryCollator do."
         )
-    return found + ([] if tokenizer is None else _tokenizer_warnings(rows, core, tokenizer))
+    return warned + ([] if tokenizer is None else _tokenizer_warnings(rows, core, tokenizer))
 
 
 def _tokenizer_warnings(rows: ProbeRows, core: Any, tokenizer: Any) -> list[str]:
     """A tokenizer that does not fit the model, or rows that were not made as the tokenizer makes them."""
     from hf_freeze.inputs.tokenizer import check_tokenizer, role_id
 
-    found = []
+    warned = []
     config = getattr(core, "config", None)
     try:
         check_tokenizer(config, copy.deepcopy(tokenizer))  # it may set a pad token
     except TokenizerMismatch as mismatch:
-        found.append(str(mismatch))
+        warned.append(str(mismatch))
     sources = (config, getattr(core, "generation_config", None))
     declared = [getattr(source, "eos_token_id", None) for source in sources]
     named = [role_id(tokenizer, "eos"), *(end for ids in declared for end in (ids if isinstance(ids, list) else [ids]))]
@@ -256,7 +256,7 @@ def _tokenizer_warnings(rows: ProbeRows, core: Any, tokenizer: Any) -> list[str]
     labels = [row.batch["labels"].flatten().tolist() for row in looked_at if "labels" in row.batch]
     generates = hasattr(core, "can_generate") and core.can_generate()
     if generates and labels and not any(ends & set(row) for row in labels):
-        found.append(
+        warned.append(
             f"No end token ({', '.join(map(str, sorted(ends)))}) is among the labels of the first {len(labels)} rows: "
             "the model would never learn to stop. A collator that ignores labels of the pad id ignores the end too "
             "where one token serves as both."
@@ -265,11 +265,11 @@ def _tokenizer_warnings(rows: ProbeRows, core: Any, tokenizer: Any) -> list[str]
     first = [_first_id(row.batch) for row in looked_at]
     unlike = sum(one != start for one in first)
     if start is not None and None not in first and unlike > MOST_UNLIKE_START * len(first):
-        found.append(
+        warned.append(
             f"{unlike} of {len(first)} rows do not start with {tokenizer.convert_ids_to_tokens(start)!r} ({start}), "
             "which this tokenizer puts before a text. Leave add_special_tokens on when the rows are made."
         )
-    return found
+    return warned
 
 
 def _own_start(tokenizer: Any) -> int | None:

@@ -7,12 +7,10 @@ alone. How a run trains is Trainer's business, and what its summaries are worth 
 
 from __future__ import annotations
 
-import copy
 import gc
 import json
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,9 +18,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers import set_seed
 
 from hf_freeze.anatomy import read_anatomy
 from hf_freeze.depth.report import (
@@ -41,21 +38,27 @@ from hf_freeze.depth.report import (
     run_text,
     sign_of,
 )
+from hf_freeze.depth.row_losses import row_losses
+from hf_freeze.depth.run_parts import (
+    StepClock,
+    choose_rows,
+    loader_rows,
+    select_rows,
+    set_arguments,
+    weights_digest,
+    with_lora,
+)
 from hf_freeze.errors import CannotCache, FreezeError, ResumeError, TrainingDiverged
-from hf_freeze.files import json_digest, write_json
+from hf_freeze.files import write_json
 from hf_freeze.freezing import freeze, verify_frozen
 from hf_freeze.given import check_callable, check_kind, check_path
-from hf_freeze.inputs import IGNORED_LABEL
 from hf_freeze.machine import device_name, peak_bytes, reset_peak
 from hf_freeze.plan import FreezePlan, given_plan, plan_at_depth
-from hf_freeze.tensors import named_tensors, tensor_digest
 from hf_freeze.training.data_digest import data_digest
 
 __all__ = ["sweep_depths"]
 
 REFERENCES = (FULL, LORA)
-LORA_R = 16
-SAME_LOSS = 5e-3  # relative: what 16 bits do to the loss of a row among others
 ROWS = "_rows"  # the ending of a score's value of each row
 
 MakeModel = Callable[[], Any]
@@ -202,7 +205,7 @@ class _Sweep:
         model = self.make_model()
         anatomy = read_anatomy(model)
         self.blocks = sum(len(stack) for stack in anatomy.stacks)
-        self.digest = _weights_digest(model)
+        self.digest = weights_digest(model)
         plans = {depth: plan_at_depth(anatomy, depth, self.plan) for depth in depths}
         cuts = {depth: plans[depth].resolve(anatomy).cuts for depth in depths}
         trainer = self.make_trainer(model)
@@ -282,10 +285,10 @@ class _Sweep:
         places: set[int] = set()
         for rows in self.sizes:
             for seed in seeds:
-                places.update(_chosen(len(trainer.train_dataset), rows, seed))
-        trainer.train_dataset = _select(trainer.train_dataset, sorted(places))
+                places.update(choose_rows(len(trainer.train_dataset), rows, seed))
+        trainer.train_dataset = select_rows(trainer.train_dataset, sorted(places))
         try:
-            cache = PrefixCache.build(model, *_cache_rows(trainer), also=also, **self._cache_options(trainer))
+            cache = PrefixCache.build(model, *loader_rows(trainer), also=also, **self._cache_options(trainer))
         except CannotCache as reason:
             self.say(f"note: without a prefix cache: {reason}")
             return
@@ -364,7 +367,7 @@ class _Sweep:
     def _train(self, run: SweepRun, rival: SweepResult | None) -> SweepResult:
         set_seed(run.seed)
         model = self.make_model()
-        if _weights_digest(model) != self.digest:
+        if weights_digest(model) != self.digest:
             raise FreezeError(
                 "make_model gave other weights than at its first call; a sweep starts every run from the same. "
                 "Load the model in it (from_pretrained), and share none between calls."
@@ -373,12 +376,16 @@ class _Sweep:
         if isinstance(run.depth, int):
             report = freeze(model, plan_at_depth(read_anatomy(model), run.depth, self.plan))
         elif run.depth == LORA:
-            model = _with_lora(model)
+            model = with_lora(model)
         trainer = self.make_trainer(model)
-        self._set_arguments(trainer, run)
+        by_steps = self.max_steps > 0 or run.share < 1.0
+        set_arguments(trainer, run, str(self.folder / "trainer"), self.epochs, self.steps(run) if by_steps else -1)
+        if run.depth != PRETRAINED:
+            places = choose_rows(len(trainer.train_dataset), run.rows, run.seed)
+            trainer.train_dataset = select_rows(trainer.train_dataset, places)
         device = trainer.args.device
         cache, started = None, time.perf_counter()
-        clock = _StepClock(self._bar)
+        clock = StepClock(self._bar)
         try:
             if run.depth in self.cached:
                 cache = self._open_cache(trainer)
@@ -430,27 +437,11 @@ class _Sweep:
         gc.collect()
         return result
 
-    def _set_arguments(self, trainer: Any, run: SweepRun) -> None:
-        """The run's own rate, seed, rows and length; the caller's arguments serve the other runs and stay."""
-        trainer.args = args = copy.copy(trainer.args)
-        args.output_dir = str(self.folder / "trainer")
-        args.seed = args.data_seed = run.seed
-        args.learning_rate = run.learning_rate
-        args.num_train_epochs = self.epochs
-        args.max_steps = self.steps(run) if self.max_steps > 0 or run.share < 1.0 else -1
-        args.eval_strategy = args.save_strategy = "no"
-        args.load_best_model_at_end = False
-        for callback in (PrinterCallback, ProgressCallback):  # one bar for the sweep instead of one for each run
-            trainer.remove_callback(callback)
-        if run.depth != PRETRAINED:
-            places = _chosen(len(trainer.train_dataset), run.rows, run.seed)
-            trainer.train_dataset = _select(trainer.train_dataset, places)
-
     def _open_cache(self, trainer: Any) -> Any:
         from hf_freeze.prefix import PrefixCache
 
         options = self._cache_options(trainer) | {"progress": False}
-        cache = PrefixCache.build(trainer.model, *_cache_rows(trainer), **options)
+        cache = PrefixCache.build(trainer.model, *loader_rows(trainer), **options)
         trainer.data_collator = cache.collator
         return cache
 
@@ -465,7 +456,7 @@ class _Sweep:
         by_row: dict[str, list[float]] = {}
         if behind or run.share < 1.0:
             return metrics, by_row
-        if self.quality == "eval_loss" and (losses := _row_losses(trainer)):
+        if self.quality == "eval_loss" and (losses := row_losses(trainer)):
             by_row["eval_loss"] = losses
         for name, value in (self.score(trainer) if self.score is not None else {}).items():
             if name.endswith(ROWS):
@@ -473,87 +464,6 @@ class _Sweep:
             else:
                 metrics[name] = float(cast("float", value))
         return metrics, by_row
-
-
-def _row_losses(trainer: Any) -> list[float]:
-    """The loss of each row of the eval_dataset, as Trainer's evaluation computes that of a batch; [] without a loss.
-
-    The first batch's rows run one by one. Where its logits tell the same losses, the other rows run in batches.
-    """
-    trainer.model.eval()
-    rows, size = trainer.get_eval_dataloader().dataset, max(1, trainer.args.eval_batch_size)
-    losses: list[float] = []
-    way: tuple[int, int] | None = None  # in which the logits of a batch tell its rows' losses
-    for start in range(0, len(rows), size):
-        batch = [rows[place] for place in range(start, min(start + size, len(rows)))]
-        if way is not None:
-            losses += _losses_by_logits(_predict(trainer, batch), *way)
-            continue
-        alone = [trainer.prediction_step(trainer.model, trainer.data_collator([row]), True)[0] for row in batch]
-        if any(loss is None for loss in alone):
-            return []
-        losses += [loss.mean().item() for loss in alone]
-        if start == 0 and len(rows) > size:
-            predicted = _predict(trainer, batch)
-            # Labels that are the next tokens, all counted but the first, or (Trainer, for some classes) that one too.
-            gaps = {way: _gap(losses, _losses_by_logits(predicted, *way)) for way in ((1, 1), (1, 0), (0, 0))}
-            way = min((way for way in gaps if gaps[way] < SAME_LOSS), key=gaps.__getitem__, default=None)
-    return [float(f"{loss:.6g}") for loss in losses]
-
-
-def _predict(trainer: Any, rows: list[Any]) -> Any:
-    return trainer.prediction_step(trainer.model, trainer.data_collator(rows), False)
-
-
-def _losses_by_logits(predicted: Any, shift: int, uncounted: int) -> list[float]:
-    """Each row's mean over its labels; [] where these are not classes of the logits, one by one.
-
-    Args:
-        shift: Of the labels against the logits.
-        uncounted: First labels of a row that the mean leaves out.
-    """
-    _, logits, labels = predicted
-    logits = logits[0] if isinstance(logits, tuple) else logits  # beside them: an encoder's states
-    if not isinstance(logits, torch.Tensor) or not isinstance(labels, torch.Tensor) or labels.is_floating_point():
-        return []
-    if logits.shape[:-1] != labels.shape or labels.max() >= logits.shape[-1] or shift >= labels.dim():
-        return []
-    losses = []
-    for row, classes in zip(logits, labels.reshape(len(labels), -1), strict=True):
-        row = row.reshape(len(classes), -1).float()
-        total = nn.functional.cross_entropy(row[: len(row) - shift], classes[shift:], reduction="sum")
-        losses.append(float(total / classes[uncounted:].ne(IGNORED_LABEL).sum()))
-    return losses
-
-
-def _gap(losses: list[float], others: list[float]) -> float:
-    """The largest difference of two rows' losses, relative; a row without a label has none in either."""
-    if len(losses) != len(others):
-        return math.inf
-    one, other = torch.tensor(losses), torch.tensor(others)
-    return float(((one - other) / one.abs().clamp(min=0.01)).nan_to_num().abs().max())
-
-
-class _StepClock(TrainerCallback):
-    """Times each step from the end of the one before, and moves the sweep's bar."""
-
-    def __init__(self, bar: Any) -> None:
-        self.bar = bar
-        self.seconds: list[float] = []
-        self._last = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._last = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        now = time.perf_counter()
-        self.seconds.append(now - self._last)
-        self._last = now
-        self.bar.update(1)
-
-    def median(self) -> float:
-        """Seconds of a step; the first one sets kernels up and is left out where there are others."""
-        return statistics.median(self.seconds[1:] or self.seconds) if self.seconds else 0.0
 
 
 # ------------------------------------------------------------------------------------------------------------- choices
@@ -569,39 +479,6 @@ def _rates_of(
             f"learning_rates={chosen} was asked for at {depth!r}; give one or more numbers above 0, such as 1e-4."
         )
     return list(dict.fromkeys(chosen))
-
-
-def _chosen(total: int, rows: int, seed: int) -> list[int]:
-    """The places of a seed's rows: the first of its own shuffle, so that fewer rows lie within more."""
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    return sorted(order[:rows].tolist())
-
-
-def _select(dataset: Any, places: list[int]) -> Any:
-    return dataset.select(places) if hasattr(dataset, "select") else torch.utils.data.Subset(dataset, places)
-
-
-def _cache_rows(trainer: Any) -> tuple[Any, Any]:
-    """Training and validation rows as Trainer's loaders take them, and the collator of both."""
-    rows = [trainer.get_train_dataloader().dataset, trainer.get_eval_dataloader().dataset]
-    return torch.utils.data.ConcatDataset(rows), trainer.data_collator
-
-
-def _with_lora(model: nn.Module) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    task: str | None = (
-        "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
-    )
-    if not hasattr(model, "prepare_inputs_for_generation"):
-        task = None  # a classifier, or any other module
-    return get_peft_model(
-        model, LoraConfig(r=LORA_R, lora_alpha=2 * LORA_R, target_modules="all-linear", task_type=task)
-    )
-
-
-def _weights_digest(model: nn.Module) -> str:
-    return json_digest(sorted((name, tensor_digest(tensor)) for name, tensor in named_tensors(model)))
 
 
 def _best(results: Iterable[SweepResult], metric: str) -> SweepResult | None:

@@ -582,21 +582,6 @@ def test_doctor_names_what_is_missing_and_too_old(ran: Callable[..., Ran], monke
     assert "To be mended: hf_freeze. Install with" in bare.out
 
 
-def test_sweep_trains_tells_and_draws_again(folder: Path, tmp_path: Path, ran: Callable[..., Ran]) -> None:
-    grid = ["--model_name_or_path", folder / "llama", "--train_rows", "8", "--num_train_epochs", "1", "--depths", "2"]
-    grid += ["--max_validation_rows", "4", "--max_test_rows", "2", "--max_summary_tokens", "4", "--precision", "fp32"]
-    grid += ["--cpu_threads", "1", "--learning_rates", "1e-3", "--references", "", "--disable_tqdm", "true"]
-    first = ran("sweep", *grid, "--output_dir", tmp_path / "sweep", "--json")
-    assert first.code == 0, first.err
-    assert "train: " in first.err, "where the rows are from, and what was guessed"
-    assert [run["depth"] for run in first.values["runs"]] == ["pretrained", 2]
-    assert all(Path(path).stat().st_size for path in first.values["files"])
-    (tmp_path / "sweep" / "table.md").unlink()
-    again = ran("sweep", "--output_dir", tmp_path / "sweep", "--draw_only", "--quality", "eval_loss")
-    assert again.code == 0, again.err
-    assert "| 2 of 4 " in (tmp_path / "sweep" / "table.md").read_text()
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

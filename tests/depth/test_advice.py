@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,11 +24,13 @@ from transformers import (
 )
 
 from hf_freeze import FreezeError, FreezePlan, PrefixCache, forecast, freeze, read_anatomy, supervised_logits_only, thaw
+from hf_freeze.cli import exit_code
 from hf_freeze.depth import Advice, advise
 from hf_freeze.depth.choice import Comparison, depth_of, longer_run_rate, plan_warnings
 from hf_freeze.depth.probe import Probe, Trial
 from hf_freeze.errors import CannotCache, PlanError
 from tests.prefix.cases import collator_for, padding_tokenizer
+from tests.recipes.scripts import load_script
 from tests.tiny import tiny_folder, tiny_model
 from tests.tokenizer_makers import metaspace
 
@@ -116,10 +116,17 @@ def test_a_few_rows_without_a_rule_are_learnt_by_heart_and_that_is_told():
     assert any("by heart" in probe.verdict for probe in advice.probes)
 
 
-def test_probes_from_the_cache_end_as_probes_without_it(taught, monkeypatch):
+@pytest.fixture(scope="module")
+def cached_and_plain(taught) -> tuple[Advice, Advice]:
+    """The same advice with the prefix cache, and where it is declined."""
     cached = ask(copy.deepcopy(taught), depths=[3, 1])
-    monkeypatch.setattr(PrefixCache, "prepare", refuse)
-    plain = ask(copy.deepcopy(taught), depths=[3, 1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PrefixCache, "prepare", refuse)
+        return cached, ask(copy.deepcopy(taught), depths=[3, 1])
+
+
+def test_probes_from_the_cache_end_as_probes_without_it(cached_and_plain):
+    cached, plain = cached_and_plain
     assert any("without the prefix cache" in text and "not today" in text for text in plain.reasons)
     assert not any("without the prefix cache" in text for text in cached.reasons)
     for one, other in zip(cached.probes, plain.probes, strict=True):
@@ -129,12 +136,11 @@ def test_probes_from_the_cache_end_as_probes_without_it(taught, monkeypatch):
         assert one.share_of_full < other.share_of_full
 
 
-def test_a_depth_that_fits_only_with_the_cache_is_not_advised_without(taught, monkeypatch):
-    costs = {probe.depth: probe for probe in ask(copy.deepcopy(taught), depths=[3, 1]).probes}
-    monkeypatch.setattr(PrefixCache, "prepare", refuse)
-    plain = {probe.depth: probe for probe in ask(copy.deepcopy(taught), depths=[3, 1]).probes}
+def test_a_depth_that_fits_only_with_the_cache_is_not_advised_without(taught, cached_and_plain, monkeypatch):
+    costs, plain = ({probe.depth: probe for probe in advice.probes} for advice in cached_and_plain)
     limit = (max(plain[3].memory_bytes, costs[1].memory_bytes) + plain[1].memory_bytes) // 2
     assert costs[1].memory_bytes < limit < plain[1].memory_bytes, "shallow fits from the cache only"
+    monkeypatch.setattr(PrefixCache, "prepare", refuse)
     advice = ask(copy.deepcopy(taught), depths=[3, 1], memory_bytes=limit)
     assert advice.depth == 3
     assert probe_of(advice, 1).verdict == "needs more memory than there is"
@@ -543,24 +549,30 @@ def test_a_group_of_processes_is_refused(monkeypatch):
 # ------------------------------------------------------------------------------------------------------- the recipe
 
 
-def run_recipe(*given: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, str(RECIPE), *given], capture_output=True, text=True, env=environment)
+@pytest.fixture
+def run_recipe(monkeypatch, capsys):
+    """The recipe with the arguments of a shell: its exit code, what it printed and what it complained of."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def run(*given: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, given)])
+        code = exit_code(load_script(RECIPE).main)
+        return code, *capsys.readouterr()
+
+    return run
 
 
-def test_the_recipe_prints_the_advice_and_writes_the_plan(tmp_path):
-    model = str(tiny_folder("llama", tmp_path))
-    folder = tmp_path / "out"
-    given = ["--steps", "2", "--train_rows", "40", "--precision", "fp32", "--output_dir", str(folder)]
-    done = run_recipe("--model_name_or_path", model, *given)
-    assert done.returncode == 0, done.stderr
-    assert "Recommended: FreezePlan(decoder_blocks=" in done.stdout
-    plan = FreezePlan.from_pretrained(folder)
-    assert plan.to_dict() == json.loads((folder / "advice.json").read_text())["plan"]
+def test_the_recipe_prints_the_advice_and_writes_the_plan(tmp_path, run_recipe):
+    given = ["--steps", 2, "--train_rows", 40, "--precision", "fp32", "--output_dir", tmp_path / "out"]
+    code, out, err = run_recipe("--model_name_or_path", tiny_folder("llama", tmp_path), *given)
+    assert code == 0, err
+    assert "Recommended: FreezePlan(decoder_blocks=" in out
+    plan = FreezePlan.from_pretrained(tmp_path / "out")
+    assert plan.to_dict() == json.loads((tmp_path / "out" / "advice.json").read_text())["plan"]
 
 
-@pytest.mark.slow
-def test_what_the_recipe_cannot_do_is_told_in_a_line():
-    done = run_recipe("--depths", "0,x")
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: '0,x' was given; use numbers")
+def test_what_the_recipe_cannot_do_is_told_in_a_line(run_recipe):
+    code, _, err = run_recipe("--depths", "0,x")
+    assert code == 1
+    assert err.strip().splitlines()[-1].startswith("error: '0,x' was given; use numbers")

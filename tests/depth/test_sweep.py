@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import statistics
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +21,8 @@ from transformers import (
 
 from hf_freeze import FreezeError, FreezePlan, read_anatomy
 from hf_freeze.depth import SweepReport, sweep_depths
-from hf_freeze.depth.sweep import _row_losses
+from hf_freeze.depth.row_losses import row_losses
+from hf_freeze.depth.run_parts import choose_rows
 from hf_freeze.errors import PlanError, ResumeError, TrainingDiverged
 from hf_freeze.plan import plan_at_depth
 from tests.prefix.test_faults import Padding, token_rows
@@ -37,68 +38,95 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-@pytest.fixture
-def start() -> GPT2LMHeadModel:
+def small_gpt2(blocks: int = BLOCKS) -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    sizes = {"n_layer": BLOCKS, "n_embd": 8, "n_head": 2, "vocab_size": 16, "n_positions": 8}
+    sizes = {"n_layer": blocks, "n_embd": 8, "n_head": 2, "vocab_size": 16, "n_positions": 8}
     return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=1))
 
 
 @pytest.fixture
-def sweep(start, tmp_path):
-    """Calls sweep_depths on 16 rows in batches of 4, one epoch; `trained` counts the runs that were trained."""
-    rows, held_out = make_rows(16), make_rows(4, seed=1)
-    told: list[str] = []
-    trained: list[str] = []
+def start() -> GPT2LMHeadModel:
+    return small_gpt2()
 
-    class Counting(Trainer):
-        def train(self, *given, **named):
-            trained.append(type(self.model).__name__)
-            return super().train(*given, **named)
 
-    def make_trainer(model, train=rows, evaluated=held_out, **given):
+class Sweeping:
+    """Calls sweep_depths on 16 rows in batches of 4, one epoch; `trained` has a name for each run that was trained."""
+
+    def __init__(self, start: GPT2LMHeadModel, folder: Path) -> None:
+        self.start, self.folder = start, folder
+        self.rows, self.held_out = make_rows(16), make_rows(4, seed=1)
+        self.told: list[str] = []
+        self.trained: list[str] = []
+
+    def make_trainer(self, model, train=None, evaluated=False, **given) -> Trainer:
+        trained = self.trained
+
+        class Counting(Trainer):
+            def train(self, *arguments, **named):
+                trained.append(type(self.model).__name__)
+                return super().train(*arguments, **named)
+
         values = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2} | given
-        args = TrainingArguments(str(tmp_path / "args"), use_cpu=True, report_to="none", disable_tqdm=True, **values)
-        return Counting(model=model, args=args, train_dataset=train, eval_dataset=evaluated)
+        args = TrainingArguments(str(self.folder / "args"), use_cpu=True, report_to="none", disable_tqdm=True, **values)
+        evaluated = self.held_out if evaluated is False else evaluated
+        return Counting(model=model, args=args, train_dataset=train or self.rows, eval_dataset=evaluated)
 
-    def call(depths=(1, 2), folder=tmp_path / "sweep", make_trainer=make_trainer, **given) -> SweepReport:
-        options = {"seeds": [1], "references": (), "progress": False, "cache_dir": tmp_path / "cache"}
-        options |= {"make_model": lambda: copy.deepcopy(start), "say": told.append} | given
+    def call(self, depths=(1, 2), folder=None, make_trainer=None, **given) -> SweepReport:
+        options = {"seeds": [1], "references": (), "progress": False, "cache_dir": self.folder / "cache"}
+        options |= {"make_model": lambda: copy.deepcopy(self.start), "say": self.told.append} | given
+        folder, make_trainer = folder or self.folder / "sweep", make_trainer or self.make_trainer
         return sweep_depths(make_trainer=make_trainer, depths=depths, output_dir=folder, **options)
 
-    return SimpleNamespace(call=call, make_trainer=make_trainer, told=told, trained=trained, rows=rows, folder=tmp_path)
+
+@pytest.fixture
+def sweep(start, tmp_path):
+    return Sweeping(start, tmp_path)
+
+
+GRID = {"depths": (0, 1, 2, 3), "seeds": [1, 2], "train_rows": [8, 16], "facts": {"test data": "a"}}
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A sweep that is made once; `report` is what it returned."""
+    made = Sweeping(small_gpt2(), tmp_path_factory.mktemp("swept"))
+    made.report = made.call(**GRID)
+    return made
+
+
+@pytest.fixture
+def resumed(sweep, swept):
+    """A copy of that sweep, to go on with."""
+    shutil.copytree(swept.folder / "sweep", sweep.folder / "sweep")
+    shutil.copytree(swept.folder / "cache", sweep.folder / "cache")
+    return sweep
 
 
 def losses(report: SweepReport) -> dict:
     return {result.run: result.metrics["eval_loss"] for result in report.results}
 
 
-def test_runs_from_the_one_cache_end_as_plain_runs_do(sweep):
-    cached = sweep.call(depths=(0, 1, 2, 3), seeds=[1, 2], train_rows=[8, 16])
-    plain = sweep.call(
-        depths=(0, 1, 2, 3), seeds=[1, 2], train_rows=[8, 16], folder=sweep.folder / "2", use_cache=False
-    )
-    assert {r.run.depth for r in cached.results if r.cached} == {1, 2, 3}  # nothing lies below depth 0 but embeddings
+def test_runs_from_the_one_cache_end_as_plain_runs_do(sweep, swept):
+    plain = sweep.call(**GRID, use_cache=False)
+    assert {r.run.depth for r in swept.report.results if r.cached} == {1, 2, 3}  # below depth 0 are embeddings only
     assert not any(result.cached for result in plain.results)
-    assert losses(cached).keys() == losses(plain).keys()
-    for run, loss in losses(cached).items():
+    assert losses(swept.report).keys() == losses(plain).keys()
+    for run, loss in losses(swept.report).items():
         # AdamW turns the rounding of small gradients into whole steps, on some processors more than on others.
         assert loss == pytest.approx(losses(plain)[run], rel=1e-4), run
 
 
-def test_one_pass_computes_the_rows_of_every_depth(sweep):
-    sweep.call(depths=(1, 2, 3))
-    assert sum(text.startswith("Prefix cache:") for text in sweep.told) == 1
-    assert "20 rows (20 computed)" in next(text for text in sweep.told if text.startswith("Prefix cache:"))
-    assert SweepReport.load(sweep.folder / "sweep").build_seconds > 0
+def test_one_pass_computes_the_rows_of_every_depth(swept):
+    (told,) = [text for text in swept.told if text.startswith("Prefix cache:")]
+    assert "20 rows (20 computed)" in told
+    assert SweepReport.load(swept.folder / "sweep").build_seconds > 0
 
 
-def test_a_depth_is_what_freeze_makes_of_it_and_trains_the_rest(sweep, start):
-    report = sweep.call(depths=(0, 2))
-    frozen = {r.run.depth: r.trained_parameters for r in report.results}
-    block = sum(p.numel() for p in start.transformer.h[0].parameters())
-    final = sum(p.numel() for p in start.transformer.ln_f.parameters())
-    assert frozen == {"pretrained": 0, 0: 3 * block + final, 2: block + final}
+def test_a_depth_is_what_freeze_makes_of_it_and_trains_the_rest(swept):
+    block = sum(p.numel() for p in swept.start.transformer.h[0].parameters())
+    final = sum(p.numel() for p in swept.start.transformer.ln_f.parameters())
+    trained = {r.run.depth: r.trained_parameters for r in swept.report.results}
+    assert trained == {"pretrained": 0} | {depth: (BLOCKS - depth) * block + final for depth in range(4)}
 
 
 def test_the_same_call_again_trains_nothing_and_a_larger_one_only_what_is_new(sweep):
@@ -111,22 +139,21 @@ def test_the_same_call_again_trains_nothing_and_a_larger_one_only_what_is_new(sw
     assert losses(first).items() <= losses(grown).items()
 
 
-def test_a_sweep_that_was_killed_while_it_wrote_makes_that_run_again(sweep):
-    whole = losses(sweep.call(depths=(1, 2)))
-    path = sweep.folder / "sweep" / "runs.jsonl"
-    path.write_text(path.read_text()[:-40])
-    assert losses(sweep.call(depths=(1, 2))) == whole
-    assert len(sweep.trained) == 3
-    assert len(path.read_text().splitlines()) == 3
+def test_a_sweep_that_was_killed_while_it_wrote_makes_that_run_again(resumed, swept):
+    path = resumed.folder / "sweep" / "runs.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[:-40])
+    assert losses(resumed.call(**GRID)) == losses(swept.report)
+    assert len(resumed.trained) == 1
+    assert len(path.read_text().splitlines()) == len(whole.splitlines()) == 1 + 4 * 2 * 2
 
 
-def test_a_damaged_line_in_the_middle_is_named(sweep):
-    sweep.call()
-    path = sweep.folder / "sweep" / "runs.jsonl"
+def test_a_damaged_line_in_the_middle_is_named(resumed):
+    path = resumed.folder / "sweep" / "runs.jsonl"
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], lines[1][:-9], lines[2], ""]))
+    path.write_text("\n".join([lines[0], lines[1][:-9], *lines[2:], ""]))
     with pytest.raises(ResumeError, match="line 2 is damaged"):
-        sweep.call()
+        resumed.call(**GRID)
 
 
 @pytest.mark.parametrize(
@@ -139,21 +166,19 @@ def test_a_damaged_line_in_the_middle_is_named(sweep):
         ({"weight_decay": 0.1}, "schedule"),
     ],
 )
-def test_a_folder_of_another_sweep_is_refused(sweep, given, named):
-    sweep.call()
+def test_a_folder_of_another_sweep_is_refused(resumed, given, named):
     with pytest.raises(ResumeError, match=f"another {named}"):
-        sweep.call(make_trainer=lambda model: sweep.make_trainer(model, **given))
-    assert len(sweep.trained) == 2
+        resumed.call(**GRID, make_trainer=lambda model: resumed.make_trainer(model, **given))
+    assert not resumed.trained
 
 
-def test_another_model_and_other_facts_of_the_caller_are_refused(sweep, start):
-    sweep.call(facts={"test data": "a"})
+def test_another_model_and_other_facts_of_the_caller_are_refused(resumed, start):
     with pytest.raises(ResumeError, match="another test data"):
-        sweep.call(facts={"test data": "b"})
+        resumed.call(**GRID | {"facts": {"test data": "b"}})
     with torch.no_grad():
         start.transformer.ln_f.bias.add_(1)
     with pytest.raises(ResumeError, match="another model"):
-        sweep.call(facts={"test data": "a"})
+        resumed.call(**GRID)
 
 
 def test_the_learning_rate_is_chosen_by_validation_at_each_depth_and_kept_for_the_other_seeds(sweep):
@@ -188,9 +213,7 @@ def test_only_a_best_rate_so_far_is_scored(sweep):
 
 
 def test_the_rows_of_a_seed_lie_within_its_larger_choice():
-    from hf_freeze.depth.sweep import _chosen
-
-    small, large, other = _chosen(100, 10, 1), _chosen(100, 30, 1), _chosen(100, 10, 2)
+    small, large, other = choose_rows(100, 10, 1), choose_rows(100, 30, 1), choose_rows(100, 10, 2)
     assert set(small) < set(large)
     assert set(small) != set(other)
     assert len(set(large)) == 30
@@ -243,8 +266,7 @@ def test_depth_counts_an_encoder_below_its_decoder():
 
 
 def test_a_model_with_one_block_can_be_swept(sweep):
-    torch.manual_seed(0)
-    one = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16, n_positions=8))
+    one = small_gpt2(blocks=1)
     report = sweep.call(depths=(0, 1), make_model=lambda: copy.deepcopy(one))
     assert [row.depth for row in report.rows()] == ["pretrained", 0, 1]
 
@@ -317,23 +339,20 @@ def test_the_caller_keeps_arguments_and_rows(sweep):
     assert len(sweep.rows) == 16
 
 
-def test_every_line_is_plain_json_and_the_folder_holds_nothing_else_of_weight(sweep):
-    sweep.call()
-    folder = Path(sweep.folder / "sweep")
+def test_every_line_is_plain_json_and_the_folder_holds_nothing_else_of_weight(swept):
+    folder = swept.folder / "sweep"
     for line in (folder / "runs.jsonl").read_text().splitlines():
-        assert {"depth", "rows", "learning_rate", "seed", "metrics", "step_seconds", "device"} <= json.loads(
-            line
-        ).keys()
+        named = {"depth", "rows", "learning_rate", "seed", "metrics", "step_seconds", "device"}
+        assert named <= json.loads(line).keys()
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 20_000
 
 
-def test_every_row_of_the_validation_is_kept_and_gives_the_mean_of_the_evaluation(sweep):
-    report = sweep.call(depths=(1, 2), references=())
-    for result in report.results:
+def test_every_row_of_the_validation_is_kept_and_gives_the_mean_of_the_evaluation(swept):
+    for result in swept.report.results:
         by_row = result.row_scores["eval_loss"]
         assert len(by_row) == len(set(by_row)) == 4
         assert statistics.fmean(by_row) == pytest.approx(result.metrics["eval_loss"], rel=1e-4)
-    assert "test rows, paired" in str(report)
+    assert "test rows, paired" in str(swept.report)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -354,7 +373,7 @@ def test_the_losses_of_rows_are_computed_in_batches_where_the_logits_tell_them(k
             output["loss"] = 2 * output["loss"]
 
     with model.register_forward_hook(note, with_kwargs=True):
-        by_row = _row_losses(trainer)
+        by_row = row_losses(trainer)
         assert sizes == [1] * 4 + [4] + ([4, 4] if same else [1] * 8)
         alone = [trainer.prediction_step(model, collator([row]), True)[0].item() for row in rows]
     assert by_row == pytest.approx(alone, rel=1e-4)
@@ -364,7 +383,7 @@ def test_a_model_without_a_loss_has_none_of_rows(tmp_path):
     rows = [{"input_ids": row["input_ids"]} for row in make_rows(3)]
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     trainer = Trainer(model=build("gpt2"), args=args, eval_dataset=rows, data_collator=default_data_collator)
-    assert _row_losses(trainer) == []
+    assert row_losses(trainer) == []
 
 
 def test_a_score_of_each_row_is_kept_apart_from_the_metrics(sweep):

@@ -45,7 +45,7 @@ def train(kind: str, folder: str, *, batch: int, accumulation: int, steps: int =
     report = freeze(model, FreezePlan(decoder_blocks=2))
     args = SummaryTrainingArguments(
         output_dir=folder, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=steps,
-        precision="fp32", optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", warmup_steps=0,
+        precision="fp32", cpu_threads=1, optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", warmup_steps=0,
         max_grad_norm=0.0,
         logging_steps=1, eval_strategy="no", save_strategy="no", disable_tqdm=True, **given,
     )  # fmt: skip
@@ -70,16 +70,26 @@ def test_four_accumulated_batches_train_as_one(kind: str, tmp_path: Path) -> Non
         torch.testing.assert_close(four["weights"][name], weight, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["bart", "t5", "llama"])
-def test_two_ranks_with_accumulation_train_as_one_batch(kind: str, tmp_path: Path) -> None:
-    one = train(kind, str(tmp_path), batch=8, accumulation=1)
+RANKED = ("bart", "t5", "llama")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two ranks trained, of each kind of model, in one launch."""
+    folder = tmp_path_factory.mktemp("two_ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, __file__, kind, str(tmp_path)], capture_output=True, text=True, env=env, timeout=300, check=False
+        [*command, __file__, str(folder)], capture_output=True, text=True, env=env, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    two = json.loads((tmp_path / "two.json").read_text())
+    trained: dict[str, Any] = json.loads((folder / "two.json").read_text())
+    return trained
+
+
+@pytest.mark.parametrize("kind", RANKED)
+def test_two_ranks_with_accumulation_train_as_one_batch(kind: str, two_ranks: dict[str, Any], tmp_path: Path) -> None:
+    one, two = train(kind, str(tmp_path), batch=8, accumulation=1), two_ranks[kind]
     assert two["world_size"] == 2
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
     for name, weight in one["weights"].items():
@@ -102,7 +112,7 @@ def test_a_head_alone_leaves_no_empty_group_to_the_optimizer(tmp_path: Path) -> 
     model = tiny_model("llama")
     freeze(model, FreezePlan(decoder_blocks="all", freeze=(r"model\.norm",)))
     rows = ragged_rows("llama")
-    args = SummaryTrainingArguments(str(tmp_path), precision="fp32", eval_strategy="no")
+    args = SummaryTrainingArguments(str(tmp_path), precision="fp32", cpu_threads=1, eval_strategy="no")
     trainer = SummaryTrainer(
         model=model, args=args, train_dataset=rows, data_collator=SummaryCollator(tiny_tokenizer("llama"), model)
     )
@@ -169,8 +179,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_sees_it(tmp_path: 
     model = tiny_model("llama")
     freeze(model)
     args = SummaryTrainingArguments(
-        output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=6, precision="fp32", eval_strategy="no",
-        save_strategy="steps", save_steps=1, disable_tqdm=True,
+        output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=6, precision="fp32", cpu_threads=1,
+        eval_strategy="no", save_strategy="steps", save_steps=1, disable_tqdm=True,
     )  # fmt: skip
 
     class Spoiled(TokenLoss):
@@ -243,8 +253,8 @@ def epochs_trainer(folder: Path, **given: Any) -> SummaryTrainer:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer("llama")
     freeze(model, FreezePlan(decoder_blocks=2))
     args = SummaryTrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=2, precision="fp32", save_strategy="no", disable_tqdm=True,
-        **given,
+        output_dir=str(folder), per_device_train_batch_size=2, precision="fp32", cpu_threads=1, save_strategy="no",
+        disable_tqdm=True, **given,
     )  # fmt: skip
     rows = ragged_rows("llama")
     collator = SummaryCollator(tokenizer, model)
@@ -252,8 +262,9 @@ def epochs_trainer(folder: Path, **given: Any) -> SummaryTrainer:
 
 
 if __name__ == "__main__":
-    found = train(sys.argv[1], sys.argv[2], batch=2, accumulation=2)
+    trained = {kind: train(kind, sys.argv[1], batch=2, accumulation=2) for kind in RANKED}
     if int(os.environ["RANK"]) == 0:
-        found["weights"] = {name: weight.tolist() for name, weight in found["weights"].items()}
-        (Path(sys.argv[2]) / "two.json").write_text(json.dumps(found))
+        for result in trained.values():
+            result["weights"] = {name: weight.tolist() for name, weight in result["weights"].items()}
+        (Path(sys.argv[1]) / "two.json").write_text(json.dumps(trained))
     leave_group()
