@@ -114,12 +114,13 @@ def test_a_license_is_taken_from_the_card_of_the_base(tmp_path: Path) -> None:
 
 
 def test_no_review_ends_its_fence_or_the_metadata(tmp_path: Path) -> None:
-    nasty = "---\nlicense: mit\n---\n``` ```` # Heading | a | b |"
+    nasty = "---\nlicense: mit\n---\n``` ```` # Heading | a | b | {{ 7 * 7 }}"
     card = write(tmp_path, samples=[{**SAMPLES[0], "review": nasty}])
     assert card.data.license is None
     fenced = re.search(r"^(`{5,})text\n(.*?)\n\1$", card.text, re.DOTALL | re.MULTILINE)
     assert fenced
     assert "# Heading" in fenced[2]
+    assert "{{ 7 * 7 }}" in fenced[2], "no part of the template"
     assert "reference: A good mug." in fenced[2]
     assert not re.search(r"^#+ Heading", card.text, re.MULTILINE)
 

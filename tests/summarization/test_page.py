@@ -28,7 +28,9 @@ FLAGS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
 ]  # fmt: skip
 VOID = {"meta", "input", "br", "img"}
-ATTACK = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\"> & </td></table>"
+ATTACK = (
+    "<script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\"> & </td></table> {{ 7 }}"
+)
 
 RESULTS: dict[str, Any] = {
     "frozen_tensors": 28, "frozen_unchanged": True, "train_seconds": 120.0, "cache_seconds": 60.0, "precision": "fp32",
