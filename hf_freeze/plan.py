@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -64,12 +64,7 @@ def _naming_unknown_fields(plan: type[Plan]) -> type[Plan]:
 
     @functools.wraps(made)
     def init(self: Any, *values: Any, **named: Any) -> None:
-        known = [f.name for f in fields(self)]
-        if unknown := [name for name in named if name not in known]:
-            raise PlanError(
-                f"FreezePlan asks for {unknown[0]}={named[unknown[0]]!r}; it has no such field. "
-                f"The nearest: {nearest(unknown[0], known)}."
-            )
+        _refuse_unknown_field(named, lambda name: f"FreezePlan asks for {name}={named[name]!r}")
         made(self, *values, **named)
 
     plan.__init__ = init  # type: ignore[method-assign]
@@ -155,12 +150,7 @@ Use an int for a number of blocks, or "all".
         Raises:
             PlanError: An unknown field.
         """
-        known = [f.name for f in fields(cls)]
-        if unknown := [key for key in values if key not in known]:
-            raise PlanError(
-                f"A freeze plan was read with the field {unknown[0]!r}; it has no such field. "
-                f"The nearest: {nearest(unknown[0], known)}."
-            )
+        _refuse_unknown_field(values, lambda name: f"A freeze plan was read with the field {name!r}")
         return cls(**values)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -243,20 +233,20 @@ Use an int for a number of blocks, or "all".
         tensors = dict(anatomy.model.named_parameters(remove_duplicate=False))
         able = [n for n in trained_names if n in untied or tensors[n].requires_grad]
         if not able:
-            frozen_before = len(trained_names)
-            raise PlanError(
-                f"FreezePlan trains nothing of {anatomy.model_class}: "
-                + (
-                    f"the {frozen_before} tensors it leaves are frozen already. Thaw some (requires_grad_(True)), or "
-                    "freeze fewer blocks."
-                    if frozen_before
-                    else "every tensor is frozen. Freeze fewer blocks, or use tied_head='untie' to train the head."
-                )
-            )
+            why = "every tensor is frozen. Freeze fewer blocks, or use tied_head='untie' to train the head."
+            if trained_names:
+                left = f"the {len(trained_names)} tensors it leaves are frozen already"
+                why = f"{left}. Thaw some (requires_grad_(True)), or freeze fewer blocks."
+            raise PlanError(f"FreezePlan trains nothing of {anatomy.model_class}: {why}")
         trainable = {n for n, p in tensors.items() if n in untied or (not by_name[n] and p.requires_grad)}
         lowest = _lowest_trainable(anatomy, trainable)
         self._refuse_stuck_blocks(anatomy, blocks, lowest)
-        cuts, why_no_cut = self._cuts(anatomy, trainable)
+        cuts, why_no_cut = find_cuts(anatomy, trainable)
+        if self.frozen_mode == "train":
+            why_no_cut = (
+                "frozen_mode='train' keeps dropout on in the frozen blocks, so their output changes every step."
+            )
+            cuts = ()
         return ResolvedPlan(
             frozen=frozen_names,
             trained=trained_names,
@@ -359,12 +349,6 @@ Use an int for a number of blocks, or "all".
                 by_name.update(dict.fromkeys(matched, decision))
         return by_name
 
-    def _cuts(self, anatomy: Anatomy, trainable: set[str]) -> tuple[tuple[Cut, ...], str]:
-        """What of the frozen part is a constant of the input, and why nothing is, where nothing is."""
-        if self.frozen_mode == "train":
-            return (), "frozen_mode='train' keeps dropout on in the frozen blocks, so their output changes every step."
-        return find_cuts(anatomy, trainable)
-
 
 def given_plan(what: str, plan: object) -> FreezePlan:
     """The plan that a function was given, `FreezePlan()` for None.
@@ -403,14 +387,17 @@ def plan_at_depth(anatomy: Anatomy, depth: int, plan: FreezePlan | None = None) 
         raise PlanError(
             f"A depth of {depth!r} was asked for; {anatomy.model_class} has {total} blocks. Use 0 to {total}."
         )
-    frozen: dict[str, Any] = {
-        "encoder_blocks": None,
-        "decoder_blocks": None,
-    }  # a model with one stack takes either name
+    frozen: dict[str, Any] = {"encoder_blocks": None, "decoder_blocks": None}  # one stack takes either name
     for stack in anatomy.stacks:
         frozen[f"{stack.name}_blocks"] = min(depth, len(stack))
         depth -= frozen[f"{stack.name}_blocks"]
     return replace(plan or FreezePlan(), **frozen)
+
+
+def _refuse_unknown_field(values: dict[str, Any], words: Callable[[str], str]) -> None:
+    known = [f.name for f in fields(FreezePlan)]
+    if unknown := [name for name in values if name not in known]:
+        raise PlanError(f"{words(unknown[0])}; it has no such field. The nearest: {nearest(unknown[0], known)}.")
 
 
 def _read_count(name: str, asked: Any) -> BlockCount | None:
@@ -488,21 +475,21 @@ def _lowest_trainable(anatomy: Anatomy, trainable: set[str]) -> tuple[str, int]:
 
 
 def _warnings(anatomy: Anatomy, lowest: tuple[str, int], blocks: dict[str, int]) -> tuple[str, ...]:
-    found = []
+    lines = []
     if lowest[0] == "embeddings" and any(blocks.values()):
-        found.append(
+        lines.append(
             "Blocks are frozen but the embeddings train: the backward pass must reach the bottom, and most of the "
             "saving in time and memory is gone. Use embeddings=True."
         )
     if lowest[0] in blocks and lowest[1] < blocks[lowest[0]]:
-        found.append(
+        lines.append(
             f"Part of {lowest[0]} block {lowest[1]} trains though {blocks[lowest[0]]} blocks were to be frozen: the "
             "backward pass must reach it, and nothing above it can be cached."
         )
     stacks = {stack.name: stack for stack in anatomy.stacks}
     if len(stacks) == 2 and blocks["decoder"] and lowest[0] == "encoder":
-        found.append(
+        lines.append(
             "Encoder blocks train below a partly frozen decoder: its frozen blocks still carry the gradient to the "
             "encoder and cannot be cached. encoder_blocks='all' ends the backward pass in the decoder."
         )
-    return tuple(found)
+    return tuple(lines)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaModel,
+    LukeConfig,
+    LukeModel,
     OPTConfig,
     OPTForCausalLM,
     VisionEncoderDecoderModel,
@@ -30,7 +32,6 @@ from transformers import (
 from hf_freeze import FreezePlan, freeze, read_anatomy
 from hf_freeze.anatomy import Anatomy, Part
 from hf_freeze.errors import AnatomyError
-from hf_freeze.tensors import unwrap
 from tests.zoo import BLOCKS, build, shrink
 
 
@@ -50,7 +51,7 @@ def stacks(anatomy: Anatomy) -> list[tuple[str, str, int]]:
 # ------------------------------------------------------------------------------------------- what is found, exactly
 
 
-def test_llama() -> None:
+def test_llama_which_has_no_encoder() -> None:
     anatomy = read_anatomy(build("llama"))
     assert stacks(anatomy) == [("decoder", "model.layers", BLOCKS)]
     assert outside_blocks(anatomy) == {
@@ -61,9 +62,11 @@ def test_llama() -> None:
     assert anatomy.parts["model.layers.2.mlp.up_proj.weight"] == Part("block", "decoder", 2)
     assert anatomy.decoder_blocks[3].names == ("model.layers.3",)
     assert (anatomy.ties, anatomy.encoder_blocks, anatomy.notes) == ((), (), ())
+    with pytest.raises(AnatomyError, match=r"The stack 'encoder' was asked for; LlamaForCausalLM has 'decoder'"):
+        anatomy.stack("encoder")
 
 
-def test_gpt2_with_its_tie() -> None:
+def test_gpt2_with_its_tie_and_its_table() -> None:
     anatomy = read_anatomy(build("gpt2"))
     assert stacks(anatomy) == [("decoder", "transformer.h", BLOCKS)]
     assert outside_blocks(anatomy) == {
@@ -77,6 +80,8 @@ def test_gpt2_with_its_tie() -> None:
     assert tie.parts == (Part("embeddings", "decoder"), Part("head"))
     assert tie.joins_head
     assert "lm_head.weight" not in anatomy.parameters
+    assert "GPT2LMHeadModel: anatomy" in str(anatomy)
+    assert "decoder blocks 0-3" in str(anatomy)
 
 
 def test_bart_whose_embedding_norm_is_registered_after_the_blocks() -> None:
@@ -184,12 +189,8 @@ def test_blocks_whose_pieces_lie_in_parallel_lists() -> None:
 # ------------------------------------------------------------------------------------------------- beside the text
 
 
-def llava() -> LlavaForConditionalGeneration:
-    return LlavaForConditionalGeneration(shrink(LlavaConfig))
-
-
 def test_the_text_part_of_a_vision_language_model_has_the_vision_tower_beside_it() -> None:
-    anatomy = read_anatomy(llava())
+    anatomy = read_anatomy(LlavaForConditionalGeneration(shrink(LlavaConfig)))
     assert stacks(anatomy) == [("decoder", "model.language_model.layers", BLOCKS)]
     towers = {name.split(".")[1] for name in anatomy.names_of("tower")}
     assert towers == {"vision_tower", "multi_modal_projector"}
@@ -209,15 +210,9 @@ def test_a_tower_inside_the_text_stack_is_found_with_its_projector() -> None:
 
 
 def test_embeddings_that_text_alone_does_not_reach_are_embeddings_with_their_norm() -> None:
-    anatomy = read_anatomy(build_luke())
+    anatomy = read_anatomy(LukeModel(shrink(LukeConfig, entity_vocab_size=64, entity_emb_size=16)))
     assert {name.split(".")[0] for name in anatomy.embeddings} == {"embeddings", "entity_embeddings"}
     assert {name.split(".")[0] for name in anatomy.final_norms} == {"pooler"}
-
-
-def build_luke() -> nn.Module:
-    from transformers import LukeConfig, LukeModel
-
-    return LukeModel(shrink(LukeConfig, entity_vocab_size=64, entity_emb_size=16))
 
 
 # ---------------------------------------------------------------------------------------------------------- images
@@ -240,13 +235,12 @@ def test_a_vision_transformer_is_one_encoder_read_by_running_it_on_an_image() ->
 
 @pytest.mark.parametrize("channels", [1, 5])
 @pytest.mark.parametrize("size", [16, (16, 32)])
-def test_the_image_has_the_channels_and_the_size_that_the_config_says(channels: int, size: object) -> None:
+def test_the_image_has_the_channels_and_the_size_of_the_config_and_dtype_and_device_of_the_model(
+    channels: int, size: object
+) -> None:
     config = ViTConfig(image_size=size, patch_size=8, num_channels=channels, **SMALL_VISION)
-    assert read_anatomy(ViTForImageClassification(config)).notes == ()
-
-
-def test_a_half_precision_vision_transformer_and_one_on_the_meta_device_are_read_too() -> None:
-    model = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **SMALL_VISION))
+    model = ViTForImageClassification(config)
+    assert read_anatomy(model).notes == ()
     assert read_anatomy(model.to(torch.bfloat16)).notes == ()
     assert read_anatomy(model.to("meta")).notes == ()
 
@@ -308,19 +302,12 @@ def gloo(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("gloo")
-def test_names_through_ddp_are_those_of_the_model() -> None:
+@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, torch.compile])
+def test_names_through_a_wrapper_are_those_of_the_model(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = build("gpt2")
-    plain = read_anatomy(model)
-    wrapped = read_anatomy(nn.parallel.DistributedDataParallel(model))
-    assert wrapped == plain
+    wrapped = read_anatomy(wrap(model))
+    assert wrapped == read_anatomy(model)
     assert wrapped.model is model
-
-
-def test_names_through_torch_compile_are_those_of_the_model() -> None:
-    model = build("gpt2")
-    compiled = torch.compile(model)
-    assert unwrap(compiled) is model
-    assert read_anatomy(compiled) == read_anatomy(model)
 
 
 def test_lora_weights_lie_in_the_blocks_that_they_adapt() -> None:
@@ -389,19 +376,12 @@ def test_a_plain_module_with_one_list_of_blocks_needs_no_blocks_and_says_how_it_
     assert "told by the order of registration" in note
 
 
-def test_a_list_of_plain_layers_is_no_list_of_blocks() -> None:
-    class Layers(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
-
-    with pytest.raises(AnatomyError, match=r"no list of composed modules with parameters\. Pass blocks="):
-        read_anatomy(Layers())
-
-
-def test_a_model_with_no_blocks_is_an_error() -> None:
-    with pytest.raises(AnatomyError, match=r"The blocks of Linear were asked for; its decoder has no list"):
-        read_anatomy(nn.Linear(2, 2))
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.ModuleList(nn.Linear(2, 2) for _ in range(3))])
+def test_a_model_without_blocks_is_an_error_and_plain_layers_are_none(model: nn.Module) -> None:
+    with pytest.raises(
+        AnatomyError, match=rf"^The blocks of {type(model).__name__} were .* no list of composed .*\. Pass blocks="
+    ):
+        read_anatomy(model)
 
 
 def test_two_lists_of_blocks_are_an_error_that_lists_them() -> None:
@@ -447,11 +427,6 @@ def test_blocks_given_for_a_model_that_needs_none_gives_the_same_anatomy() -> No
 def test_bad_blocks_are_errors(blocks: object, message: str) -> None:
     with pytest.raises(AnatomyError, match=message):
         read_anatomy(Plain(), blocks=blocks)  # type: ignore[arg-type]
-
-
-def test_a_stack_that_is_not_there_is_an_error() -> None:
-    with pytest.raises(AnatomyError, match=r"The stack 'encoder' was asked for; LlamaForCausalLM has 'decoder'"):
-        read_anatomy(build("llama")).stack("encoder")
 
 
 # ------------------------------------------------------------------------------------------------- changes nothing
@@ -500,9 +475,3 @@ def test_a_meta_device_model_of_70_billion_parameters_is_read() -> None:
 
 def test_a_half_precision_model_is_read_by_running_it_too() -> None:
     assert read_anatomy(build("llama").to(torch.bfloat16)).notes == ()
-
-
-def test_an_anatomy_prints_as_a_table() -> None:
-    text = str(read_anatomy(build("gpt2")))
-    assert "GPT2LMHeadModel: anatomy" in text
-    assert "decoder blocks 0-3" in text

@@ -26,24 +26,11 @@ def deep(depth: int, model_type: str = "llama", **given: Any) -> Anatomy:
         return read_anatomy(build(model_type, num_hidden_layers=depth, **given))
 
 
-@pytest.fixture(scope="module")
-def llama() -> Anatomy:
-    return read_anatomy(build("llama"))
+def anatomy_of(model_type: str) -> Any:
+    return pytest.fixture(scope="module", name=model_type)(lambda: read_anatomy(build(model_type)))
 
 
-@pytest.fixture(scope="module")
-def gpt2() -> Anatomy:
-    return read_anatomy(build("gpt2"))
-
-
-@pytest.fixture(scope="module")
-def bart() -> Anatomy:
-    return read_anatomy(build("bart"))
-
-
-@pytest.fixture(scope="module")
-def t5() -> Anatomy:
-    return read_anatomy(build("t5"))
+llama, gpt2, bart, t5 = map(anatomy_of, ("llama", "gpt2", "bart", "t5"))
 
 
 def said(resolved: ResolvedPlan) -> str:
@@ -95,12 +82,9 @@ def test_a_derived_count_says_what_it_is(llama: Anatomy) -> None:
     assert FreezePlan(decoder_blocks=2).resolve(llama).reasons == ()
 
 
-def test_one_stack_takes_either_name(llama: Anatomy) -> None:
+def test_one_stack_takes_either_name_and_not_both_with_unlike_counts(llama: Anatomy) -> None:
     assert FreezePlan(encoder_blocks=3).resolve(llama) == FreezePlan(decoder_blocks=3).resolve(llama)
     assert FreezePlan(encoder_blocks=2, decoder_blocks=0.5).resolve(llama).blocks == {"decoder": 2}
-
-
-def test_one_stack_under_both_names_with_unlike_counts_is_an_error(llama: Anatomy) -> None:
     with pytest.raises(PlanError, match=r"encoder_blocks=1 and decoder_blocks=2; LlamaForCausalLM has one stack of 4"):
         FreezePlan(encoder_blocks=1, decoder_blocks=2).resolve(llama)
 
@@ -357,13 +341,14 @@ def test_nothing_is_cached_where_dropout_stays_on_in_frozen_blocks(llama: Anatom
     assert "frozen_mode='train' keeps dropout on" in resolved.why_no_cut
 
 
-def test_a_trained_norm_inside_a_frozen_block_ends_the_prefix_below_that_block(llama: Anatomy) -> None:
+def test_a_trained_norm_inside_a_frozen_block_ends_the_prefix_below_it_and_is_warned_of(llama: Anatomy) -> None:
     lowest = FreezePlan(decoder_blocks=3, train=(".*norm",)).resolve(llama)
     assert (lowest.cuts, lowest.why_no_cut) == ((), "the lowest block is not frozen whole.")
     assert lowest.lowest_trainable == ("decoder", 0)
     second = FreezePlan(decoder_blocks=3, train=(r"layers\.1\.input_layernorm",)).resolve(llama)
     assert second.cuts == (Cut("decoder", 1),)
     assert second.lowest_trainable == ("decoder", 1)
+    assert any("Part of decoder block 1 trains though 3 blocks" in warning for warning in second.warnings)
 
 
 def test_the_backward_pass_ends_at_the_final_norm_or_the_head_where_all_blocks_are_frozen(llama: Anatomy) -> None:
@@ -418,6 +403,7 @@ def test_a_plan_survives_json_and_keeps_the_kind_of_its_counts(plan: FreezePlan)
     assert again == plan
     assert type(again.decoder_blocks) is type(plan.decoder_blocks)
     assert hash(again) == hash(plan)
+    assert FreezePlan.from_dict({"train": plan.train}) == FreezePlan(train=plan.train)  # the rest keeps its defaults
 
 
 def test_a_plan_survives_a_file(tmp_path: Path) -> None:
@@ -427,32 +413,20 @@ def test_a_plan_survives_a_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "new" / "folder") == ["freeze_plan.json"]
 
 
-def test_missing_fields_keep_their_defaults() -> None:
-    assert FreezePlan.from_dict({"decoder_blocks": 3}) == FreezePlan(decoder_blocks=3)
-
-
-def test_an_unknown_field_is_an_error_with_the_nearest(tmp_path: Path) -> None:
-    (tmp_path / "freeze_plan.json").write_text('{"decoder_block": 3}')
-    with pytest.raises(PlanError, match=r"the field 'decoder_block'; it has no such field\. The nearest: 'decoder_bl"):
-        FreezePlan.from_pretrained(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('{"embeddings": tru', r"freeze_plan\.json was read as a freeze plan; it is not JSON"),
         ("[1, 2]", r"it holds a list, not an object"),
         ('{"decoder_blocks": "most"}', r"decoder_blocks='most'; it is an int"),
+        ('{"decoder_block": 3}', r"the field 'decoder_block'; it has no such field\. The nearest: 'decoder_bl"),
+        (None, r"there is no freeze_plan\.json in it\. Write one with"),
     ],
 )
-def test_a_broken_file_is_an_error(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "freeze_plan.json").write_text(text)
+def test_a_broken_or_missing_file_is_an_error(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "freeze_plan.json").write_text(text)
     with pytest.raises(PlanError, match=message):
-        FreezePlan.from_pretrained(tmp_path)
-
-
-def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"there is no freeze_plan\.json in it\. Write one with"):
         FreezePlan.from_pretrained(tmp_path)
 
 
@@ -485,9 +459,3 @@ def test_untie_freezes_the_embeddings_even_where_the_head_is_registered_first() 
     assert resolved.untied == ("lm_head.weight",)
     assert resolved.lowest_trainable == ("decoder", 1)
     assert resolved.cuts == (("decoder", 1),)
-
-
-def test_a_pattern_that_lowers_the_end_of_the_backward_pass_is_warned_of(llama: Anatomy) -> None:
-    resolved = FreezePlan(decoder_blocks=3, train=(r"layers\.1\.input_layernorm",)).resolve(llama)
-    assert resolved.lowest_trainable == ("decoder", 1)
-    assert any("Part of decoder block 1 trains though 3 blocks" in warning for warning in resolved.warnings)
