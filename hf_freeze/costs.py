@@ -1,6 +1,6 @@
 """What a step of one row costs, counted by running a copy of the model on the meta device, forward and backward.
 
-FLOPs are those that torch's own counter finds, bytes those of the tensors that autograd keeps. The copy holds no
+FLOPs are by torch's own formulas, bytes those of the tensors that autograd keeps. The copy holds no
 values, and the model is left alone. What trains in which mode is `forecast`'s business; here it is a set of names.
 """
 
@@ -103,6 +103,7 @@ class EmptyCopy:
                     return self._run(rank)
                 except Exception as error:  # a foreign forward may raise anything; its reason goes into the notes
                     if self._runs_all:
+                        self._counted.clear()  # what was run before is not to be set beside what is not
                         self.failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
                     self._runs_all = True  # a block may need what one that was not run would have made
                 finally:

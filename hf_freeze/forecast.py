@@ -280,16 +280,18 @@ def _modes(asked: Forecast, empty: EmptyCopy, resolved: ResolvedPlan) -> dict[st
     planned = moving | {name for name, first in first_of.items() if name not in resolved.untied and first in moving}
     everything = {name for name, first in first_of.items() if anatomy.parameters[first].is_floating_point()}
     cut = frozenset(part for part in set(anatomy.parts.values()) if _is_cut(part, anatomy, resolved))
-    frozen = empty.count(planned, untied=resolved.untied)
+    for _ in range(2):  # again by shapes, all of them, where one could not be run; else they are known
+        full, lora = empty.count(everything), empty.count(set(), rank=asked.lora_rank)
+        frozen = empty.count(planned, untied=resolved.untied)
     adapters = asked.lora_rank * sum(sum(layer.weight.shape) for layer in empty.adaptable.values())
     modes = {
-        "full": _mode(asked, anatomy, empty.count(everything), everything),
+        "full": _mode(asked, anatomy, full, everything),
         "frozen": _mode(asked, anatomy, frozen, planned, untied=resolved.untied),
         "cached": _mode(asked, anatomy, frozen, planned, untied=resolved.untied, cut=cut, cuts=resolved.cuts),
-        "lora": _mode(asked, anatomy, empty.count(set(), rank=asked.lora_rank), set(), adapters=adapters),
+        "lora": _mode(asked, anatomy, lora, set(), adapters=adapters),
     }
-    full = max(1, modes["full"].step_flops)
-    return {name: replace(mode, share_of_full=mode.step_flops / full) for name, mode in modes.items()}
+    most = max(1, modes["full"].step_flops)
+    return {name: replace(mode, share_of_full=mode.step_flops / most) for name, mode in modes.items()}
 
 
 def _mode(

@@ -609,6 +609,17 @@ def test_a_model_that_cannot_be_run_is_counted_by_its_shapes_and_it_is_said() ->
     made, other = (small_forecast(m, FreezePlan(decoder_blocks=2), blocks="blocks") for m in (Stubborn(), Plain()))
     assert any("could not be run on the meta device (RuntimeError: not today)" in note for note in made.notes)
     assert any("attention scores are left out" in note for note in made.notes)
+
+    runs: list[torch.device] = []
+
+    class Moody(Plain):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            runs.append(input_ids.device)
+            if runs.count(torch.device("meta")) > 1:
+                raise RuntimeError("not twice")
+            return super().forward(input_ids)
+
+    assert small_forecast(Moody(), FreezePlan(decoder_blocks=2), blocks="blocks").modes == made.modes, "all by shapes"
     for name in ("full", "frozen", "cached"):
         assert made.modes[name].step_flops == other.modes[name].step_flops
         assert made.modes[name].logit_bytes == other.modes[name].logit_bytes
