@@ -281,8 +281,8 @@ def _modes(asked: Forecast, empty: EmptyCopy, resolved: ResolvedPlan) -> dict[st
     everything = {name for name, first in first_of.items() if anatomy.parameters[first].is_floating_point()}
     cut = frozenset(part for part in set(anatomy.parts.values()) if _is_cut(part, anatomy, resolved))
     for _ in range(2):  # again by shapes, all of them, where one could not be run; else they are known
+        frozen = empty.count(planned, untied=resolved.untied)  # first: its blocks keep what others share
         full, lora = empty.count(everything), empty.count(set(), rank=asked.lora_rank)
-        frozen = empty.count(planned, untied=resolved.untied)
     adapters = asked.lora_rank * sum(sum(layer.weight.shape) for layer in empty.adaptable.values())
     modes = {
         "full": _mode(asked, anatomy, full, everything),
