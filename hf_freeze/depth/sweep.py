@@ -130,6 +130,7 @@ def sweep_depths(
         ResumeError: The folder holds a sweep of another model, other data or arguments.
 
     Example:
+        >>> import copy
         >>> import tempfile
         >>> from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
         >>> config = GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8)

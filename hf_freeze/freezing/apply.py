@@ -55,6 +55,7 @@ def freeze(
         PlanError: The plan does not fit the model or the optimizer; nothing was changed.
 
     Example:
+        >>> from hf_freeze import verify_frozen
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=8, n_head=2, vocab_size=16))
         >>> report = freeze(model, FreezePlan(decoder_blocks=3))

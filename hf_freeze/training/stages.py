@@ -127,6 +127,7 @@ def train_in_stages(
 
     Example:
         >>> import contextlib, tempfile
+        >>> from hf_freeze import gradual
         >>> from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
         >>> config = GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=16, n_positions=8)
         >>> model = GPT2LMHeadModel(config)
