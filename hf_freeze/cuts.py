@@ -1,6 +1,6 @@
-"""Cuts: what of a model is a constant of its input while only some tensors train.
+"""Cuts: how much of a model is a constant of its input while only some tensors train.
 
-Whether that can be computed once and stored is for `prefix` to try; this is what the plan allows.
+This is what a plan allows; whether it can be computed once and stored is tried by `prefix`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ __all__ = ["Cut", "find_cuts"]
 
 
 class Cut(NamedTuple):
-    """A prefix that can be cached: the lowest `blocks` blocks of a stack and all that lies before them."""
+    """A place in a stack: its lowest `blocks` blocks, and all that lies before them, can be computed once."""
 
     stack: str
     blocks: int
 
 
 def find_cuts(anatomy: Anatomy, trainable: set[str]) -> tuple[tuple[Cut, ...], str]:
-    """What of a model is a constant of its input while only these tensors train, lowest first; () and why not.
+    """The cuts of a model while only these tensors train, lowest first; where there is none, () and the reason.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> from hf_freeze.anatomy import read_anatomy

@@ -7,7 +7,7 @@ ValueErrors, so that a caller may catch them without knowing this module. Nothin
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "AnatomyError",
@@ -24,6 +24,7 @@ __all__ = [
     "StageError",
     "TokenizerMismatch",
     "TrainingDiverged",
+    "first_few",
     "first_line",
     "nearest",
     "worded",
@@ -100,6 +101,15 @@ def nearest(asked: str, choices: Iterable[str], count: int = 3) -> str:
         return ", ".join(repr(choice) for choice in close)
     shown = ", ".join(repr(choice) for choice in choices[:count])
     return shown + (f" and {len(choices) - count} more" if len(choices) > count else "")
+
+
+def first_few(names: Sequence[str], count: int = 3) -> str:
+    """The first of several names, and how many more there are.
+
+    >>> first_few(["a", "b", "c"]), first_few(["a", "b", "c"], 2)
+    ('a, b, c', 'a, b, ... and 1 more')
+    """
+    return ", ".join(names[:count]) + (f", ... and {len(names) - count} more" if len(names) > count else "")
 
 
 def worded(error: BaseException) -> str:

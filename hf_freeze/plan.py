@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, cast
+from typing import Any, Literal, Self, cast
 
 from hf_freeze.anatomy import Anatomy, Part, Stack
 from hf_freeze.cuts import Cut, find_cuts
@@ -27,9 +27,6 @@ __all__ = ["FreezePlan", "ResolvedPlan", "given_plan", "plan_at_depth"]
 BlockCount = int | float | str  # "all", or a number as text
 PLAN_FILE = "freeze_plan.json"
 DEFAULT_BLOCKS = 0.5
-
-
-Plan = TypeVar("Plan", bound="FreezePlan")
 
 
 @dataclass(frozen=True)
@@ -58,14 +55,14 @@ class ResolvedPlan:
     warnings: tuple[str, ...]
 
 
-def _naming_unknown_fields(plan: type[Plan]) -> type[Plan]:
-    """Lets a dataclass refuse a keyword that is no field of it as `from_dict` does; its signature stays."""
-    made: Any = plan.__init__
+def _naming_unknown_fields(plan: type[FreezePlan]) -> type[FreezePlan]:
+    """Makes the dataclass refuse an unknown keyword in the words in which `from_dict` does; its signature stays."""
+    plain_init: Any = plan.__init__
 
-    @functools.wraps(made)
+    @functools.wraps(plain_init)
     def init(self: Any, *values: Any, **named: Any) -> None:
         _refuse_unknown_field(named, lambda name: f"FreezePlan asks for {name}={named[name]!r}")
-        made(self, *values, **named)
+        plain_init(self, *values, **named)
 
     plan.__init__ = init  # type: ignore[method-assign]
     return plan
@@ -201,44 +198,44 @@ Use an int for a number of blocks, or "all".
         """
         reasons: list[str] = []
         blocks = self._block_counts(anatomy, reasons)
-        by_part = {name: self._freezes_part(part, blocks, anatomy) for name, part in anatomy.parts.items()}
-        untied = self._resolve_ties(anatomy, by_part, reasons)
-        by_name = self._apply_patterns(anatomy, by_part)
+        # By parameter name, True for frozen: first as its part says, then ties settled, then patterns over both.
+        decisions = {name: self._freezes_part(part, blocks, anatomy) for name, part in anatomy.parts.items()}
+        untied = self._settle_ties(anatomy, decisions, reasons)
+        self._apply_patterns(anatomy, decisions)
         for tie in anatomy.ties:
-            decisions = {name: by_name[name] for name in tie.names if name not in untied}
-            if len(set(decisions.values())) > 1:
-                frozen = next(name for name, off in decisions.items() if off)
-                trained = next(name for name, off in decisions.items() if not off)
+            names = [name for name in tie.names if name not in untied]
+            if len({decisions[name] for name in names}) > 1:
+                frozen = next(name for name in names if decisions[name])
+                trained = next(name for name in names if not decisions[name])
                 raise PlanError(
                     f"FreezePlan freezes {frozen!r} and trains {trained!r}; in {anatomy.model_class} they are one "
                     "tensor under two names. Freeze or train both; for a tied head, use tied_head='train' or 'untie'."
                 )
-        if again := [name for name in untied if by_name[name]]:
+        if refrozen := [name for name in untied if decisions[name]]:
             raise PlanError(
-                f"FreezePlan unties {again[0]!r} to train it and freezes it by a pattern. Use tied_head='freeze', or "
-                "leave it out of freeze=."
+                f"FreezePlan unties {refrozen[0]!r} to train it and freezes it by a pattern. Use tied_head='freeze', "
+                "or leave it out of freeze=."
             )
         # An untied tensor goes on under its first name outside of the head, whichever was registered first.
         firsts = [
             next(other for other in anatomy.tie_of[name].names if other not in untied) if name in untied else name
             for name in anatomy.parameters
         ]
-        frozen_names = tuple(name for name in firsts if by_name[name])
-        trained_names = tuple(name for name in firsts if not by_name[name]) + untied
+        frozen_names = tuple(name for name in firsts if decisions[name])
+        trained_names = tuple(name for name in firsts if not decisions[name]) + untied
         if not frozen_names:
             raise PlanError(
                 f"FreezePlan freezes nothing of {anatomy.model_class}: {self}. Ask for at least one block "
                 "(decoder_blocks=1) or the embeddings, or train the model without a plan."
             )
         tensors = dict(anatomy.model.named_parameters(remove_duplicate=False))
-        able = [n for n in trained_names if n in untied or tensors[n].requires_grad]
-        if not able:
+        trainable = {n for n, p in tensors.items() if n in untied or (not decisions[n] and p.requires_grad)}
+        if not trainable:
             why = "every tensor is frozen. Freeze fewer blocks, or use tied_head='untie' to train the head."
             if trained_names:
                 left = f"the {len(trained_names)} tensors it leaves are frozen already"
                 why = f"{left}. Thaw some (requires_grad_(True)), or freeze fewer blocks."
             raise PlanError(f"FreezePlan trains nothing of {anatomy.model_class}: {why}")
-        trainable = {n for n, p in tensors.items() if n in untied or (not by_name[n] and p.requires_grad)}
         lowest = _lowest_trainable(anatomy, trainable)
         self._refuse_stuck_blocks(anatomy, blocks, lowest)
         cuts, why_no_cut = find_cuts(anatomy, trainable)
@@ -308,11 +305,11 @@ Use an int for a number of blocks, or "all".
         whole_encoder = len(anatomy.stacks) == 2 and blocks["encoder"] == len(anatomy.stack("encoder"))
         return part.kind == "final" and part.stack == "encoder" and whole_encoder
 
-    def _resolve_ties(self, anatomy: Anatomy, by_part: dict[str, bool], reasons: list[str]) -> tuple[str, ...]:
-        """Settles tensors whose names lie in several parts; returns the head's names to untie."""
+    def _settle_ties(self, anatomy: Anatomy, decisions: dict[str, bool], reasons: list[str]) -> tuple[str, ...]:
+        """Makes `decisions` agree about tensors whose names lie in several parts; returns the head's names to untie."""
         untied: list[str] = []
         for tie in anatomy.ties:
-            frozen = [name for name in tie.names if by_part[name]]
+            frozen = [name for name in tie.names if decisions[name]]
             if not frozen or len(frozen) == len(tie.names):
                 continue
             heads = [name for name, part in zip(tie.names, tie.parts, strict=True) if part.kind == "head"]
@@ -320,25 +317,25 @@ Use an int for a number of blocks, or "all".
                 untied += heads
                 reasons.append(f"{heads[0]} is untied from {tie.names[0]}: cloned, and the clone is trained.")
                 rest = [name for name in tie.names if name not in heads]
-                by_part.update(dict.fromkeys(rest, True))
+                decisions.update(dict.fromkeys(rest, True))
             elif heads and self.tied_head == "train":
-                by_part.update(dict.fromkeys(tie.names, False))
+                decisions.update(dict.fromkeys(tie.names, False))
                 train = "both train (tied_head='train')"
                 if not anatomy.parameters[tie.names[0]].requires_grad:
                     train += ", but were frozen before and stay so: thaw(model) first, or set requires_grad"
                 reasons.append(f"{heads[0]} is the same tensor as {tie.names[0]}: {train}.")
             else:
-                by_part.update(dict.fromkeys(tie.names, True))
+                decisions.update(dict.fromkeys(tie.names, True))
                 other = next(name for name in tie.names if name not in frozen)
                 why = " (tied_head='freeze')" if heads else "; a tensor with a frozen place stays frozen"
                 reasons.append(f"{other} is the same tensor as {frozen[0]}: both are frozen{why}.")
         return tuple(untied)
 
-    def _apply_patterns(self, anatomy: Anatomy, by_part: dict[str, bool]) -> dict[str, bool]:
-        by_name = dict(by_part)
+    def _apply_patterns(self, anatomy: Anatomy, decisions: dict[str, bool]) -> None:
+        """Overrules `decisions` where a pattern says otherwise."""
         for decision, patterns in ((True, self.freeze), (False, self.train)):
             for pattern in patterns:
-                matched = [name for name in by_name if _covers(pattern, name)]
+                matched = [name for name in decisions if _covers(pattern, name)]
                 if not matched:
                     pieces = list(dict.fromkeys(anatomy.parts))
                     raise PlanError(
@@ -346,8 +343,7 @@ Use an int for a number of blocks, or "all".
                         f"the {len(pieces)} parameter names of {anatomy.model_class}. A pattern covers whole "
                         f"dot-separated pieces. The nearest: {nearest(pattern, pieces + _pieces(pieces))}."
                     )
-                by_name.update(dict.fromkeys(matched, decision))
-        return by_name
+                decisions.update(dict.fromkeys(matched, decision))
 
 
 def given_plan(what: str, plan: object) -> FreezePlan:
@@ -387,11 +383,12 @@ def plan_at_depth(anatomy: Anatomy, depth: int, plan: FreezePlan | None = None) 
         raise PlanError(
             f"A depth of {depth!r} was asked for; {anatomy.model_class} has {total} blocks. Use 0 to {total}."
         )
-    frozen: dict[str, Any] = {"encoder_blocks": None, "decoder_blocks": None}  # one stack takes either name
+    counts: dict[str, Any] = {"encoder_blocks": None, "decoder_blocks": None}  # one stack takes either name
+    left = depth
     for stack in anatomy.stacks:
-        frozen[f"{stack.name}_blocks"] = min(depth, len(stack))
-        depth -= frozen[f"{stack.name}_blocks"]
-    return replace(plan or FreezePlan(), **frozen)
+        counts[f"{stack.name}_blocks"] = min(left, len(stack))
+        left -= counts[f"{stack.name}_blocks"]
+    return replace(plan or FreezePlan(), **counts)
 
 
 def _refuse_unknown_field(values: dict[str, Any], words: Callable[[str], str]) -> None:
@@ -423,18 +420,18 @@ def _read_count(name: str, asked: Any) -> BlockCount | None:
 
 
 def _count(name: str, value: BlockCount, stack: Stack, anatomy: Anatomy) -> int:
-    depth = len(stack)
+    total = len(stack)
     if value == "all":
-        return depth
+        return total
     if isinstance(value, float):
-        return int(depth * value + 1e-9)  # 1/49 of 49 blocks is one, whatever the last bit says
+        return int(total * value + 1e-9)  # 1/49 of 49 blocks is one, whatever the last bit says
     value = int(value)  # _read_count has refused everything but an int here
-    if abs(value) > depth:
+    if abs(value) > total:
         raise PlanError(
-            f"FreezePlan asks for {value} {name} blocks; {anatomy.model_class} has {depth}. "
-            f"Use {name}_blocks {'<=' if value > 0 else '>='} {depth if value > 0 else -depth}, or 'all'."
+            f"FreezePlan asks for {value} {name} blocks; {anatomy.model_class} has {total}. "
+            f"Use {name}_blocks {'<=' if value > 0 else '>='} {total if value > 0 else -total}, or 'all'."
         )
-    return value if value >= 0 else depth + value
+    return value if value >= 0 else total + value
 
 
 def _whole_pieces(pattern: str) -> re.Pattern[str]:
@@ -459,7 +456,7 @@ def _pieces(names: Sequence[str]) -> list[str]:
 def _lowest_trainable(anatomy: Anatomy, trainable: set[str]) -> tuple[str, int]:
     """The lowest place with a trainable tensor: there the backward pass ends."""
     places = {anatomy.parts[n] for n in trainable}
-    order = {"tower": 0, "embeddings": 0, "block": 1, "final": 2, "other": 3, "head": 3}
+    order = {"block": 1, "final": 2, "other": 3, "head": 3}  # within a stack, and above all of them
     stacks = [stack.name for stack in anatomy.stacks]
 
     def height(part: Part) -> tuple[int, int, int]:

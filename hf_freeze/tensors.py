@@ -1,4 +1,4 @@
-"""Names, kinds, digests and bits of a model's tensors, wherever they lie: sharded, or offloaded.
+"""Names, kinds, digests and bits of a model's tensors, wherever they lie: sharded, offloaded, or released.
 
 Digests find accidents, not forgers. Nothing here changes what a model holds.
 """
@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_freeze.marks import RELEASED
+
 __all__ = [
     "Offloaded",
     "bits_of",
+    "bring_back_released",
     "class_name",
     "is_sharded",
     "kind_of_digest",
@@ -142,6 +145,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 def class_name(model: nn.Module) -> str:
     """The name of a model's class, without the one that FSDP2 puts in front."""
     return next(kind.__name__ for kind in type(model).__mro__ if not hasattr(kind, "set_reshard_after_forward"))
+
+
+def bring_back_released(model: nn.Module) -> None:
+    """Brings back the weights that a prefix cache let leave the device, the same bits."""
+    for module in model.modules():
+        if RELEASED in module.__dict__:
+            module.__dict__[RELEASED].restore()
 
 
 def shard_again(model: nn.Module) -> None:

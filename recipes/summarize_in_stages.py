@@ -27,10 +27,10 @@ from hf_freeze.summarization.runs import (
     forecast_run,
     load_data,
     load_model,
+    make_monitor,
     make_trainer,
     run_folder,
     summarizer,
-    watching,
 )
 
 
@@ -58,7 +58,7 @@ def main() -> None:
         before = summarize()
 
         # Train: each stage has a trainer of its own; one monitor for all, so that drift is from the beginning.
-        monitor = watching(model, args, say)
+        monitor = make_monitor(model, args, say)
         started = time.perf_counter()
         result = train_in_stages(
             lambda: make_trainer(model, tokenizer, inputs, args, monitor),
@@ -71,7 +71,7 @@ def main() -> None:
             say=say,
         )
         trained_here = sum(stage.seconds for stage in result.stages[result.done_before :])
-        cache = CacheChoice(seconds=time.perf_counter() - started - trained_here)  # freezing and loading with it
+        choice = CacheChoice(seconds=time.perf_counter() - started - trained_here)  # freezing and loading with it
         trainer = result.trainer
         trainer.args.output_dir = args.output_dir
         say(f"\n{loss_table(trainer.state.log_history)}")
@@ -84,7 +84,7 @@ def main() -> None:
         say(f"\n{scores}")
         training = Training(
             stages[-1].plan, report, proof, report.trainable_parameters, sum(stage.seconds for stage in result.stages),
-            cache, cached=any(stage.cached for stage in result.stages), whole=False,
+            choice, cached=any(stage.cached for stage in result.stages), whole=False,
         )  # fmt: skip
         save_everything(trainer, training, scores, model_args, data_args, data, inputs, say)
 
@@ -116,7 +116,7 @@ def read_stages(model_args: ModelArguments, model, epochs: float) -> list:
 
 
 def launch() -> None:
-    """This process of the launch, from the first line to the last."""
+    """Runs `main` as one process of a launch: names ranks that are lost, and leaves their group at the end."""
     with lost_ranks_named():
         main()
         leave_group()

@@ -31,10 +31,10 @@ from hf_freeze.summarization.runs import (
     forecast_run,
     load_data,
     load_model,
+    make_monitor,
     make_trainer,
     run_folder,
     summarizer,
-    watching,
 )
 
 
@@ -67,7 +67,7 @@ def main() -> None:
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
         # Trainer, and the cache of what is frozen.
-        trainer = make_trainer(model, tokenizer, inputs, args, watching(model, args, say))
+        trainer = make_trainer(model, tokenizer, inputs, args, make_monitor(model, args, say))
         guard_checkpoints(trainer)
         checkpoint = None
         if args.resume_from_checkpoint:  # refused before anything is generated
@@ -77,12 +77,12 @@ def main() -> None:
         say(f"\nSummaries of the {data.scored} rows before training:")
         before = summarize()
         say(f"note: supervised logits only: {trainer.supervised_logits} ({trainer.supervised_logits_reason})")
-        cache = choose_cache(model_args, trainer, report, inputs, say)
+        choice = choose_cache(model_args, trainer, report, inputs, say)
 
         # Train.
         say(f"\nTraining {trained:,} of {report.total_parameters:,} parameters:")
         seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
-        cache.close(trainer, say, whole=checkpoint is None)
+        choice.close(trainer, say, whole=checkpoint is None)
         say(f"\n{loss_table(trainer.state.log_history)}")
 
         # Prove that what is frozen did not move.
@@ -96,14 +96,14 @@ def main() -> None:
 
         # Save.
         training = Training(
-            plan, report, proof, trained, seconds, cache, cached=cache.cache is not None,
-            costs=costs if model_args.upper == "full" else None, resumed=checkpoint is not None, whole=not checkpoint,
+            plan, report, proof, trained, seconds, choice, cached=choice.cache is not None,
+            costs=costs if model_args.upper == "full" else None, resumed=checkpoint is not None, whole=checkpoint is None,
         )  # fmt: skip
         save_everything(trainer, training, scores, model_args, data_args, data, inputs, say)
 
 
 def launch() -> None:
-    """This process of the launch, from the first line to the last."""
+    """Runs `main` as one process of a launch: names ranks that are lost, and leaves their group at the end."""
     with lost_ranks_named():
         main()
         leave_group()

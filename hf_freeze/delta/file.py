@@ -22,13 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hf_freeze.errors import DeltaMismatch, first_line
+from hf_freeze.errors import DeltaMismatch, first_few, first_line
 from hf_freeze.exactness import PASSING
 from hf_freeze.plan import PLAN_FILE
 from hf_freeze.tensors import kind_of_digest, tensor_digest
 
 __all__ = ["CONFIG_FILE", "FILES", "MANIFEST_FILE", "STAGING", "WEIGHTS_FILE", "Manifest", "is_delta",
-           "read_delta", "regular", "settings_apart", "some", "write_weights"]  # fmt: skip
+           "read_delta", "regular", "settings_apart", "write_weights"]  # fmt: skip
 
 FORMAT = 2
 WEIGHTS_FILE = "delta.safetensors"
@@ -44,7 +44,6 @@ KINDS: dict[str, Any] = {
 }  # fmt: skip
 # Of a config: what the tensors tell as well, or no forward looks at.
 UNCOMPARED = PASSING | {"tie_word_embeddings", "vocab_size", "quantization_config"}
-SHOWN = 3  # names that a message gives as examples
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,8 @@ def read_delta(folder: Path) -> tuple[Manifest, dict[str, torch.Tensor]]:
     lacking = [name for name in manifest.saved if name not in saved]
     besides = [name for name in saved if name not in manifest.saved]
     if lacking or besides:
-        faults = [f"lacks {len(lacking)} tensors that its manifest names, e.g. {some(lacking)}"] if lacking else []
-        faults += [f"holds {len(besides)} that it does not name, e.g. {some(besides)}"] if besides else []
+        faults = [f"lacks {len(lacking)} tensors that its manifest names, e.g. {first_few(lacking)}"] if lacking else []
+        faults += [f"holds {len(besides)} that it does not name, e.g. {first_few(besides)}"] if besides else []
         raise DeltaMismatch(f"{path} {' and '.join(faults)}. They are not of one save: save the delta again.")
     damaged = []
     for name, then in manifest.saved.items():
@@ -110,7 +109,7 @@ def read_delta(folder: Path) -> tuple[Manifest, dict[str, torch.Tensor]]:
             damaged.append(name if kind_then == kind_now else f"{name} ({kind_then}, here {kind_now})")
     if damaged:
         raise DeltaMismatch(
-            f"{path}: {len(damaged)} of {len(saved)} tensors are not what was saved: {some(damaged, 20)}. It is "
+            f"{path}: {len(damaged)} of {len(saved)} tensors are not what was saved: {first_few(damaged, 20)}. It is "
             "damaged, or of another save. Save the delta again."
         )
     return manifest, saved
@@ -149,8 +148,8 @@ def _manifest_of_format_1(folder: Path) -> Manifest:
     return _manifest(text, path, 1, {"plan": None, "config": config if isinstance(config, dict) else None})
 
 
-def _manifest(text: str, path: Path, known: int, added: dict[str, Any] | None = None) -> Manifest:
-    """The manifest in a text that may hold anything."""
+def _manifest(text: str, path: Path, wanted: int, added: dict[str, Any] | None = None) -> Manifest:
+    """The manifest of the wanted format in a text that may hold anything."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -158,9 +157,9 @@ def _manifest(text: str, path: Path, known: int, added: dict[str, Any] | None = 
             f"The manifest in {path} cannot be read as JSON: {first_line(error)}. Save the delta again."
         ) from error
     version = values.get("format") if isinstance(values, dict) else None
-    if version != known:
+    if version != wanted:
         raise DeltaMismatch(
-            f"{path} is a delta of format {reprlib.repr(version)}; this version reads format {known} there. Load it "
+            f"{path} is a delta of format {reprlib.repr(version)}; this version reads format {wanted} there. Load it "
             "with the version that wrote it."
         )
     values |= added or {}
@@ -177,7 +176,7 @@ def _manifest(text: str, path: Path, known: int, added: dict[str, Any] | None = 
         wrong += [f"{name!r} (both saved and frozen)" for name in saved if name in frozen]
         wrong += [f"{name!r} (untied, not saved)" for name in untied if name not in saved | frozen]
     if wrong:
-        raise DeltaMismatch(f"{path} is not as save_delta writes it: {some(wrong)}. Save the delta again.")
+        raise DeltaMismatch(f"{path} is not as save_delta writes it: {first_few(wrong)}. Save the delta again.")
     return Manifest(**values)
 
 
@@ -212,7 +211,7 @@ def _holds(folder: Path) -> str:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         return f"the folder cannot be read ({first_line(error)})"
-    return f"the folder holds {some(names)}" if names else "the folder is empty"
+    return f"the folder holds {first_few(names)}" if names else "the folder is empty"
 
 
 def settings_apart(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -231,8 +230,3 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
         inner = _settings(value) if isinstance(value, dict) else {"": value}
         settings |= {f"{name}.{key}".strip("."): setting for key, setting in inner.items()}
     return settings
-
-
-def some(names: list[str], count: int = SHOWN) -> str:
-    """The first of several names, and how many more there are."""
-    return ", ".join(names[:count]) + (f", ... and {len(names) - count} more" if len(names) > count else "")

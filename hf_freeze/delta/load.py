@@ -17,15 +17,15 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from hf_freeze.delta.file import FILES, MANIFEST_FILE, Manifest, read_delta, settings_apart, some
+from hf_freeze.delta.file import FILES, MANIFEST_FILE, Manifest, read_delta, settings_apart
 from hf_freeze.embedded import EMBEDDED_NAME, embedded_model
-from hf_freeze.errors import DeltaMismatch, FreezeError, ModelError, first_line
+from hf_freeze.errors import DeltaMismatch, FreezeError, ModelError, first_few, first_line
 from hf_freeze.files import whole
 from hf_freeze.freezing import freeze_record, untie
 from hf_freeze.given import check_model, check_path
-from hf_freeze.marks import RELEASED
 from hf_freeze.tensors import (
     bits_of,
+    bring_back_released,
     class_name,
     kind_of_digest,
     named_tensors,
@@ -83,9 +83,7 @@ def load_delta(
         model = _build(manifest, None, {"trust_remote_code": trust_remote_code} | from_pretrained)
     root = unwrap(model)
     shard_again(root)
-    for module in root.modules():
-        if RELEASED in module.__dict__:
-            module.__dict__[RELEASED].restore()
+    bring_back_released(root)
     if to_untie := _check(place, manifest, root):
         untie(root, to_untie)
     tensors = dict(named_tensors(root, every_name=True))
@@ -237,25 +235,25 @@ def _check(folder: Path, manifest: Manifest, root: nn.Module) -> tuple[str, ...]
     Raises:
         DeltaMismatch: It has other tensors, other bits, is of another type or tied otherwise.
     """
-    model, tensors = f"this {class_name(root)}", dict(named_tensors(root, every_name=True))
+    this, tensors = f"this {class_name(root)}", dict(named_tensors(root, every_name=True))
     try:
-        _check_names(manifest, root, tensors, model)
-        _check_kinds(manifest, root, tensors, model)
-        apart = _check_config(manifest, root, model)
-        to_untie = _check_ties(manifest, root, tensors, model)
+        _check_names(manifest, root, tensors, this)
+        _check_kinds(manifest, root, tensors, this)
+        apart = _check_config(manifest, root, this)
+        to_untie = _check_ties(manifest, root, tensors, this)
         _check_bits(manifest, root, tensors)
     except DeltaMismatch as error:
         raise DeltaMismatch(f"The delta in {folder} {error}") from None
     if apart:
         warnings.warn(
-            f"The delta in {folder} was trained with other settings than {model} has, which may make it compute "
-            f"otherwise: {some(apart)}. Give base_model= with those of the training.",
+            f"The delta in {folder} was trained with other settings than {this} has, which may make it compute "
+            f"otherwise: {first_few(apart)}. Give base_model= with those of the training.",
             stacklevel=3,
         )
     return to_untie
 
 
-def _check_names(manifest: Manifest, root: nn.Module, tensors: Tensors, model: str) -> None:
+def _check_names(manifest: Manifest, root: nn.Module, tensors: Tensors, this: str) -> None:
     """Every tensor that the delta names is in the model, and it names every tensor of the model."""
     readable = offloaded_tensors(root)  # enough for a frozen tensor, which is compared only
     away = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
@@ -270,17 +268,17 @@ def _check_names(manifest: Manifest, root: nn.Module, tensors: Tensors, model: s
     unnamed = [name for name, tensor in tensors.items() if id(tensor) not in known]
     faults = []
     if strangers:
-        faults.append(f"{len(strangers)} of its {len(named)} tensors are not in the model, e.g. {some(strangers)}")
+        faults.append(f"{len(strangers)} of its {len(named)} tensors are not in the model, e.g. {first_few(strangers)}")
     if unnamed:
-        faults.append(f"{len(unnamed)} tensors of the model are not in it, e.g. {some(unnamed)}")
+        faults.append(f"{len(unnamed)} tensors of the model are not in it, e.g. {first_few(unnamed)}")
     if faults:
         raise DeltaMismatch(
-            f"is of a {manifest.architecture}; {model} is built otherwise: {'; '.join(faults)}. Give "
+            f"is of a {manifest.architecture}; {this} is built otherwise: {'; '.join(faults)}. Give "
             f"{manifest.base_words}, with the adapters that it had."
         )
 
 
-def _check_kinds(manifest: Manifest, root: nn.Module, tensors: Tensors, model: str) -> None:
+def _check_kinds(manifest: Manifest, root: nn.Module, tensors: Tensors, this: str) -> None:
     """Every tensor has the shape and dtype that the delta says."""
     wrong, fix = [], f"Give {manifest.base_words}, in the same dtype"
     for name, digest in (manifest.saved | manifest.frozen).items():
@@ -294,11 +292,11 @@ def _check_kinds(manifest: Manifest, root: nn.Module, tensors: Tensors, model: s
             fix = f"The vocabulary was resized: call resize_token_embeddings({rows}) on the base before"
     if wrong:
         raise DeltaMismatch(
-            f"does not fit {model}: {len(wrong)} tensors have another shape or dtype, e.g. {some(wrong)}. {fix}."
+            f"does not fit {this}: {len(wrong)} tensors have another shape or dtype, e.g. {first_few(wrong)}. {fix}."
         )
 
 
-def _check_config(manifest: Manifest, root: nn.Module, model: str) -> list[str]:
+def _check_config(manifest: Manifest, root: nn.Module, this: str) -> list[str]:
     """The model is of the type that was trained; what makes it compute otherwise from the same tensors, in words."""
     config: Any = getattr(root, "config", None)
     try:
@@ -311,13 +309,13 @@ def _check_config(manifest: Manifest, root: nn.Module, model: str) -> list[str]:
         return []
     if type_then != type_now:
         raise DeltaMismatch(
-            f"was trained on a model of type {reprlib.repr(type_then)}; {model} is of type {type_now!r}. Give "
+            f"was trained on a model of type {reprlib.repr(type_then)}; {this} is of type {type_now!r}. Give "
             f"{manifest.base_words}."
         )
     return apart
 
 
-def _check_ties(manifest: Manifest, root: nn.Module, tensors: Tensors, model: str) -> tuple[str, ...]:
+def _check_ties(manifest: Manifest, root: nn.Module, tensors: Tensors, this: str) -> tuple[str, ...]:
     """The names to untie first; refuses where the delta then still has two values for one tensor of the model, and
     where a saved value would move a tensor that `freeze` froze in this model.
     """
@@ -329,7 +327,7 @@ def _check_ties(manifest: Manifest, root: nn.Module, tensors: Tensors, model: st
     for names in tied:
         if len([name for name in names if name not in to_untie]) > 1:
             raise DeltaMismatch(
-                f"holds {' and '.join(names)} apart; in {model} they are one tensor. Give a base in which they are not "
+                f"holds {' and '.join(names)} apart; in {this} they are one tensor. Give a base in which they are not "
                 "tied."
             )
     if any(hasattr(tensors[name], "full_tensor") for name in to_untie):
@@ -341,8 +339,8 @@ def _check_ties(manifest: Manifest, root: nn.Module, tensors: Tensors, model: st
     held = {id(tensor_by_name(inner, name)) for name in (record.digests if record else ())}
     if clash := [name for name in manifest.saved if name not in to_untie and id(tensors[name]) in held]:
         raise DeltaMismatch(
-            f"holds {len(clash)} tensors that freeze() has frozen in this model, e.g. {some(clash)}. Call thaw(model) "
-            "first, or freeze it by the delta's own plan."
+            f"holds {len(clash)} tensors that freeze() has frozen in this model, e.g. {first_few(clash)}. Call "
+            "thaw(model) first, or freeze it by the delta's own plan."
         )
     return to_untie
 
@@ -358,7 +356,7 @@ def _check_bits(manifest: Manifest, root: nn.Module, tensors: Tensors) -> None:
     if wrong:
         raise DeltaMismatch(
             f"was trained on another base: {len(wrong)} of {len(manifest.frozen)} frozen tensors differ, e.g. "
-            f"{some(wrong)}. Give {manifest.base_words} as it was before training."
+            f"{first_few(wrong)}. Give {manifest.base_words} as it was before training."
         )
 
 

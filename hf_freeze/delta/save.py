@@ -29,11 +29,10 @@ from hf_freeze.delta.file import (
     is_delta,
     regular,
     settings_apart,
-    some,
     write_weights,
 )
 from hf_freeze.embedded import EMBEDDED_NAME
-from hf_freeze.errors import FreezeError, nearest
+from hf_freeze.errors import FreezeError, first_few, nearest
 from hf_freeze.files import cache_folder, whole
 from hf_freeze.freezing import FreezeRecord, freeze_record
 from hf_freeze.given import check_model, check_path
@@ -184,13 +183,13 @@ def _split(root: nn.Module) -> tuple[FreezeRecord, dict[str, str], dict[str, tor
 
     The tensors are walked, not `state_dict()`, which would bring a released prefix back.
     """
-    owner_and_record = freeze_record(root)
-    if owner_and_record is None:
+    found = freeze_record(root)
+    if found is None:
         raise FreezeError(
             f"save_delta was asked for a {type(root).__name__} that was never frozen, so that all of it would be "
             "saved. Call freeze(model, plan) before training, or use save_pretrained."
         )
-    owner, record = owner_and_record
+    owner, record = found
     if not record.digests:
         raise FreezeError(
             f"save_delta was asked for a {type(root).__name__} that was on the meta device when freeze() ran; it held "
@@ -214,7 +213,7 @@ def _split(root: nn.Module) -> tuple[FreezeRecord, dict[str, str], dict[str, tor
     if moved:
         raise FreezeError(
             f"save_delta leaves frozen tensors out; {len(moved)} of {len(record.digests)} are not as freeze() left "
-            f"them, e.g. {some(moved)}. Call freeze(model, plan) again with the plan that holds now (after thaw, "
+            f"them, e.g. {first_few(moved)}. Call freeze(model, plan) again with the plan that holds now (after thaw, "
             "where less is frozen), before training."
         )
     saved = {name: tensor for name, tensor in named.items() if name not in frozen}

@@ -202,7 +202,9 @@ class _Sweep:
         sizes: Sequence[int] | None,
         seeds: Sequence[int],
     ) -> dict[int | str, list[float]]:
-        """Checks all that can be, reads what is done, builds the cache; returns the learning rates of each depth."""
+        """Checks what it can before the first run, reads what is done, builds the cache; returns the learning rates to
+        try at each depth.
+        """
         model = self.make_model()
         anatomy = read_anatomy(model)
         self.blocks = sum(len(stack) for stack in anatomy.stacks)
@@ -223,17 +225,16 @@ class _Sweep:
             raise FreezeError("A sweep compares validation; the trainer has no eval_dataset. Give it one.")
         self.step_rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.epochs, self.max_steps = float(args.num_train_epochs), int(args.max_steps)
-        self._meet(trainer)
+        self._take_up(trainer)
         named: list[int | str] = [*references, *depths]
         arms = {depth: _rates_of(depth, rates, args.learning_rate) for depth in named}
-        self.build_seconds = 0.0
         self.cached: set[int | str] = set()
         if self.use_cache and any(cuts.values()):
             self._build_for_all(trainer, plans, cuts, seeds)
         return arms
 
-    def _meet(self, trainer: Any) -> None:
-        """Takes up the runs in the folder, where they are of this sweep; notes what it is of."""
+    def _take_up(self, trainer: Any) -> None:
+        """Takes up the runs in the folder, refuses a folder of another sweep, and notes there what this one is of."""
         args = trainer.args
         facts = {
             "model": self.digest,
@@ -242,7 +243,7 @@ class _Sweep:
             "rows a step": self.step_rows,
             "epochs": self.epochs,
             "max_steps": self.max_steps,
-            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+            "precision": _precision_of(args),
             "schedule": f"{args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g}, decay {args.weight_decay:g}",
             "plan": (self.plan or FreezePlan()).to_dict(),
             **json.loads(json.dumps(self.more_facts)),
@@ -278,9 +279,10 @@ class _Sweep:
         """One pass over every row that a run will see, for every depth that can be cached: the deepest takes it."""
         from hf_freeze.prefix import PrefixCache
 
-        by_cut = {cut: depth for depth, cut in sorted(cuts.items(), reverse=True) if cut}
-        deepest = max(by_cut.values())
-        also = [plans[depth] for depth in by_cut.values() if depth != deepest]
+        # Of depths with the same cuts, the lowest.
+        depth_of = {of_depth: depth for depth, of_depth in sorted(cuts.items(), reverse=True) if of_depth}
+        deepest = max(depth_of.values())
+        also = [plans[depth] for depth in depth_of.values() if depth != deepest]
         model = trainer.model
         freeze(model, plans[deepest])
         places: set[int] = set()
@@ -295,13 +297,12 @@ class _Sweep:
             return
         self.say(str(cache.report))
         cache.close()
-        self.cached = {depth for depth, cut in cuts.items() if cut}
+        self.cached = {depth for depth, of_depth in cuts.items() if of_depth}
         if self.chief and cache.report.computed_rows:
             self._note(cache.report.seconds)
 
     def _cache_options(self, trainer: Any) -> dict[str, Any]:
-        precision = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32"
-        return {"cache_dir": self.cache_dir, "precision": precision, "progress": self.progress}
+        return {"cache_dir": self.cache_dir, "precision": _precision_of(trainer.args), "progress": self.progress}
 
     def steps(self, run: SweepRun) -> int:
         """Optimizer steps of a run."""
@@ -314,11 +315,10 @@ class _Sweep:
         for rows in self.sizes:
             for depth, rates in arms.items():
                 runs = [SweepRun(depth, rows, rate, seeds[0]) for rate in rates]
-                done = sum(run in self.done for run in runs)
-                others = {r.seed for r in self.done if (r.depth, r.rows, r.share) == (depth, rows, 1.0)} & set(
-                    seeds[1:]
-                )
-                left += (len(runs) - done + len(seeds) - 1 - len(others)) * self.steps(runs[0])
+                untried = sum(run not in self.done for run in runs)
+                seeds_done = {r.seed for r in self.done if (r.depth, r.rows, r.share) == (depth, rows, 1.0)}
+                seeds_left = len(set(seeds[1:]) - seeds_done)
+                left += (untried + seeds_left) * self.steps(runs[0])
         self._bar = tqdm(total=left, unit="step", desc="sweep", disable=not self.progress)
         return self._bar
 
@@ -357,7 +357,7 @@ class _Sweep:
         """
         if run not in self.done:
             result = self._train(run, rival)
-            if len(self.done) == 0:
+            if not self.done:
                 check_metric(self.tune_by, result.metrics, "tune_by")
                 check_metric(self.quality, result.metrics, "quality")
             self.done[run] = result
@@ -468,6 +468,10 @@ class _Sweep:
 
 
 # ------------------------------------------------------------------------------------------------------------- choices
+
+
+def _precision_of(args: Any) -> str:
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
 
 
 def _rates_of(

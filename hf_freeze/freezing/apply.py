@@ -70,7 +70,7 @@ def freeze(
         kind = torch.optim.Optimizer
         check_kind("freeze", "optimizer", optimizer, kind, "an optimizer of torch", "torch.optim.AdamW(...)")
     _refuse_ddp(model, "freeze")
-    _end_training(model)
+    _take_off_autocast_left(model)
     anatomy = read_anatomy(model, blocks=blocks)
     resolved = plan.resolve(anatomy)
     if resolved.untied and optimizer is not None:
@@ -89,10 +89,10 @@ def freeze(
     if resolved.untied:
         untie(core, resolved.untied)
         anatomy = read_anatomy(model, blocks=blocks)
-    ours = set(record.turned_off)
+    earlier = set(record.turned_off)  # by an earlier freeze(): where this plan freezes it too, it counts as this one's
     frozen_before = tuple(
         name for name, p in anatomy.parameters.items() if not p.requires_grad
-        and (name not in ours or name not in resolved.frozen)
+        and (name not in earlier or name not in resolved.frozen)
     )  # fmt: skip
     for name in resolved.frozen:
         parameter = anatomy.parameters[name]
@@ -102,7 +102,7 @@ def freeze(
         parameter.grad = None
         if optimizer is not None:
             optimizer.state.pop(parameter, None)
-    if stays := tuple(name for name in frozen_before if name in ours):
+    if stays := tuple(name for name in frozen_before if name in earlier):
         warnings.warn(earlier_freeze(stays), stacklevel=2)
     setattr(core, RECORD, record)
     if plan.frozen_mode == "eval":
@@ -128,8 +128,8 @@ def _refuse_ddp(model: nn.Module, what: str) -> None:
         )
 
 
-def _end_training(model: nn.Module) -> None:
-    """Between two trainings: without it, one in fp32 after one in bf16 would still run in bf16, and the other way."""
+def _take_off_autocast_left(model: nn.Module) -> None:
+    """Without it, a training in fp32 after one in bf16 would still run in bf16, and the other way round."""
     core = unwrap(model)
     if not is_being_trained(core):
         take_off_autocast(core)
@@ -154,12 +154,12 @@ def thaw(model: nn.Module) -> tuple[str, ...]:
     """
     check_model("thaw", model)
     _refuse_ddp(model, "thaw")
-    _end_training(model)
+    _take_off_autocast_left(model)
     core = unwrap(model)
-    frozen = freeze_record(core)
-    if frozen is None:
+    found = freeze_record(core)
+    if found is None:
         return ()
-    owner, record = frozen
+    owner, record = found
     parameters = dict(owner.named_parameters()) if owner is core else {}
     names = tuple(name for name in parameters if name in record.turned_off)
     for name in names:

@@ -3,8 +3,8 @@
 transformers lets the embeddings' output require a gradient wherever checkpointing is switched on, so that the backward
 pass runs through the frozen prefix again; its reentrant variant leaves the first trained blocks without a gradient.
 Hooks undo both at each forward, since Trainer switches checkpointing on inside `train()`, after `freeze`. Nothing is
-switched on here, and no flag is changed. A stack that checkpoints its blocks in its own forward goes the same way; left
-alone is a module that calls torch's checkpoint by itself, and a forward that torch.compile traces.
+switched on here, and no flag is changed. A stack that checkpoints its blocks in its own forward is treated alike. Left
+alone are modules that call torch's checkpoint by themselves, and a forward that torch.compile traces.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def correct_checkpointing(anatomy: Anatomy, *, has_prefix: bool) -> None:
     It makes no difference when checkpointing is switched on, how and by whom. From then on:
 
     - Checkpointing is never reentrant, whatever `use_reentrant` says.
-    - A frozen module before the first block hands on no gradient that nothing below it asked for. For a gradient with
-      respect to the input, give the model `inputs_embeds` that require one.
+    - The output of a frozen module before the first block requires a gradient only where its input does. For a gradient
+      with respect to the input, give the model `inputs_embeds` that require one.
     - A frozen block is checkpointed exactly where a gradient flows through it, though it is held in eval.
 
     Call it after `requires_grad` was set and modules are held in eval; `has_prefix` says whether blocks at the bottom

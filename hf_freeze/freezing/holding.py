@@ -27,7 +27,7 @@ def _hold_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
 def hold_modules(anatomy: Anatomy, resolved: ResolvedPlan) -> tuple[str, ...]:
     """Holds frozen modules in eval and returns their names.
 
-    Held are the frozen blocks, what runs before a frozen first block down to its dropout, and every other outermost
+    Held are the frozen blocks, what runs before a frozen first block, its dropout too, and every other outermost
     module all of whose parameters the plan freezes. What PEFT or the user froze inside a block that trains is not held:
     its dropout is theirs.
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from hf_freeze.errors import FreezeError, FrozenWeightsChanged
+from hf_freeze.errors import FreezeError, FrozenWeightsChanged, first_few
 from hf_freeze.freezing.holding import is_frozen
 from hf_freeze.freezing.report import FreezeReport, freeze_record
 from hf_freeze.given import check_kind, check_model
-from hf_freeze.marks import RELEASED
 from hf_freeze.tensors import (
     Offloaded,
     bits_of,
+    bring_back_released,
     kind_of_digest,
     named_tensors,
     offloaded_tensors,
@@ -27,6 +27,8 @@ from hf_freeze.tensors import (
 )
 
 __all__ = ["FrozenProof", "take_digests", "verify_frozen"]
+
+SHOWN = 20  # names of tensors in a message
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,17 @@ def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> Froze
     if report is not None:
         check_kind("verify_frozen", "report", report, FreezeReport, "what freeze() returned", "report=freeze(...)")
     core = unwrap(model)
-    for module in core.modules():
-        if RELEASED in module.__dict__:
-            module.__dict__[RELEASED].restore()
+    bring_back_released(core)
     if report is not None:
         digests, without_bits, tensors = report.digests, report.without_bits, report.tensors
     else:
-        frozen = freeze_record(core)
-        if frozen is None:
+        found = freeze_record(core)
+        if found is None:
             raise FreezeError(
                 f"verify_frozen was asked for a {type(core).__name__} that was never frozen. Call freeze(model, plan) "
                 "first, or pass its report."
             )
-        core, record = frozen  # the names are those of the module that was frozen, whatever wraps it now
+        core, record = found  # the names are those of the module that was frozen, whatever wraps it now
         digests, without_bits, tensors = record.digests, record.without_bits, weakref.WeakValueDictionary()
     now = dict(named_tensors(core))
     identities = {id(tensor) for tensor in now.values()}
@@ -91,7 +91,7 @@ def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> Froze
         if tensor is not None:
             tensor_bytes += tensor.numel() * tensor.element_size()
     if changes:
-        shown = "; ".join(f"{len(names)} {change}: {_shown(names)}" for change, names in changes.items())
+        shown = "; ".join(f"{len(names)} {change}: {first_few(names, SHOWN)}" for change, names in changes.items())
         fixes = [fix for change, fix in _FIXES.items() if change in changes]
         raise FrozenWeightsChanged(
             f"{len(digests)} tensors should hold the bits that they held when freeze() ran, and be frozen; "
@@ -101,8 +101,8 @@ def verify_frozen(model: nn.Module, report: FreezeReport | None = None) -> Froze
         raise FreezeError(
             f"verify_frozen was asked for a {type(core).__name__} of whose {len(digests) + len(without_bits)} frozen "
             f"tensors {len(without_bits)} were on the meta device when freeze() ran and held no bits to compare: "
-            f"{_shown(without_bits)}. The others hold theirs, which proves nothing of these. Call freeze() again once "
-            "all weights are loaded."
+            f"{first_few(without_bits, SHOWN)}. The others hold theirs, which proves nothing of these. Call freeze() "
+            "again once all weights are loaded."
         )
     return FrozenProof(len(digests), tensor_bytes)
 
@@ -122,7 +122,7 @@ _FIXES = {
 
 
 def _changes(tensor: torch.Tensor | None, digest: str, offloaded: Mapping[int, Offloaded]) -> list[str]:
-    """What is not as `freeze` left it; a tensor can train again and have moved, or train again and not have moved."""
+    """In what a tensor is not as `freeze` left it; it may have moved and train again, which are two changes."""
     if tensor is None:
         return [_GONE]
     trains = [_TRAINS] if tensor.requires_grad else []
@@ -132,11 +132,6 @@ def _changes(tensor: torch.Tensor | None, digest: str, offloaded: Mapping[int, O
     if bits is None:
         return [_EMPTY, *trains]
     return [_MOVED, *trains] if tensor_digest(bits) != digest else trains
-
-
-def _shown(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:20]) + (f", ... and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def take_digests(model: nn.Module, known: dict[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -55,6 +55,9 @@ class FreezeReport:
         dropouts: Former values of the dropout attributes of a stack that were set to 0, by (module, attribute).
         digests: Digest of each frozen tensor and persistent buffer of a frozen module, by name.
         without_bits: Names of those that held no bits to take a digest of; `verify_frozen` proves nothing then.
+        total_parameters, trainable_parameters, frozen_parameters: Counts of numbers, a tied tensor once.
+        table: What is printed.
+        tensors: The model's tensors by name, held weakly; they do not pickle.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class FreezeReport:
         self.trainable_parameters = sum(sizes[name] for name in self.trainable_names)
         self.frozen_parameters = self.total_parameters - self.trainable_parameters
         self.table = freeze_table(anatomy, set(self.frozen_names), self.lowest_trainable, self._lines(anatomy))
-        if earlier := tuple(name for name in frozen_before if name in record.turned_off):  # before all counts
+        if earlier := tuple(name for name in frozen_before if name in record.turned_off):  # the first of the lines
             self.table = replace(self.table, lines=(f"Warning: {earlier_freeze(earlier)}", *self.table.lines))
         # Tensors are matched by identity first: PEFT renames them when it wraps the model. Weak, or a report would
         # keep the model in memory.

@@ -1,8 +1,8 @@
 """Computes the prefix's states of a dataset in one pass, each process its share, and writes them into the stores.
 
-Sorted by length, batched under a token budget, longest first. Runs the user's own collator and the model up to its last
-needed output, nothing above. Whether a prefix may be cached is `prepare`'s business, whether its states are right that
-of `proof` and `spot`.
+Rows are batched by length under a token budget, longest first. They run through the user's own collator, and through
+the model up to its last needed output, nothing above. Whether a prefix may be cached is `prepare`'s business, whether
+its states are right that of `proof` and `spot`.
 """
 
 from __future__ import annotations
@@ -44,9 +44,6 @@ __all__ = ["check_alike", "fill", "model_name", "open_or_create", "save_tables"]
 
 TOKENS_CPU, TOKENS_ACCELERATOR = 2048, 32768  # of one batch: the CPU's caches gain nothing by more
 LOCK_SECONDS = 1.0  # of waiting for another build, before the other processes of this one are told that it goes on
-
-
-# -------------------------------------------------------------------------------------------------------------- stores
 
 
 class Job(NamedTuple):
@@ -96,6 +93,9 @@ def fill(
 
 def _jobs(prefixes: Sequence[tuple[Prefix, Rows]], stores: Sequence[Store]) -> list[Job]:
     return [Job(prefix, store, rows) for (prefix, rows), store in zip(prefixes, stores, strict=True)]
+
+
+# -------------------------------------------------------------------------------------------------------------- stores
 
 
 def check_alike(known: Sequence[Rows], keys: Sequence[Mapping[str, Any]] = ()) -> None:

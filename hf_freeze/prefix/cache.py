@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +21,9 @@ from torch import nn
 from hf_freeze.anatomy import BlocksGiven
 from hf_freeze.cuts import Cut
 from hf_freeze.errors import CacheDamaged, CannotCache, FreezeError
-from hf_freeze.files import cache_folder
 from hf_freeze.plan import FreezePlan
 from hf_freeze.prefix.build import check_alike, fill, model_name, open_or_create, save_tables
-from hf_freeze.prefix.folder import clear_caches, known_caches
+from hf_freeze.prefix.folder import caches_folder, clear_caches, known_caches
 from hf_freeze.prefix.key import cache_key, folder_of, nearest_key
 from hf_freeze.prefix.memory import declining_without_memory
 from hf_freeze.prefix.prepare import Prepared, refuse_moving_positions, wider_sample
@@ -51,7 +49,7 @@ class BuildReport:
         rows: Rows of the dataset, all in the store now; `computed_rows` of them computed by this call.
         tokens: Tokens that this process computed; an image counts one for every 768 numbers, a patch of 16 x 16 x 3.
         stored_bytes: Bytes of the store on disk.
-        seconds: Wall clock of the call; of `build` without what `prepare` takes.
+        seconds: Wall clock of the call; of `PrefixCache.build` its second half, after `prepare`.
         reasons: Why something that was there already was not used.
     """
 
@@ -126,7 +124,7 @@ class PreparedCache(Prepared):
         started = time.perf_counter()
         with _made_by_all("build the prefix cache") as made, declining_without_memory("build the prefix cache"):
             digests = [prefix.digest() for prefix in self.prefixes]
-            keys = [cache_key(self.model, *known) for known in zip(self.prefixes, digests, strict=True)]
+            keys = [cache_key(self.model, *digested) for digested in zip(self.prefixes, digests, strict=True)]
             rows = [self.rows_of(prefix) for prefix in self.prefixes]
             check_alike(rows, keys)
             reasons: list[str] = []
@@ -137,8 +135,8 @@ class PreparedCache(Prepared):
                     return [open_or_create(self, prefix, key, reasons) for prefix, key in pairs]
                 return [Store.open(folder_of(self.folder, key), key, prefix.streams()) for prefix, key in pairs]
 
-            prefixes = list(zip(self.prefixes, rows, strict=True))
-            stores, computed, tokens = fill(self, prefixes, self.collator, ready)
+            with_rows = list(zip(self.prefixes, rows, strict=True))
+            stores, computed, tokens = fill(self, with_rows, self.collator, ready)
             seconds, size = time.perf_counter() - started, stores[0].stored_bytes
             report = BuildReport(len(rows[0]), computed, tokens, size, seconds, tuple(from_first(reasons)))
             made.append(PrefixCache(self, self.prefixes[0], stores[0], digests[0], report))
@@ -335,6 +333,7 @@ class PrefixCache:
         """Adds the rows of another dataset, such as the validation rows, to the cache; `report` stays the build's.
 
         Args:
+            dataset: As in `build`.
             data_collator: Where it is not the one of `build`.
 
         Raises:
@@ -342,11 +341,14 @@ class PrefixCache:
         """
         started = time.perf_counter()
         collator = data_collator or self.collator.collator
-        model, prefix, store, kind = self.model, self.prefix, self.store, self.prefix.with_target
+        model, prefix, store = self.model, self.prefix, self.store
         with agreed("add rows to the prefix cache"), declining_without_memory("add rows to the prefix cache"):
             self._replay.check_weights()
             self.restore_prefix()
-            rows = read_dataset(dataset, collator, model, kinds=[kind], progress=self.prepared.progress)[kind]
+            known = read_dataset(
+                dataset, collator, model, with_targets=[prefix.with_target], progress=self.prepared.progress
+            )
+            rows = known[prefix.with_target]
             refuse_moving_positions(model, rows)
             check_states(model, prefix, rows, wider_sample(rows), collator)
             check_alike([rows])
@@ -413,7 +415,7 @@ class PrefixCache:
             cuts: As in the freeze report.
             cache_dir: As for `build`.
         """
-        folder = Path(cache_dir) if cache_dir is not None else cache_folder() / "prefix"
+        folder = caches_folder(cache_dir)
         wanted = (model_name(model), [list(cut) for cut in cuts])
         return any((name, key.get("cuts")) == wanted for key, name in known_caches(folder))
 

@@ -17,14 +17,14 @@ from typing import Any
 import xxhash
 
 from hf_freeze.errors import CacheDamaged, FreezeError
-from hf_freeze.files import json_digest
+from hf_freeze.files import cache_folder, json_digest
 from hf_freeze.prefix.files import DTYPES, TensorFile, is_regular, is_shape, open_regular, read_json
 from hf_freeze.prefix.leases import LOCK, alone_with
 from hf_freeze.prefix.states import StreamSpec
 
-__all__ = ["DIGESTS", "FORMAT", "LENGTHS", "MANIFEST", "SHARDS", "TABLES", "checksum_of", "clear_caches",
-           "describe_caches", "evict_caches", "known_caches", "manifest_checksum", "read_manifest", "remove_leftovers",
-           "shard_paths", "short"]  # fmt: skip
+__all__ = ["DIGESTS", "FORMAT", "LENGTHS", "MANIFEST", "SHARDS", "TABLES", "caches_folder", "checksum_of",
+           "clear_caches", "describe_caches", "evict_caches", "known_caches", "manifest_checksum", "read_manifest",
+           "remove_leftovers", "shard_paths", "short"]  # fmt: skip
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -32,6 +32,11 @@ SHARDS = "rows-*.safetensors"
 TABLES = "tables.safetensors"
 DIGESTS, LENGTHS = "row_digests", "row_lengths"  # a shard's index, beside its streams
 _SHARD = re.compile(r"rows-[0-9a-f]{32}\.safetensors")
+
+
+def caches_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """Where caches lie: the folder that was given, or the one that is taken where none was."""
+    return Path(cache_dir) if cache_dir is not None else cache_folder() / "prefix"
 
 
 def shard_paths(folder: Path) -> list[Path]:

@@ -17,11 +17,11 @@ from torch import nn
 from hf_freeze.anatomy import Anatomy, BlocksGiven, read_anatomy
 from hf_freeze.cuts import Cut, find_cuts
 from hf_freeze.errors import CannotCache, FreezeError
-from hf_freeze.files import cache_folder
 from hf_freeze.freezing import freeze_record
 from hf_freeze.given import check_callable, check_kind, check_model
 from hf_freeze.marks import REPLAY
 from hf_freeze.plan import FreezePlan
+from hf_freeze.prefix.folder import caches_folder
 from hf_freeze.prefix.proof import check_states, check_training
 from hf_freeze.prefix.rows import Collator, Rows, progress_bar, read_dataset
 from hf_freeze.prefix.search import find_prefix
@@ -105,8 +105,8 @@ class Prepared:
         cuts = _cuts_of(core, anatomy)
         wanted_cuts = list(dict.fromkeys([cuts, *(_cuts_of_plan(plan, anatomy, cuts) for plan in also)]))
         progress = progress and rank_and_world()[0] == 0
-        kinds = dict.fromkeys(_two_sided(wanted) for wanted in wanted_cuts)
-        known = read_dataset(dataset, collator, core, kinds=kinds, progress=progress)
+        with_targets = dict.fromkeys(_two_sided(wanted) for wanted in wanted_cuts)
+        known = read_dataset(dataset, collator, core, with_targets=with_targets, progress=progress)
         rows = known[_two_sided(cuts)]
         refuse_moving_positions(core, rows)
         sample = _sample(rows)
@@ -121,7 +121,6 @@ class Prepared:
                 check_training(core, prefix, rows, sample, collator)
                 bar.update()
                 prefixes.append(prefix)
-        folder = Path(cache_dir) if cache_dir is not None else cache_folder() / "prefix"
         return cls(
             core,
             anatomy,
@@ -129,7 +128,7 @@ class Prepared:
             tuple(prefixes),
             known,
             sample,
-            folder,
+            caches_folder(cache_dir),
             token_budget,
             max_cache_bytes,
             progress,
@@ -179,9 +178,9 @@ def refuse_moving_positions(core: Any, rows: Rows) -> None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     ropes = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     ropes = [ropes, *ropes.values()] if isinstance(ropes, dict) else []
-    kinds = [rope for rope in ropes if isinstance(rope, dict) and rope.get("rope_type") in MOVING_ROPES]
+    moving = [rope for rope in ropes if isinstance(rope, dict) and rope.get("rope_type") in MOVING_ROPES]
     longest = max(max(lengths.values(), default=0) for lengths in rows.lengths)
-    for rope in kinds:
+    for rope in moving:
         limit = int(rope.get("original_max_position_embeddings") or text.max_position_embeddings)
         if longest > limit:
             raise CannotCache(

@@ -8,6 +8,7 @@ or a pickle of the model replays as well. The model's `forward` is never assigne
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ class Replay:
     """Puts placeholders in and takes them out again; stands on the model as a plain attribute.
 
     Attributes:
-        used: Number of forwards with states, `unused` of training forwards without.
+        used, unused: Forwards with states, and training forwards without.
         rows_are_found: Whether a batch with states has come, be it one that was refused.
         epoch_rows: Rows that this process sees of the dataset of the build; None where it is not known.
     """
@@ -224,8 +225,8 @@ class Replay:
                     "PrefixCache.build again."
                 )
             if hasattr(part.module, "neftune_noise_alpha"):
-                self._seen = ()
-        now = self._state()
+                self._seen = ()  # so that all is looked at below, where NEFTune is refused
+        now = self._fingerprint()
         if now == self._seen and self.used % FULL_CHECK_EVERY:
             return
         for part in self.prefix.replaced:
@@ -250,13 +251,13 @@ class Replay:
                     f"A batch was trained from the prefix cache; {len(changed)} tensors below its cut changed since it "
                     f"was built, e.g. {changed[0]}. Call PrefixCache.build again."
                 )
-            self._seen = self._state()
+            self._seen = self._fingerprint()
 
     def same_weights(self) -> bool:
         """Whether the prefix holds the tensors of the last batch. False where torch has counted a change since."""
-        return self._state() == self._seen or self.prefix.digest() == self.digests
+        return self._fingerprint() == self._seen or self.prefix.digest() == self.digests
 
-    def _state(self) -> tuple[Any, ...]:
+    def _fingerprint(self) -> tuple[Any, ...]:
         """What moves when a tensor of the prefix is written to, replaced or thawed."""
         return tuple((id(t), t._version, _address(t), t.requires_grad, t.shape, t.dtype) for t in self._watched())
 
@@ -279,7 +280,8 @@ class Replay:
         self._entries = list(dict.fromkeys(entries))
         for module in self._entries:
             module.__dict__[REPLAY] = self
-            # Before the hooks of others, whose notes about this call a comparison with fresh states would wipe out.
+            # Before the hooks of others: a spot check runs the model, and with it those hooks, and what they have noted
+            # about this call would be gone.
             self._handles += [
                 module.register_forward_pre_hook(_take_states, with_kwargs=True, prepend=True),
                 module.register_forward_hook(_put_back, always_call=True),
@@ -336,10 +338,10 @@ def _take_states(
     if module.__dict__.get("_is_replica"):  # DataParallel's threads would take each other's places
         return args, kwargs
     config = getattr(module, "config", None)
-    every_state = any(
+    wants_every_state = any(
         kwargs.get(name) or getattr(config, name, False) for name in ("output_hidden_states", "output_attentions")
     )
-    if states and not replay.active and not every_state and kwargs.get("past_key_values") is None:
+    if states and not replay.active and not wants_every_state and kwargs.get("past_key_values") is None:
         replay.check(module, args, kwargs, states)
         replay.enter(module, states)
         replay.used += 1
@@ -367,7 +369,5 @@ def _attention(config: Any) -> str:
 
 
 def _takes(module: nn.Module, name: str) -> bool:
-    import inspect
-
     parameters = inspect.signature(module.forward).parameters
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

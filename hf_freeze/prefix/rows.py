@@ -224,15 +224,16 @@ class _Features:
 
 
 def read_dataset(
-    dataset: Any, collator: Collator, model: nn.Module, *, kinds: Collection[bool], progress: bool
+    dataset: Any, collator: Collator, model: nn.Module, *, with_targets: Collection[bool], progress: bool
 ) -> dict[bool, Rows]:
     """Collates every row by itself, for its digest and length, and checks the collator on a sample.
 
     Args:
-        kinds: Whether the decoder's input matters, or both, where prefixes with and without it are cached at once.
+        with_targets: Whether the decoder's input counts; True and False where prefixes with and without it are cached
+            at once.
 
     Returns:
-        The rows for each kind, from one reading.
+        The rows as they are known with it and without, from one reading.
 
     Raises:
         CannotCache: The dataset has no length or no rows; or the collator cannot collate them, joins rows or makes
@@ -246,7 +247,7 @@ def read_dataset(
     if not len(dataset):
         raise CannotCache("The prefix cache was asked for a dataset without rows. Give it the training rows.")
     features = _Features(dataset, model)
-    known: dict[bool, list[BatchRows]] = {with_target: [] for with_target in kinds}
+    known: dict[bool, list[BatchRows]] = {with_target: [] for with_target in with_targets}
     first, *others = known
     for row in progress_bar(range(len(dataset)), "reading rows", "row", progress):
         pulse()
@@ -254,10 +255,10 @@ def read_dataset(
         known[first].append(alone)
         for with_target in others:
             known[with_target].append(read_rows(batch, with_target=with_target))
-    rows_by_kind = {with_target: _rows(features, alone) for with_target, alone in known.items()}
-    for with_target, rows in rows_by_kind.items():
+    rows_of = {with_target: _rows(features, alone) for with_target, alone in known.items()}
+    for with_target, rows in rows_of.items():
         _check_collator(rows, collator, with_target)
-    return rows_by_kind
+    return rows_of
 
 
 def _rows(features: _Features, alone: Sequence[BatchRows]) -> Rows:

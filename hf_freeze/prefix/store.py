@@ -88,7 +88,7 @@ class Store:
         self._doubles: list[tuple[tuple[int, int], tuple[int, int]]] = []  # places of a row that stands in two shards
         self._waiting: dict[bytes, dict[str, torch.Tensor]] = {}
         self._waiting_bytes = 0
-        self._release: Any = None
+        self._let_lease_go: Any = None
 
     # -------------------------------------------------------------------------------------------------- make and open
 
@@ -114,7 +114,7 @@ class Store:
         try:
             lease = _lease_of_new(folder, reasons)
             try:
-                _give_way(folder / MANIFEST, reasons)
+                _move_aside(folder / MANIFEST, reasons)
                 write_whole(folder / MANIFEST, json.dumps(manifest, indent=2))
                 return cls.open(folder, key, specs, mend=reasons)
             finally:
@@ -145,9 +145,9 @@ class Store:
         """
         if not os.path.lexists(folder / MANIFEST):
             raise CacheDamaged(f"{folder} was opened as a prefix cache; it has no {MANIFEST}. Build it.")
-        with _build_again():
+        with _advising_to_rebuild():
             if mend is not None:
-                _give_way(folder / LOCK, mend)
+                _move_aside(folder / LOCK, mend)
             store = cls(folder, {}, ())
             store._hold(share_store(folder))  # first, or what is read now may be removed before it is held
             try:
@@ -176,16 +176,16 @@ class Store:
     def _hold(self, lease: int | None) -> None:
         """Keeps the store from being removed while this object lives."""
         if lease is not None:
-            self._release = weakref.finalize(self, os.close, lease)
+            self._let_lease_go = weakref.finalize(self, os.close, lease)
 
     def close(self) -> None:
         """Lets the store be evicted again; it can still be read."""
-        if self._release is not None:
-            self._release()
+        if self._let_lease_go is not None:
+            self._let_lease_go()
 
     def refresh(self) -> None:
         """Takes in the shards that other processes have finished since."""
-        with _build_again():
+        with _advising_to_rebuild():
             self._adopt_all(None)
 
     def _adopt_all(self, mend: list[str] | None) -> None:
@@ -193,7 +193,7 @@ class Store:
         for path in shard_paths(self.folder):
             if path.name in known:
                 continue
-            _tell_others()
+            _pulse()
             try:
                 self._adopt(path)
             except CacheDamaged as error:
@@ -201,7 +201,7 @@ class Store:
                     continue  # another process has mended it
                 if mend is None:
                     raise
-                self._give_up(path, str(error), mend)
+                self._drop_shard(path, str(error), mend)
         pairs = self._contradictions()
         for one, other in pairs:
             damage = CacheDamaged(
@@ -210,19 +210,19 @@ class Store:
             if mend is None:
                 raise damage
             for name in (one, other):  # nothing tells which one
-                self._give_up(self.folder / name, str(damage), mend)
+                self._drop_shard(self.folder / name, str(damage), mend)
         if pairs:
             self._shards, self._place, self._doubles = [], {}, []
             self._adopt_all(mend)
 
-    def _give_up(self, path: Path, reason: str, reasons: list[str]) -> None:
+    def _drop_shard(self, path: Path, reason: str, reasons: list[str]) -> None:
         """Removes a damaged shard, or moves away what is none and stands in its place."""
         try:
             if is_regular(path):
                 path.unlink()
                 reasons.append(reason)
             else:
-                _give_way(path, reasons)
+                _move_aside(path, reasons)
         except OSError as error:
             raise FreezeError(
                 f"The prefix cache was to be built again: {reason} It cannot be removed: {error.strerror or error}. "
@@ -299,7 +299,7 @@ class Store:
         return pairs
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_release": None, "_waiting": {}, "_waiting_bytes": 0}
+        return {**self.__dict__, "_let_lease_go": None, "_waiting": {}, "_waiting_bytes": 0}
 
     # ----------------------------------------------------------------------------------------------------------- rows
 
@@ -322,7 +322,7 @@ class Store:
             CacheDamaged: Its shard does not hold what it held when it was opened.
         """
         shard, row = self._place[digest]
-        with _build_again():
+        with _advising_to_rebuild():
             return self._read(self._shards[shard], row)
 
     def _read(self, shard: _Shard, row: int) -> dict[str, torch.Tensor]:
@@ -394,7 +394,7 @@ class Store:
         """Writes what is the same for every row, such as T5's position bias at the greatest length."""
         path = self.folder / TABLES
         try:
-            _give_way(path, [])
+            _move_aside(path, [])
         except OSError as error:
             raise _disk_error(error, self.folder) from error
         self._write(path, tables)
@@ -412,15 +412,17 @@ class Store:
         if not specs:
             return {}
         path = self.folder / TABLES
-        with _build_again():
+        with _advising_to_rebuild():
             with open_regular(path) as descriptor:
                 file = TensorFile.read(path, descriptor)
                 tables = {name: read_tensor(path, descriptor, place) for name, place in file.places.items()}
             if file.metadata.get("checksum") != tensors_checksum(tables):
                 raise CacheDamaged(f"{path} does not hold the bytes that were written.")
             if file.metadata.get("key") != checksum_of(self.key):
-                owner = "for something else" if "key" in file.metadata else "by an earlier version, for what isn't said"
-                raise CacheDamaged(f"{path} was built {owner}.")
+                purpose = (
+                    "for something else" if "key" in file.metadata else "by an earlier version, for what isn't said"
+                )
+                raise CacheDamaged(f"{path} was built {purpose}.")
             if tables.keys() != {spec.name for spec in specs}:
                 raise CacheDamaged(f"{path} holds other tables than this prefix needs.")
             for spec in specs:
@@ -444,7 +446,7 @@ def _lease_of_new(folder: Path, reasons: list[str]) -> int | None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        _give_way(folder / LOCK, reasons)
+        _move_aside(folder / LOCK, reasons)
         try:
             return share_store(folder)
         except CacheDamaged as damage:  # removed between the two
@@ -456,15 +458,15 @@ def _lease_of_new(folder: Path, reasons: list[str]) -> int | None:
             time.sleep(0.02)
 
 
-def _tell_others() -> None:
-    """A pulse. What another rank failed by is no damage of this store, which a caller would mend and go on from."""
+def _pulse() -> None:
+    """`pulse`, and what another rank failed by is no damage of this store, which a caller would mend and go on from."""
     try:
         pulse()
     except CacheDamaged as damage:
         raise FreezeError(str(damage)) from damage
 
 
-def _give_way(path: Path, reasons: list[str]) -> None:
+def _move_aside(path: Path, reasons: list[str]) -> None:
     """Moves aside what stands in the place of a file and is none: nothing says that it is ours to remove."""
     if os.path.lexists(path) and not is_regular(path):
         with contextlib.suppress(FileNotFoundError):
@@ -472,8 +474,8 @@ def _give_way(path: Path, reasons: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _build_again() -> Iterator[None]:
-    """Adds to what is damaged what to do about it."""
+def _advising_to_rebuild() -> Iterator[None]:
+    """Adds to the words about a damage what to do about it."""
     try:
         yield
     except CacheDamaged as damage:

@@ -27,9 +27,9 @@ __all__ = ["DataArguments", "ModelArguments", "ReviewArguments", "RunArguments",
 SWITCH = {True: "on", "true": "on", False: "off", "false": "off"}  # YAML takes on and off for true and false
 
 
-def argument(default: Any, told: str) -> Any:
+def argument(default: Any, help_line: str) -> Any:
     """A field of a dataclass of arguments, with its line of help."""
-    return field(default=default, metadata={"help": told})
+    return field(default=default, metadata={"help": help_line})
 
 
 @dataclass

@@ -85,7 +85,7 @@ class Training:
         proof: That the frozen tensors are unchanged.
         parameters: How many were trained.
         seconds: Of training, without the cache.
-        cache: The choice of a prefix cache, with its seconds.
+        choice: Whether a prefix cache was taken, with the seconds that this took.
         cached: Whether batches ran from one.
         costs: What was forecast for just this; None where several plans or adapters were trained.
         resumed: Whether it went on from a checkpoint, so that its seconds are not those of the whole run.
@@ -97,7 +97,7 @@ class Training:
     proof: FrozenProof
     parameters: int
     seconds: float
-    cache: CacheChoice
+    choice: CacheChoice
     cached: bool
     costs: Forecast | None = None
     resumed: bool = False
@@ -151,7 +151,7 @@ def _metrics(trainer: SummaryTrainer, training: Training, scores: RunScores, dat
         "train_seconds": training.seconds,
         "batch_seconds": trainer.batch_seconds,
         "prefix_cached": training.cached,
-        "cache_seconds": training.cache.seconds,
+        "cache_seconds": training.choice.seconds,
         "train_rows": len(data.rows["train"]),
         "test_rows": len(data.rows["test"]),
         "scored_split": data.scored,
@@ -173,7 +173,7 @@ def _write_pages(
 ) -> None:
     """The model card and the report of the run."""
     args: Any = trainer.args
-    hardware, cache = read_hardware(args.device, args.world_size), training.cache
+    hardware, choice = read_hardware(args.device, args.world_size), training.choice
     since = " since it was resumed" if training.resumed else ""  # Trainer's clock starts anew
     card = write_card(
         args.output_dir,
@@ -185,7 +185,7 @@ def _write_pages(
         facts={
             "trained parameters": f"{training.parameters:,} ({model_args.upper})",
             f"seconds of training{since}": training.seconds,
-            "seconds of deciding on the prefix cache and building it": cache.seconds,
+            "seconds of deciding on the prefix cache and building it": choice.seconds,
             "epochs, learning rate": f"{args.num_train_epochs:g}, {args.learning_rate:g}",
             "reviews a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "precision": args.chosen_precision.name,
@@ -201,11 +201,11 @@ def _write_pages(
         base=model_args.model_name_or_path,
         report=training.report,
         costs=training.costs,
-        prediction=cache.prediction,
+        prediction=choice.prediction,
         measured={
             "batch_seconds": trainer.batch_seconds if training.whole else None,
-            "build_seconds": cache.build.seconds if cache.build else None,
-            "cache_bytes": cache.build.stored_bytes if cache.build else None,
+            "build_seconds": choice.build.seconds if choice.build else None,
+            "cache_bytes": choice.build.stored_bytes if choice.build else None,
             "peak_bytes": peak_bytes(args.device),
         },
         hardware=hardware,

@@ -49,10 +49,10 @@ __all__ = [
     "forecast_run",
     "load_data",
     "load_model",
+    "make_monitor",
     "make_trainer",
     "run_folder",
     "summarizer",
-    "watching",
 ]
 
 LEAST_BATCHES = 16  # proving that a cache is exact, and timing it, takes about as long as so many
@@ -233,7 +233,7 @@ def make_trainer(
     return trainer
 
 
-def watching(model: Any, args: SummaryTrainingArguments, say: Say) -> FreezeMonitor:
+def make_monitor(model: Any, args: SummaryTrainingArguments, say: Say) -> FreezeMonitor:
     """A monitor that tells drift where that was asked for, or costs little: it needs a copy of what trains."""
     trained = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return FreezeMonitor(figures=bool(args.report_to) or trained < DRIFT_BYTES, say=say)
@@ -319,7 +319,7 @@ def choose_cache(
     with _declined(say, "no prefix cache", raises=asked == "on"):
         _predict_and_build(choice, model_args, trainer, inputs, say)
     if choice.cache is not None:
-        _use(choice.cache, model_args, trainer, inputs, say)
+        _give_to_trainer(choice.cache, model_args, trainer, inputs, say)
     choice.seconds = time.perf_counter() - started
     return choice
 
@@ -333,13 +333,13 @@ def _may_pay(
     """
     there = from_first(PrefixCache.is_there(trainer.model, report.cuts, model_args.prefix_cache_dir))
     an_epoch, all_epochs = _batches(trainer.args, len(inputs.train))
-    able = max(0, all_epochs if there else all_epochs - an_epoch)  # the first pass writes what is not there
-    if able < LEAST_BATCHES:
+    gaining = max(0, all_epochs if there else all_epochs - an_epoch)  # the first pass writes what is not there
+    if gaining < LEAST_BATCHES:
         say(
-            f"note: no prefix cache: {able} batches might gain by it, and finding out takes as long as some "
+            f"note: no prefix cache: {gaining} batches might gain by it, and finding out takes as long as some "
             f"{LEAST_BATCHES}"
         )
-    return able >= LEAST_BATCHES
+    return gaining >= LEAST_BATCHES
 
 
 def _batches(args: Any, rows: int) -> tuple[int, int]:
@@ -375,7 +375,7 @@ def _predict_and_build(
         choice.build = choice.cache.report
 
 
-def _use(
+def _give_to_trainer(
     cache: PrefixCache, model_args: ModelArguments, trainer: SummaryTrainer, inputs: ModelInputs, say: Say
 ) -> None:
     """Gives the trainer the cache; with the validation rows where they are evaluated more than once."""

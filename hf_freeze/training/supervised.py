@@ -91,8 +91,8 @@ def supervised_logits_only(model: nn.Module) -> SupervisedLogits:
     equal with and without the reduction, also with `num_items_in_batch`. Asking twice installs once.
 
     The hooks stand on the module given, under DDP, DataParallel and torch.compile wrappers. Give a PeftModel, not the
-    model inside: AdaLoRA, and other adapters in old releases of PEFT, call it past its hooks. A model that is wrapped
-    by such a one after this call, or taken out of its PeftModel, computes all logits and warns when it trains. Call it
+    model inside: AdaLoRA, and other adapters in old releases of PEFT, call it past its hooks. A model that they wrap
+    after this call, or that is taken out of its PeftModel, computes all logits and warns when it trains. Call this
     before the first step of a compiled model, and before FSDP1 or DeepSpeed wrap it.
 
     Args:
@@ -181,7 +181,8 @@ def can_keep_supervised_logits(model: nn.Module) -> tuple[bool, str]:
             kept = _run(core, input_ids=ids, logits_to_keep=mask).logits
     except Exception as error:  # a foreign forward may raise anything: then it is left as it is
         return False, f"{name} does not take a mask as logits_to_keep ({_in_one_line(error)})"
-    bar = ROUNDING[grain_of([every, *inner.parameters()])] * every.float().norm()  # small logits may be as unlike
+    # Of the logits as a whole: rounding puts a small one off by as much as a large one.
+    bar = ROUNDING[grain_of([every, *inner.parameters()])] * every.float().norm()
     if kept.shape != every.shape or not (kept.float() - every.float()).norm() <= bar:
         return False, f"{name} gives other logits with a mask as logits_to_keep"
     return True, "logits_to_keep takes a mask"
@@ -214,7 +215,7 @@ def _loss_objection(core: nn.Module) -> str:
             for given in ({}, {"num_items_in_batch": torch.tensor(7, device=ids.device)}):
                 plain = _run(core, input_ids=ids, labels=labels, **given).loss.item()
                 reduced = _run(core, input_ids=ids, labels=labels, **_reduction(labels), **given).loss.item()
-                # Half precision rounds a product of few rows otherwise than one of many: by its own grain, no more.
+                # A product of few rows is rounded otherwise than one of many: by the grain of its dtype, no more.
                 grain = max(torch.finfo(t.dtype).eps for t in (logits, *inner.parameters()) if t.is_floating_point())
                 bound = 8 * grain * max(logits.amax(-1).abs().max().item(), abs(plain))
                 if not abs(plain - reduced) <= bound:  # worded so that a NaN is refused
