@@ -22,7 +22,7 @@ from hf_freeze.errors import PlanError, nearest
 from hf_freeze.files import write_whole
 from hf_freeze.given import check_kind
 
-__all__ = ["FreezePlan", "ResolvedPlan", "given_plan", "plan_at_depth"]
+__all__ = ["PLAN_FILE", "FreezePlan", "ResolvedPlan", "given_plan", "plan_at_depth"]
 
 BlockCount = int | float | str  # "all", or a number as text
 PLAN_FILE = "freeze_plan.json"

@@ -97,7 +97,8 @@ def main() -> None:
         # Save.
         training = Training(
             plan, report, proof, trained, seconds, choice, cached=choice.cache is not None,
-            costs=costs if model_args.upper == "full" else None, resumed=checkpoint is not None, whole=checkpoint is None,
+            costs=costs if model_args.upper == "full" else None,
+            resumed=checkpoint is not None, whole=checkpoint is None,
         )  # fmt: skip
         save_everything(trainer, training, scores, model_args, data_args, data, inputs, say)
 

@@ -101,7 +101,7 @@ class Tie:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of a model and every parameter's place in them. Made by `read_anatomy`; a value, never the model.
+    """The parts of a model and every parameter's place in them. Made by `read_anatomy`; it changes no model.
 
     Attributes:
         model_class: Name of the unwrapped model's class.
