@@ -102,8 +102,6 @@ def freeze(
         parameter.grad = None
         if optimizer is not None:
             optimizer.state.pop(parameter, None)
-    if stays := tuple(name for name in frozen_before if name in earlier):
-        warnings.warn(earlier_freeze(stays), stacklevel=2)
     setattr(core, RECORD, record)
     if plan.frozen_mode == "eval":
         record.held.update(hold_modules(anatomy, resolved))
@@ -116,6 +114,8 @@ def freeze(
     )
     correct_checkpointing(anatomy, has_prefix=has_prefix)
     record.digests, record.without_bits = take_digests(core, known=record.digests)
+    if stays := tuple(name for name in frozen_before if name in earlier):  # last: a warning may be made an error
+        warnings.warn(earlier_freeze(stays), stacklevel=2)
     return FreezeReport(anatomy, resolved, record, frozen_before)
 
 

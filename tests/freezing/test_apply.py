@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,18 @@ def test_what_the_user_froze_stays_frozen_through_freeze_and_thaw() -> None:
     assert "1 tensors were frozen before and stay so" in str(report)
     thaw(model)
     assert names_frozen(model) == {mine}
+
+
+def test_a_freeze_whose_warning_is_an_error_can_be_lifted() -> None:
+    model = build("llama")
+    freeze(model, FreezePlan(decoder_blocks=3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"An earlier freeze\(\) stays"):
+            freeze(model, FreezePlan(decoder_blocks=2, train=["lm_head"], tied_head="untie"))
+    thaw(model)
+    assert names_frozen(model) == set()
+    assert model.train().model.layers[0].training
 
 
 def test_what_peft_froze_stays_frozen_and_its_adapters_above_the_prefix_train() -> None:
