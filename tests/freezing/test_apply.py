@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_freeze import FreezePlan, freeze, read_anatomy, thaw, verify_frozen
-from hf_freeze.errors import FreezeError, PlanError
+from hf_freeze.errors import FreezeError, FrozenWeightsChanged, PlanError
 from tests.depth.sweep import language_loss
 from tests.freezing.models import FAMILIES, copies, names_frozen, train
 from tests.zoo import build
@@ -121,16 +121,21 @@ def test_what_the_user_froze_stays_frozen_through_freeze_and_thaw() -> None:
     assert names_frozen(model) == {mine}
 
 
-def test_a_freeze_whose_warning_is_an_error_can_be_lifted() -> None:
+def test_a_freeze_whose_warning_is_an_error_is_whole_all_the_same() -> None:
     model = build("llama")
-    freeze(model, FreezePlan(decoder_blocks=3))
+    freeze(model, FreezePlan(embeddings=False, decoder_blocks=3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match=r"An earlier freeze\(\) stays"):
-            freeze(model, FreezePlan(decoder_blocks=2, train=["lm_head"], tied_head="untie"))
+            freeze(model, FreezePlan(decoder_blocks=2))
+    model.train()
+    assert not model.get_input_embeddings().training
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(1)
+    with pytest.raises(FrozenWeightsChanged, match="embed_tokens"):
+        verify_frozen(model)
     thaw(model)
     assert names_frozen(model) == set()
-    assert model.train().model.layers[0].training
 
 
 def test_what_peft_froze_stays_frozen_and_its_adapters_above_the_prefix_train() -> None:
