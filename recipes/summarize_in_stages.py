@@ -38,6 +38,11 @@ def main() -> None:
     # Parse.
     model_args, data_args, args = parse_arguments()
     check_arguments(model_args)
+    if args.max_steps > 0:
+        raise FreezeError(
+            f"--max_steps {args.max_steps} was asked for; a stage trains for --num_train_epochs, or for the steps that "
+            "a YAML file of stages names. Leave it out."
+        )
     if args.resume_from_checkpoint and not args.resumes_last:
         raise FreezeError("--resume_from_checkpoint takes only last with --stages: what is done is known there.")
     with run_folder(args) as say:

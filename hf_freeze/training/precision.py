@@ -58,8 +58,8 @@ def choose_precision(asked: str = "auto", device: torch.device | str | None = No
         return Precision("fp32", f"not known to be faster in bf16 on {device.type}")
     gain = _product_seconds(torch.float32) / _product_seconds(torch.bfloat16)
     if gain >= WORTH:
-        return Precision("bf16", f"this CPU multiplies matrices {gain:.1f}x as fast in bf16 as in fp32")
-    return Precision("fp32", f"this CPU multiplies matrices only {gain:.1f}x as fast in bf16 as in fp32")
+        return Precision("bf16", f"this CPU multiplies matrices {gain:.2g}x as fast in bf16 as in fp32")
+    return Precision("fp32", f"this CPU multiplies matrices only {gain:.2g}x as fast in bf16 as in fp32")
 
 
 def _product_seconds(dtype: torch.dtype, size: int = 512, times: int = 7) -> float:

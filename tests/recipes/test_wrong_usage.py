@@ -152,6 +152,7 @@ WRONG: list[tuple[str, list[str], str]] = [
     ("summarize_in_stages.py", ["--model_name_or_path", "{g}/llama", "--stages", "4;4"], "use start,step,stages"),
     ("summarize_in_stages.py", ["--stages", "4,4,3", "--freeze_decoder_blocks", "2"], "Leave the others out"),
     ("summarize_in_stages.py", ["--stages", "4,4,3", "--resume_from_checkpoint", "a/b"], "takes only last with"),
+    ("summarize_in_stages.py", ["--stages", "4,4,3", "--max_steps", "2"], "a stage trains for --num_train_epochs"),
     ("summarize_in_stages.py", ["--model_name_or_path", "{g}/llama", "--stages", "{g}/no.yaml"], "no.yaml"),
     ("summarize_in_stages.py", ["--model_name_or_path", "{g}/llama", "--stages", "{g}/broken.yaml"], "broken.yaml"),
     ("summarize_in_stages.py", ["--model_name_or_path", "{g}/llama", "--stages", "{g}/stages.yaml"], "stages.yaml"),

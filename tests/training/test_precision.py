@@ -14,14 +14,14 @@ def test_what_is_asked_is_taken(name: str) -> None:
     assert choose_precision(name, "cpu").name == name
 
 
-@pytest.mark.parametrize(("bf16_seconds", "chosen"), [(0.25, "bf16"), (0.9, "fp32"), (4.0, "fp32")])
+@pytest.mark.parametrize(("bf16_seconds", "chosen"), [(0.25, "bf16"), (0.9, "fp32"), (50.0, "fp32")])
 def test_a_cpu_gets_the_precision_that_it_multiplies_clearly_faster(
     monkeypatch: pytest.MonkeyPatch, bf16_seconds: float, chosen: str
 ) -> None:
     monkeypatch.setattr(precision, "_product_seconds", lambda dtype: 1.0 if "32" in str(dtype) else bf16_seconds)
     found = choose_precision("auto", "cpu")
     assert found.name == chosen
-    assert f"{1 / bf16_seconds:.1f}x as fast" in found.reason
+    assert f"{1 / bf16_seconds:.2g}x as fast" in found.reason
 
 
 def test_the_real_probe_answers_with_a_reason() -> None:
