@@ -346,7 +346,7 @@ def test_code_that_a_base_brings_runs_only_where_it_is_trusted(monkeypatch: pyte
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnModel"}
     (folder / "config.json").write_text(json.dumps(config))
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # the code is this test's own
     assert type(model).__name__ == "OwnModel"
     freeze(model)
     train(model)

@@ -268,7 +268,7 @@ def test_partitioned_tensors_are_gathered_to_be_proved(monkeypatch: pytest.Monke
 
 def test_a_report_survives_pickle_and_proves_by_name() -> None:
     model = build("gpt2")
-    report = pickle.loads(pickle.dumps(freeze(model)))
+    report = pickle.loads(pickle.dumps(freeze(model)))  # as a launcher hands it to its processes
     verify_frozen(model, report)
     model.transformer.wpe.weight.data.add_(1)
     with pytest.raises(FrozenWeightsChanged, match=r"transformer\.wpe\.weight"):
